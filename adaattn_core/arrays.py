@@ -1,0 +1,103 @@
+"""Border crossing: arrays of any library that speaks DLPack or the array API, to NumPy and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import array_api_compat
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from adaattn_core.errors import DTypeError, UnsupportedError
+from adaattn_core.formats import FORMATS
+
+INPUT_FORMATS = ("f64", "f32", "f16", "bf16")
+"""Formats that query, key and value may arrive in."""
+
+_DTYPE_NAMES = {
+    "float64": "f64",
+    "float32": "f32",
+    "float16": "f16",
+    "bfloat16": "bf16",
+    "bool": "bool",
+}
+
+
+def dtype_name(x: Any) -> str:
+    """Return the project's name of an array's dtype (``f32``, ``bf16``, ``bool``, ...).
+
+    Raises
+    ------
+    DTypeError
+        If the dtype has no name here.
+    """
+    text = str(getattr(x, "dtype", type(x).__name__)).rsplit(".", 1)[-1]
+    try:
+        return _DTYPE_NAMES[text]
+    except KeyError:
+        raise DTypeError(
+            got=f"an array of dtype {text}",
+            needed=f"one of {', '.join(INPUT_FORMATS)}",
+            do="cast the array first; bf16 stored as uint16 bits: x.view(ml_dtypes.bfloat16)",
+            dtype=text,
+        ) from None
+
+
+def array_device(x: Any) -> str:
+    """Return where an array lives, as text (``cpu``, ``cuda:0``, ...)."""
+    if isinstance(x, np.ndarray):
+        return "cpu"
+    device = str(array_api_compat.device(x))
+    if device.startswith("<CUDA Device"):  # CuPy's spelling
+        return f"cuda:{device.removeprefix('<CUDA Device ').removesuffix('>')}"
+    return device.lower()
+
+
+def to_numpy(x: Any) -> NDArray[Any]:
+    """View or copy an array as NumPy; bf16 comes back as ``ml_dtypes.bfloat16``.
+
+    Raises
+    ------
+    UnsupportedError
+        If the array lives on a device, or carries a gradient that would be lost.
+    """
+    if isinstance(x, np.ndarray):
+        return x
+    if getattr(x, "requires_grad", False):
+        raise UnsupportedError(
+            got="a tensor that requires a gradient",
+            needed="plain data: this door has no backward pass and would cut the gradient",
+            do="use adaattn_torch.scaled_dot_product_attention, or pass x.detach() on purpose",
+        )
+    if not array_device(x).startswith("cpu"):
+        raise UnsupportedError(
+            got=f"an array on {array_device(x)}",
+            needed="an array in host memory",
+            do='choose a backend for that device, e.g. backend="cuda"',
+            device=array_device(x),
+        )
+    if dtype_name(x) == "bf16":
+        xp = array_api_compat.array_namespace(x)
+        return to_numpy(xp.astype(x, xp.float32)).astype(ml_dtypes.bfloat16)
+    return np.from_dlpack(x)
+
+
+def like(values: NDArray[Any], reference: Any, *, keep_dtype: bool = True) -> Any:
+    """Return `values` in the library, on the device and (by default) in the dtype of `reference`."""
+    name = dtype_name(reference)
+    if isinstance(reference, np.ndarray):
+        return values.astype(reference.dtype, copy=False) if keep_dtype else values
+    xp = array_api_compat.array_namespace(reference)
+    exact = values.astype(np.float32) if values.dtype == FORMATS["bf16"].dtype else values
+    moved = xp.asarray(exact, device=array_api_compat.device(reference))
+    return xp.astype(moved, reference.dtype) if keep_dtype and name != "bool" else moved
+
+
+def move_axis_layout(x: Any, layout: str) -> Any:
+    """Return a (batch, heads, len, dim) view of an array in `layout`; its own inverse."""
+    if layout == "bhsd":
+        return x
+    if isinstance(x, np.ndarray):
+        return x.transpose(0, 2, 1, 3)
+    return array_api_compat.array_namespace(x).permute_dims(x, (0, 2, 1, 3))

@@ -1,0 +1,191 @@
+"""Number formats as data, and rounding to them.
+
+A format is a row in a table; everything else is derived from that row. The names here are the only
+spellings used anywhere in the project (Python, CUDA, file names, documentation).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from adaattn_core.errors import ArgumentError
+
+
+@dataclass(frozen=True, slots=True)
+class FormatInfo:
+    """A number format.
+
+    Attributes
+    ----------
+    name : str
+        The project-wide name.
+    bits : int
+        Storage bits of one operand.
+    significand_bits : int
+        Significand bits, hidden bit included; for ``i8`` the bits of the integer.
+    max_finite : float
+        Largest finite magnitude.
+    smallest_normal : float
+        Smallest positive normal number (0 for integers).
+    dtype : numpy.dtype or None
+        NumPy (or ml_dtypes) storage type; None where no storage type exists (tf32).
+    is_float : bool
+        False for uniformly spaced integer formats.
+    accumulator_bits : int
+        Fraction bits that Hopper's tensor cores keep while adding products of this format
+        (numerics: FP8 keeps 13, everything wider is treated as f32).
+    """
+
+    name: str
+    bits: int
+    significand_bits: int
+    max_finite: float
+    smallest_normal: float
+    dtype: np.dtype[Any] | None
+    is_float: bool = True
+    accumulator_bits: int = 24
+
+    @property
+    def unit_roundoff(self) -> float:
+        """Largest relative error of round-to-nearest for normal numbers (step/2 of 1 for i8)."""
+        return 0.5 if not self.is_float else 2.0**-self.significand_bits
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether operands need a scale to be representable (8-bit formats)."""
+        return self.bits == 8
+
+
+def _table() -> dict[str, FormatInfo]:
+    rows = (
+        FormatInfo("f64", 64, 53, float(np.finfo(np.float64).max), 2.0**-1022, np.dtype("f8"), True, 53),
+        FormatInfo("f32", 32, 24, float(np.finfo(np.float32).max), 2.0**-126, np.dtype("f4")),
+        FormatInfo("tf32", 32, 11, float(np.finfo(np.float32).max), 2.0**-126, None),
+        FormatInfo("f16", 16, 11, 65504.0, 2.0**-14, np.dtype("f2")),
+        FormatInfo(
+            "bf16",
+            16,
+            8,
+            float(ml_dtypes.finfo(ml_dtypes.bfloat16).max),
+            2.0**-126,
+            np.dtype(ml_dtypes.bfloat16),
+        ),
+        FormatInfo("i8", 8, 8, 127.0, 0.0, np.dtype("i1"), False),
+        FormatInfo(
+            "e4m3", 8, 4, 448.0, 2.0**-6, np.dtype(ml_dtypes.float8_e4m3fn), True, 13
+        ),
+        FormatInfo("e5m2", 8, 3, 57344.0, 2.0**-14, np.dtype(ml_dtypes.float8_e5m2), True, 13),
+    )
+    return {row.name: row for row in rows}
+
+
+FORMATS: dict[str, FormatInfo] = _table()
+"""Every format by name, widest first."""
+
+
+def get_format(name: str) -> FormatInfo:
+    """Return the format called `name`.
+
+    Raises
+    ------
+    ArgumentError
+        If there is no such format.
+    """
+    try:
+        return FORMATS[name]
+    except KeyError:
+        raise ArgumentError(
+            got=f"format {name!r}",
+            needed=f"one of {', '.join(FORMATS)}",
+            do="use the project's spelling: e4m3 (not fp8), i8 (not int8), f16 (not half)",
+            name=name,
+        ) from None
+
+
+def format_of_dtype(dtype: np.dtype[Any]) -> FormatInfo | None:
+    """Return the format stored by `dtype`, or None."""
+    for row in FORMATS.values():
+        if row.dtype is not None and row.dtype == dtype:
+            return row
+    return None
+
+
+def round_to_format(x: NDArray[np.floating[Any]], name: str) -> NDArray[np.float32]:
+    """Round `x` to the nearest numbers of a format, ties to even, saturating at its maximum.
+
+    Parameters
+    ----------
+    x : ndarray of float
+        Any shape. NaN stays NaN. For ``i8`` the values are rounded to integers in [-127, 127];
+        scaling is the caller's (see the backend's quantiser).
+    name : str
+        A name in `FORMATS`.
+
+    Returns
+    -------
+    ndarray of float32
+        The rounded values; for ``f64`` the cast to float32 is *not* made and float64 is returned.
+    """
+    info = get_format(name)
+    if name == "f64":
+        return x.astype(np.float64)  # type: ignore[return-value]
+    if name == "f32":
+        return x.astype(np.float32, copy=False)
+    if name == "tf32":
+        return _round_tf32(x.astype(np.float32, copy=False))
+    if name == "i8":
+        return np.clip(np.rint(x), -127.0, 127.0).astype(np.float32)
+    assert info.dtype is not None
+    limit = info.max_finite
+    return np.clip(x, -limit, limit).astype(np.float32).astype(info.dtype).astype(np.float32)
+
+
+def _round_tf32(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Keep 10 fraction bits of float32, to nearest, ties to even; NaN and Inf pass."""
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    lowest = np.uint32(1 << 13)
+    half = np.uint32((1 << 12) - 1)
+    rounded = bits + half + ((bits >> np.uint32(13)) & np.uint32(1))
+    rounded &= ~(lowest - np.uint32(1))
+    return np.where(np.isfinite(x), rounded.view(np.float32), x)
+
+
+def stochastic_round(
+    x: NDArray[np.floating[Any]], name: str, rng: np.random.Generator
+) -> NDArray[np.float32]:
+    """Round `x` up or down to a neighbour in the format, at random and without bias.
+
+    Each rounding error is independent of the others, has mean zero and lies in an interval whose
+    length is the local spacing: the hypothesis of the probabilistic bounds (docs/math, theorem 9)
+    is then true by construction, not assumed.
+
+    Parameters
+    ----------
+    x : ndarray of float
+        Values within the format's range.
+    name : str
+        ``i8``, ``e4m3``, ``e5m2``, ``bf16`` or ``f16``.
+    rng : numpy.random.Generator
+        Source of the random bits.
+    """
+    spacing = format_spacing(x, name)
+    low = np.floor(x / spacing) * spacing
+    up = rng.random(x.shape, dtype=np.float32) < (x - low) / spacing
+    rounded = low + up * spacing
+    limit = get_format(name).max_finite
+    return np.clip(rounded, -limit, limit).astype(np.float32)
+
+
+def format_spacing(x: NDArray[np.floating[Any]], name: str) -> NDArray[np.float64]:
+    """Distance between neighbouring numbers of the format around each `x` (float64)."""
+    info = get_format(name)
+    if not info.is_float:
+        return np.ones(x.shape)
+    magnitude = np.maximum(np.abs(x.astype(np.float64)), info.smallest_normal)
+    exponent = np.floor(np.log2(magnitude))
+    return np.asarray(np.exp2(exponent - (info.significand_bits - 1)), dtype=np.float64)

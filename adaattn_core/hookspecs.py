@@ -1,0 +1,29 @@
+"""The whole extension surface: three hooks, one sentence each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pluggy
+
+PLUGIN_API = 1
+"""Version of these hooks and of the backend contract."""
+
+hookspec = pluggy.HookspecMarker("adaattn")
+hookimpl = pluggy.HookimplMarker("adaattn")
+
+
+@hookspec
+def adaattn_register_backends(register: Callable[..., None]) -> None:
+    """Call ``register(name, "module:factory", probe=callable)`` for every backend you bring."""
+
+
+@hookspec
+def adaattn_register_policies(register: Callable[..., None]) -> None:
+    """Call ``register(name, "module:factory")`` for every policy you bring."""
+
+
+@hookspec
+def adaattn_register_commands(group: Any) -> None:
+    """Add commands to the typer application `group` of the ``adaattn`` command line."""

@@ -1,0 +1,292 @@
+"""AttentionProblem: every shape, dtype and mask check, once, at the door."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaattn_core.arrays import INPUT_FORMATS, array_device, dtype_name, move_axis_layout
+from adaattn_core.errors import ArgumentError, DTypeError, ShapeError
+from adaattn_core.mask import Mask
+
+HeadIndex = tuple[int, int]
+"""(sequence, head_q): what a plan, a certificate and an escalation speak about."""
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSpan:
+    """Where one sequence lives in the (possibly packed) arrays; rows and keys are half-open."""
+
+    index: int
+    batch: int
+    q_start: int
+    q_stop: int
+    kv_start: int
+    kv_stop: int
+
+    @property
+    def len_q(self) -> int:
+        """Number of query rows."""
+        return self.q_stop - self.q_start
+
+    @property
+    def len_kv(self) -> int:
+        """Number of valid keys."""
+        return self.kv_stop - self.kv_start
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionProblem:
+    """A checked attention problem; inner code trusts it.
+
+    Attributes
+    ----------
+    query : array, shape (batch, heads_q, len_q, dim_qk)
+    key : array, shape (batch, heads_kv, len_kv, dim_qk)
+    value : array, shape (batch, heads_kv, len_kv, dim_v)
+        Arrays of the caller's own library, as (possibly strided) views.
+    mask : Mask
+    scale : float
+        Factor on the scores, > 0; 1/sqrt(dim_qk) unless given.
+    sequences : tuple of SequenceSpan
+        One per batch entry, or one per packed sequence.
+    dtype : str
+        Input format: ``f64``, ``f32``, ``f16`` or ``bf16``.
+    device : str
+        Where the arrays live, as text.
+    """
+
+    query: Any
+    key: Any
+    value: Any
+    mask: Mask
+    scale: float
+    sequences: tuple[SequenceSpan, ...]
+    dtype: str
+    device: str
+
+    @classmethod
+    def from_arrays(
+        cls,
+        query: Any,
+        key: Any,
+        value: Any,
+        *,
+        mask: Mask | None = None,
+        scale: float | None = None,
+        layout: str = "bhsd",
+    ) -> AttentionProblem:
+        """Check everything and build the problem.
+
+        Parameters
+        ----------
+        query, key, value : array
+            Four-dimensional, in `layout` ``"bhsd"`` (batch, heads, len, dim) or ``"bshd"``.
+        mask : Mask, optional
+            Default: every key is visible.
+        scale : float, optional
+            Positive and finite. Default 1/sqrt(dim_qk).
+
+        Raises
+        ------
+        ShapeError
+            If shapes, head counts, lengths or the mask do not fit together.
+        DTypeError
+            If dtypes differ or are not floating point formats of the project.
+        ArgumentError
+            If layout or scale is not admissible.
+        """
+        if layout not in ("bhsd", "bshd"):
+            raise ArgumentError(
+                got=f"layout={layout!r}",
+                needed='"bhsd" (batch, heads, len, dim) or "bshd" (batch, len, heads, dim)',
+                do="name the layout of your arrays",
+            )
+        named = (("query", query), ("key", key), ("value", value))
+        for name, x in named:
+            if getattr(x, "ndim", None) != 4:
+                raise ShapeError(
+                    got=f"{name} of shape {tuple(getattr(x, 'shape', ()))}",
+                    needed="four dimensions: batch, heads, len, dim",
+                    do="add the missing dimensions, e.g. x[None] for a single batch entry",
+                )
+        dtypes = {name: dtype_name(x) for name, x in named}
+        if len(set(dtypes.values())) != 1 or dtypes["query"] not in INPUT_FORMATS:
+            raise DTypeError(
+                got=", ".join(f"{n}: {d}" for n, d in dtypes.items()),
+                needed=f"one common dtype out of {', '.join(INPUT_FORMATS)}",
+                do="cast the three arrays to one dtype; precision is chosen per head inside",
+            )
+        devices = {name: array_device(x) for name, x in named}
+        if len(set(devices.values())) != 1:
+            raise ShapeError(
+                got=", ".join(f"{n} on {d}" for n, d in devices.items()),
+                needed="the three arrays on one device",
+                do="move them first: nothing is copied between devices silently",
+            )
+        query, key, value = (move_axis_layout(x, layout) for x in (query, key, value))
+        _check_shapes(query.shape, key.shape, value.shape)
+        dim_qk = int(query.shape[3])
+        scale = 1.0 / math.sqrt(max(dim_qk, 1)) if scale is None else float(scale)
+        if not (math.isfinite(scale) and scale > 0):
+            raise ArgumentError(
+                got=f"scale={scale}",
+                needed="a positive finite number",
+                do="leave scale out for 1/sqrt(dim_qk); fold a sign into the queries",
+            )
+        mask = mask or Mask.none()
+        sequences = _sequences(mask, query.shape, key.shape)
+        _check_mask(mask, query.shape, key.shape, sequences)
+        return cls(query, key, value, mask, scale, sequences, dtypes["query"], devices["query"])
+
+    # -- sizes ----------------------------------------------------------------------------------
+    @property
+    def batch(self) -> int:
+        """Batch entries of the arrays (1 for packed sequences)."""
+        return int(self.query.shape[0])
+
+    @property
+    def heads_q(self) -> int:
+        """Query heads."""
+        return int(self.query.shape[1])
+
+    @property
+    def heads_kv(self) -> int:
+        """Key/value heads; divides heads_q."""
+        return int(self.key.shape[1])
+
+    @property
+    def len_q(self) -> int:
+        """Rows of the query array (all packed sequences together)."""
+        return int(self.query.shape[2])
+
+    @property
+    def len_kv(self) -> int:
+        """Keys of the key array, padding included."""
+        return int(self.key.shape[2])
+
+    @property
+    def dim_qk(self) -> int:
+        """Length of a query or key vector."""
+        return int(self.query.shape[3])
+
+    @property
+    def dim_v(self) -> int:
+        """Length of a value vector."""
+        return int(self.value.shape[3])
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.heads_q // self.heads_kv
+
+    def heads(self) -> Iterator[HeadIndex]:
+        """All (sequence, head_q) pairs, sequences first."""
+        for sequence in self.sequences:
+            for head in range(self.heads_q):
+                yield sequence.index, head
+
+    def intervals(self, sequence: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Visible keys of each row of one sequence, relative to the sequence's first key."""
+        span = self.sequences[sequence]
+        return self.mask.intervals(span.len_q, span.len_kv)
+
+    def visible_scores(self, sequence: int) -> int:
+        """Number of scores that the structural mask leaves in one head of the sequence."""
+        start, stop = self.intervals(sequence)
+        return int((stop - start).sum())
+
+
+def _check_shapes(q: Any, k: Any, v: Any) -> None:
+    if k[0] != q[0] or v[0] != q[0]:
+        raise ShapeError(
+            got=f"batch {q[0]} in query, {k[0]} in key, {v[0]} in value",
+            needed="one batch size",
+            do="expand the smaller arrays yourself (a broadcast view costs nothing)",
+        )
+    if k[1] != v[1] or k[2] != v[2]:
+        raise ShapeError(
+            got=f"key (heads, len) = {(k[1], k[2])}, value (heads, len) = {(v[1], v[2])}",
+            needed="as many values as keys",
+            do="check that key and value come from the same layer and cache",
+        )
+    if k[3] != q[3] or q[3] < 1 or v[3] < 1:
+        raise ShapeError(
+            got=f"dim {q[3]} in query, {k[3]} in key, {v[3]} in value",
+            needed="query and key vectors of one length of at least 1, values of at least 1",
+            do="check the head dimension of the projections",
+        )
+    if k[1] < 1 or q[1] < 1 or q[1] % k[1]:
+        raise ShapeError(
+            got=f"{q[1]} query heads for {k[1]} key/value heads",
+            needed="heads_q a positive multiple of heads_kv",
+            do="query head h reads key/value head h // (heads_q / heads_kv); do not repeat keys",
+        )
+
+
+def _sequences(mask: Mask, q: Any, k: Any) -> tuple[SequenceSpan, ...]:
+    if mask.cu_seqlens_q is not None and mask.cu_seqlens_kv is not None:
+        cu_q, cu_kv = mask.cu_seqlens_q, mask.cu_seqlens_kv
+        if q[0] != 1 or cu_q[-1] != q[2] or cu_kv[-1] != k[2]:
+            raise ShapeError(
+                got=f"batch {q[0]}, len_q {q[2]}, len_kv {k[2]} for cu_seqlens ending at"
+                f" {cu_q[-1]} and {cu_kv[-1]}",
+                needed="packed arrays of batch 1 whose lengths are the last entries",
+                do="concatenate the sequences along len without padding",
+            )
+        return tuple(
+            SequenceSpan(i, 0, cu_q[i], cu_q[i + 1], cu_kv[i], cu_kv[i + 1])
+            for i in range(len(cu_q) - 1)
+        )
+    lengths = mask.lengths or (int(k[2]),) * int(q[0])
+    if len(lengths) != q[0] or any(not 0 <= n <= k[2] for n in lengths):
+        raise ShapeError(
+            got=f"key lengths {lengths} for batch {q[0]} and len_kv {k[2]}",
+            needed="one length per batch entry, each between 0 and len_kv",
+            do="pass the number of valid keys of every batch entry",
+        )
+    return tuple(SequenceSpan(b, b, 0, int(q[2]), 0, n) for b, n in enumerate(lengths))
+
+
+def _check_mask(mask: Mask, q: Any, k: Any, sequences: tuple[SequenceSpan, ...]) -> None:
+    if mask.lengths is not None and mask.cu_seqlens_q is not None:
+        raise ArgumentError(
+            got="a mask with both key lengths and cu_seqlens",
+            needed="one of the two",
+            do="state the lengths through cu_seqlens_kv",
+        )
+    if mask.alignment == "equal" and any(s.len_q != s.len_kv for s in sequences):
+        worst = next(s for s in sequences if s.len_q != s.len_kv)
+        raise ShapeError(
+            got=f"a causal or window mask without alignment for len_q={worst.len_q},"
+            f" len_kv={worst.len_kv}",
+            needed="an alignment when the two lengths differ: nothing is guessed",
+            do='pass alignment="top_left" (PyTorch) or "bottom_right" (FlashAttention)',
+        )
+    full = (q[0], q[1], q[2], k[2])
+    for name, array in (("boolean", mask.allowed), ("additive", mask.bias)):
+        if array is None:
+            continue
+        shape = tuple(array.shape)
+        try:
+            fits = np.broadcast_shapes(shape, full) == full
+        except ValueError:
+            fits = False
+        if not fits:
+            raise ShapeError(
+                got=f"a {name} mask of shape {shape}",
+                needed=f"a shape broadcastable to {full} (batch, heads_q, len_q, len_kv)",
+                do="add axes of length 1 where the mask does not vary",
+            )
+        kind = dtype_name(array)
+        if (kind == "bool") != (name == "boolean"):
+            raise DTypeError(
+                got=f"a {name} mask of dtype {kind}",
+                needed="bool for Mask.boolean, floating point for Mask.additive",
+                do="True means may attend; an additive mask is added to the scaled scores",
+            )

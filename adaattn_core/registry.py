@@ -1,0 +1,241 @@
+"""Discovery: plugins found by entry point, loaded one by one, each failure recorded and isolated."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import pluggy
+
+from adaattn_core import hookspecs
+from adaattn_core.backend import Backend
+from adaattn_core.errors import AdaAttnError, BackendUnavailableError, PluginError
+
+ENTRY_POINT_GROUP = "adaattn"
+LOAD_PLUGINS_VARIABLE = "ADAATTN_LOAD_PLUGINS"
+
+Probe = Callable[[], str | None]
+"""Cheap check: None if the backend can run here, else the reason why not."""
+
+
+@dataclass(slots=True)
+class Registration:
+    """A name that a plugin claimed.
+
+    Attributes
+    ----------
+    name : str
+    factory : str
+        ``"module:attribute"``, imported on first use.
+    plugin : str
+        Entry point that brought it.
+    probe : callable or None
+    """
+
+    name: str
+    factory: str
+    plugin: str
+    probe: Probe | None = None
+    instance: Any = None
+
+    def unavailable_reason(self) -> str | None:
+        """Return why it cannot be used on this machine, or None."""
+        if self.probe is None:
+            return None
+        try:
+            return self.probe()
+        except Exception as error:  # a broken probe must not harm the others
+            return f"probe failed: {type(error).__name__}: {error}"
+
+    def load(self) -> Any:
+        """Import the factory and call it, once."""
+        if self.instance is None:
+            module, _, attribute = self.factory.partition(":")
+            try:
+                self.instance = getattr(importlib.import_module(module), attribute)()
+            except AdaAttnError:
+                raise
+            except Exception as error:
+                raise PluginError(
+                    got=f"{self.factory} of plugin {self.plugin!r}: {type(error).__name__}: {error}",
+                    needed="an importable factory without arguments",
+                    do="reinstall or report the plugin; the other backends still work",
+                    plugin=self.plugin,
+                ) from error
+        return self.instance
+
+
+@dataclass(slots=True)
+class Registry:
+    """Everything that plugins brought; build one with `load_registry`."""
+
+    backends: dict[str, Registration] = field(default_factory=dict)
+    policies: dict[str, Registration] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    manager: pluggy.PluginManager = field(
+        default_factory=lambda: pluggy.PluginManager(ENTRY_POINT_GROUP)
+    )
+
+    def add_plugin(self, name: str, module: Any) -> None:
+        """Register one plugin's hooks; on failure record it and leave nothing of it behind."""
+        claimed: tuple[dict[str, Registration], dict[str, Registration]] = ({}, {})
+        try:
+            self.manager.register(module, name=name)
+            for table, known, hook in (
+                (claimed[0], self.backends, "adaattn_register_backends"),
+                (claimed[1], self.policies, "adaattn_register_policies"),
+            ):
+                others = [p for p in self.manager.get_plugins() if p is not module]
+                self.manager.subset_hook_caller(hook, others)(
+                    register=_collector(name, table, known)
+                )
+        except Exception as error:  # isolation is this function's purpose
+            if self.manager.is_registered(module):
+                self.manager.unregister(module)
+            self.failures[name] = f"{type(error).__name__}: {error}"
+            return
+        self.backends.update(claimed[0])
+        self.policies.update(claimed[1])
+
+    def add_commands(self, group: Any) -> None:
+        """Let every plugin add its commands; a failing one is recorded and skipped."""
+        for name, module in self.manager.list_name_plugin():
+            others = [p for p in self.manager.get_plugins() if p is not module]
+            try:
+                self.manager.subset_hook_caller("adaattn_register_commands", others)(group=group)
+            except Exception as error:  # isolation, as above
+                self.failures[name] = f"{type(error).__name__}: {error}"
+
+
+def _collector(
+    plugin: str, table: dict[str, Registration], known: dict[str, Registration]
+) -> Callable[..., None]:
+    def register(name: str, factory: str, probe: Probe | None = None) -> None:
+        if name in known or name in table or name == "auto":
+            raise PluginError(
+                got=f"plugin {plugin!r} claims the name {name!r} again",
+                needed="a name that no other plugin uses",
+                do="rename it, or uninstall one of the two plugins",
+                plugin=plugin,
+            )
+        table[name] = Registration(name, factory, plugin, probe)
+
+    return register
+
+
+def load_registry(points: list[EntryPoint] | None = None) -> Registry:
+    """Load every plugin in isolation.
+
+    Parameters
+    ----------
+    points : list of EntryPoint, optional
+        Default: the installed entry points of group ``adaattn``, restricted to the comma-separated
+        names in ``ADAATTN_LOAD_PLUGINS`` if that variable is set.
+    """
+    registry = Registry()
+    registry.manager.add_hookspecs(hookspecs)
+    if points is None:
+        wanted = os.environ.get(LOAD_PLUGINS_VARIABLE)
+        found = sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda p: p.name)
+        names = None if wanted is None else {n.strip() for n in wanted.split(",")}
+        points = [p for p in found if names is None or p.name in names]
+    for point in points:
+        try:
+            module = point.load()
+        except Exception as error:  # one broken plugin must not hide the others
+            registry.failures[point.name] = f"{type(error).__name__}: {error}"
+            continue
+        registry.add_plugin(point.name, module)
+    return registry
+
+
+@cache
+def default_registry() -> Registry:
+    """Return the registry of the installed plugins, loaded on first use."""
+    return load_registry()
+
+
+@dataclass(frozen=True, slots=True)
+class BackendInfo:
+    """One line of `adaattn backends`."""
+
+    name: str
+    plugin: str
+    available: bool
+    reason: str
+
+
+def list_backends() -> list[BackendInfo]:
+    """Return every known backend and every plugin that failed to load."""
+    registry = default_registry()
+    rows = []
+    for entry in registry.backends.values():
+        reason = entry.unavailable_reason()
+        rows.append(BackendInfo(entry.name, entry.plugin, reason is None, reason or ""))
+    rows += [BackendInfo("", name, False, why) for name, why in registry.failures.items()]
+    return rows
+
+
+def get_backend(name: str = "auto", device: str = "cpu") -> Backend:
+    """Return a backend by name.
+
+    Parameters
+    ----------
+    name : str
+        A registered name, or ``"auto"``: the first available backend that takes arrays on `device`.
+    device : str
+        Where the arrays live (used by ``"auto"`` only).
+
+    Raises
+    ------
+    BackendUnavailableError
+        If the name is unknown or the backend cannot run on this machine.
+    """
+    registry = default_registry()
+    if name == "auto":
+        return _auto(registry, device)
+    if name not in registry.backends:
+        raise BackendUnavailableError(
+            got=f"backend {name!r}",
+            needed=f"one of {', '.join(sorted(registry.backends)) or 'none installed'}, or auto",
+            do=_broken_hint(registry),
+            reason="unknown name",
+        )
+    entry = registry.backends[name]
+    reason = entry.unavailable_reason()
+    if reason is not None:
+        raise BackendUnavailableError(
+            got=f"backend {name!r}: {reason}",
+            needed="a backend that can run on this machine",
+            do='see `adaattn backends`, or use backend="auto"',
+            reason=reason,
+        )
+    backend: Backend = entry.load()
+    return backend
+
+
+def _auto(registry: Registry, device: str) -> Backend:
+    kind = device.split(":")[0]
+    for entry in registry.backends.values():
+        if entry.unavailable_reason() is None:
+            backend: Backend = entry.load()
+            if kind in backend.capabilities().array_devices:
+                return backend
+    raise BackendUnavailableError(
+        got=f"arrays on {device}",
+        needed="an installed backend that takes arrays from there",
+        do=_broken_hint(registry),
+        reason=f"no backend for {kind}",
+    )
+
+
+def _broken_hint(registry: Registry) -> str:
+    if registry.failures:
+        broken = "; ".join(f"{n}: {why}" for n, why in registry.failures.items())
+        return f"repair the plugins that failed to load ({broken})"
+    return "see `adaattn backends` for what is installed"

@@ -1,0 +1,130 @@
+"""HeadStats: what a backend measures about a head before anything is decided.
+
+Facts and estimates only; no decision is taken here. A policy sees these numbers and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from adaattn_core.problem import HeadIndex
+from adaattn_core.structure import Structure
+
+
+@dataclass(frozen=True, slots=True)
+class StructureEstimate:
+    """How one structure would do on this head, estimated from held-out probe rows.
+
+    Attributes
+    ----------
+    structure : Structure
+    share : float
+        Estimated share of the visible scores that it computes, in [0, 1].
+    rank : int
+        Columns that stand for a row's far field (landmarks + pools), or the feature rank.
+    row_error_estimate : float
+        Estimated error at the budget's row quantile, relative to the rms output row.
+    frobenius_estimate : float
+        Estimated relative Frobenius error.
+    """
+
+    structure: Structure
+    share: float
+    rank: int
+    row_error_estimate: float
+    frobenius_estimate: float
+
+
+@dataclass(frozen=True, slots=True)
+class HeadStats:
+    """Measured facts of one (sequence, head).
+
+    Attributes
+    ----------
+    len_q, len_kv, dim_qk, dim_v : int
+    visible : int
+        Scores that the mask leaves.
+    entropy : float
+        Mean Shannon entropy of the sampled softmax rows, in nats.
+    entropy_relative : float
+        The same divided by ln(visible keys), in [0, 1].
+    score_max_abs : float
+        Largest |scaled score| among the sampled rows.
+    saturation : float
+        Mean over the sampled rows of the largest softmax weight, in [0, 1].
+    query_norm_upper, key_norm_upper, value_norm_upper : float
+        Largest Euclidean norm of a query row, key and value (visible ones).
+    output_rms_estimate : float
+        Root-mean-square norm of the sampled exact output rows.
+    stable_rank : float
+        |K|_F² / |K|_2² of the centred keys.
+    participation_ratio : float
+        (Σλ)² / Σλ² of the centred keys' Gram spectrum.
+    landmark_curve : mapping of float to float
+        Unrepresented mass -> share of keys needed as landmarks to leave no more than that.
+    feature_residual_upper : mapping of int to float
+        Feature rank -> upper bound of the score error that this rank leaves (theorem 6).
+    format_errors : mapping of (str, str) to float
+        (qk, pv) -> estimated row error at the budget's quantile on the sampled rows.
+    structures : tuple of StructureEstimate
+        Candidates that the backend tried on held-out sampled rows; Dense is implied.
+    nonfinite : bool
+        Whether a visible input is NaN or Inf.
+    sampled_rows : int
+        Rows behind the estimates (0 = nothing was sampled).
+    """
+
+    len_q: int
+    len_kv: int
+    dim_qk: int
+    dim_v: int
+    visible: int
+    entropy: float = 0.0
+    entropy_relative: float = 0.0
+    score_max_abs: float = 0.0
+    saturation: float = 0.0
+    query_norm_upper: float = 0.0
+    key_norm_upper: float = 0.0
+    value_norm_upper: float = 0.0
+    output_rms_estimate: float = 0.0
+    stable_rank: float = 0.0
+    participation_ratio: float = 0.0
+    landmark_curve: Mapping[float, float] = field(default_factory=dict)
+    feature_residual_upper: Mapping[int, float] = field(default_factory=dict)
+    format_errors: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    structures: tuple[StructureEstimate, ...] = ()
+    nonfinite: bool = False
+    sampled_rows: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ProblemStats:
+    """Stats of every head of a problem."""
+
+    heads: Mapping[HeadIndex, HeadStats]
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureRequest:
+    """What a policy wants measured; a backend measures nothing that is not asked for.
+
+    Attributes
+    ----------
+    rows : float
+        Row share whose error quantile is to be estimated.
+    structures : tuple of Structure
+        Candidates to try on held-out rows.
+    formats : tuple of (str, str)
+        (qk, pv) pairs to try on sampled rows.
+    spectrum : bool
+        Whether the spectral proxies and feature residuals are wanted.
+    seed : int
+        Seed of the probe rows.
+    """
+
+    rows: float
+    structures: tuple[Structure, ...]
+    formats: tuple[tuple[str, str], ...]
+    spectrum: bool
+    seed: int
