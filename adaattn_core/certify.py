@@ -1,0 +1,340 @@
+"""Certificates from theorems and from samples: facts of a run in, one sentence per head out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from adaattn_core import bounds
+from adaattn_core.backend import RowErrors, RunFacts
+from adaattn_core.bounds.accumulate import F32_UNIT, F64_UNIT
+from adaattn_core.bounds.rounding import add_up, div_up, mul_up, sub_down, up
+from adaattn_core.certificate import HeadCertificate
+from adaattn_core.errors import ArgumentError
+from adaattn_core.formats import get_format
+from adaattn_core.plan import HeadPlan
+from adaattn_core.structure import Landmark, ScoreSkip
+
+CHUNK_KEYS_LEAST = 64
+"""Fewest keys per step of an executor's streaming softmax (a score-skip tile may be
+smaller)."""
+SPARE_ROUNDINGS = 8
+"""Roundings per path besides the sum itself: mean key, scales of 8-bit operands, softmax scale,
+division by the normaliser."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Arithmetic:
+    """What the executor computes with, and how long its sums are."""
+
+    unit: float
+    tiny: float
+    largest: float
+    chunks: int
+
+    @classmethod
+    def of(cls, facts: RunFacts, plan: HeadPlan) -> _Arithmetic:
+        chunk = CHUNK_KEYS_LEAST
+        if isinstance(plan.structure, ScoreSkip):
+            chunk = min(chunk, plan.structure.tile_kv)
+        chunks = math.ceil(facts.keys_max / chunk) + 1
+        wide = plan.qk == plan.pv == "f64"
+        info = get_format("f64" if wide else "f32")
+        unit = F64_UNIT if wide else F32_UNIT
+        return cls(unit, info.smallest_normal, info.max_finite, chunks)
+
+
+def theorem_certificate(
+    facts: RunFacts,
+    plan: HeadPlan,
+    *,
+    dim_qk: int,
+    dim_v: int,
+    scale: float,
+    dtype: str,
+    len_q: int,
+    guarantee: str = "worst_case",
+    confidence: float = 0.95,
+    bias_max_abs: float = 0.0,
+) -> HeadCertificate:
+    """Certify a head by theorems alone: every row, whatever the input.
+
+    Parameters
+    ----------
+    facts : RunFacts
+        What the run found out; its norms and residuals are upper bounds.
+    plan : HeadPlan
+        How the head was computed.
+    dim_qk, dim_v : int
+        Length of a query or key, and of a value.
+    scale : float
+        Factor on the scores, > 0.
+    dtype : str
+        Format of the returned output.
+    len_q : int
+        Query rows; a probabilistic statement covers ``len_q * facts.keys_max`` scores at once.
+    guarantee : {"worst_case", "probabilistic"}
+        ``"probabilistic"`` uses the random bits of stochastically rounded queries and keys;
+        where that is no better (or nothing was rounded so) the worst case is returned, which is
+        stronger.
+    confidence : float
+        In (0, 1), of the probabilistic bound.
+    bias_max_abs : float
+        Largest finite magnitude of an additive mask; its sum with the score is rounded.
+
+    Returns
+    -------
+    HeadCertificate
+        ``upper`` in multiples of the rms output row, with its terms ``qk_rounding``,
+        ``pv_rounding``, ``v_rounding``, ``accumulation``, ``structure``, ``output``; inf where
+        a term is unbounded, the output is not finite, or its rms is 0 while the bound is not.
+
+    Raises
+    ------
+    ArgumentError
+        If `guarantee` is another word, or `confidence` is not in (0, 1) where it is used.
+
+    References
+    ----------
+    This project, docs/math/08-composition.md, theorem 8, which states the computation covered.
+    """
+    if guarantee not in ("worst_case", "probabilistic"):
+        raise ArgumentError(
+            got=f"guarantee={guarantee!r}",
+            needed="worst_case or probabilistic",
+            do="use sampled_certificate for a sampled guarantee",
+        )
+    if len_q == 0 or facts.keys_max == 0:
+        return HeadCertificate("worst_case", 0.0, 1.0, 1.0, terms=_no_terms())
+
+    worst = _operand_score_error(facts, scale)
+    score_error, proved, sure = worst, "worst_case", 1.0
+    if guarantee == "probabilistic" and plan.rounding == "stochastic":
+        likely = bounds.stochastic_score_error(
+            scale,
+            facts.query_norm_upper,
+            facts.key_norm_upper,
+            facts.query_step_upper,
+            facts.key_step_upper,
+            dim=dim_qk,
+            pairs=len_q * facts.keys_max,
+            confidence=confidence,
+        )
+        if _rounded_at_random(facts) and likely < worst:
+            score_error, proved, sure = likely, "probabilistic", confidence
+
+    diameter = float(bounds.value_diameter(facts.value_norm_upper, facts.value_diameter_upper))
+    value_norm = float(add_up(facts.value_norm_upper, facts.value_residual_upper))
+    arithmetic = _Arithmetic.of(facts, plan)
+    absolute = {
+        "qk_rounding": float(bounds.output_error(score_error, diameter)),
+        "pv_rounding": _weights_error(facts, plan, value_norm),
+        "v_rounding": float(bounds.rounded_values_error(facts.value_residual_upper)),
+        "accumulation": _accumulation_error(
+            facts, plan, arithmetic, dim_qk, dim_v, scale, bias_max_abs, diameter, value_norm
+        ),
+        "structure": _structure_error(facts, plan, diameter),
+    }
+    # A returned row is a convex combination of values up to these three errors alone.
+    moved = add_up(*(absolute[name] for name in ("pv_rounding", "v_rounding", "accumulation")))
+    row_norm = float(add_up(value_norm, moved))
+    absolute["output"] = _output_error(arithmetic, dtype, dim_v, row_norm)
+    terms = bounds.relative_terms(absolute, facts.output_rms)
+    upper = math.inf if facts.nonfinite else bounds.compose(terms)
+    return HeadCertificate(
+        proved, upper, rows=1.0, confidence=sure, terms=terms, nonfinite=facts.nonfinite
+    )
+
+
+def sampled_certificate(
+    errors: RowErrors,
+    facts: RunFacts,
+    *,
+    rows: float,
+    confidence: float,
+    len_q: int,
+    complete: bool = False,
+    rounds: int = 1,
+) -> HeadCertificate:
+    """Certify a head by exact attention of rows drawn after the plan was fixed.
+
+    Parameters
+    ----------
+    errors : RowErrors
+        Errors of the sampled rows (drawn uniformly with replacement), or of every row once.
+    facts : RunFacts
+        Its ``output_rms`` is the unit of the certificate.
+    rows, confidence : float
+        The sentence asked for, each in (0, 1).
+    len_q : int
+        Query rows of the head.
+    complete : bool
+        Whether `errors` holds every row exactly once; the quantile is then exact.
+    rounds : int
+        Rounds of escalation that may draw afresh; the confidence is split over them, so that
+        the sentence that is finally kept holds with `confidence` all the same.
+
+    Returns
+    -------
+    HeadCertificate
+        ``upper`` is inf when the sample is too small for the sentence or the output not finite;
+        ``estimate`` is the relative Frobenius error of the sampled rows.
+
+    Raises
+    ------
+    ArgumentError
+        If `complete` is claimed for another number of rows than `len_q`.
+
+    References
+    ----------
+    This project, docs/math/10-order-statistic.md, theorem 10.
+    """
+    drawn = int(errors.error.size)
+    if complete and drawn != len_q:
+        raise ArgumentError(
+            got=f"{drawn} row errors, complete=True",
+            needed=f"one for each of the {len_q} rows",
+            do="evaluate every row once, or pass complete=False",
+        )
+    sure = 1.0 if complete else confidence
+    if len_q == 0:
+        return HeadCertificate("sampled", 0.0, rows, 1.0, estimate=0.0)
+    if complete:
+        # Smallest k with k / len_q >= rows, whatever the rounding of rows * len_q.
+        shares = np.arange(1, len_q + 1) / len_q
+        k: int | None = int(np.argmax(shares >= rows)) + 1
+    else:
+        split = 1.0 - (1.0 - confidence) / max(rounds, 1)
+        k = bounds.order_statistic(drawn, rows, float(up(split)))
+    upper = math.inf
+    if k is not None and not facts.nonfinite:
+        ordered = np.sort(np.where(np.isnan(errors.error), np.inf, errors.error))
+        reached = add_up(float(ordered[k - 1]), errors.oracle_upper)
+        upper = bounds.relative_terms({"sampled": float(reached)}, facts.output_rms)["sampled"]
+    return HeadCertificate(
+        "sampled",
+        upper,
+        rows=rows,
+        confidence=sure,
+        estimate=_frobenius_estimate(errors),
+        terms={"sampled": upper},
+        nonfinite=facts.nonfinite,
+    )
+
+
+def _no_terms() -> dict[str, float]:
+    names = ("qk_rounding", "pv_rounding", "v_rounding", "accumulation", "structure", "output")
+    return dict.fromkeys(names, 0.0)
+
+
+def _operand_score_error(facts: RunFacts, scale: float) -> float:
+    """Theorem 2 for the worst query and key."""
+    return float(
+        bounds.score_error(
+            scale,
+            facts.query_norm_upper,
+            facts.key_norm_upper,
+            facts.query_residual_upper,
+            facts.key_residual_upper,
+        )
+    )
+
+
+def _rounded_at_random(facts: RunFacts) -> bool:
+    """Whether each operand's residual comes from a rounding whose step is known."""
+    query = facts.query_step_upper > 0 or facts.query_residual_upper == 0
+    key = facts.key_step_upper > 0 or facts.key_residual_upper == 0
+    return query and key
+
+
+def _weights_error(facts: RunFacts, plan: HeadPlan, value_norm: float) -> float:
+    """Theorem 3: weights rounded to the format of P·V; none where they already have it."""
+    if plan.pv == "f64" or (plan.pv == "f32" and plan.qk != "f64"):
+        return 0.0
+    rounding = bounds.weight_rounding(plan.pv, plan.p_scale)
+    return float(bounds.rounded_weights_error(rounding, facts.keys_max, value_norm))
+
+
+def _accumulation_error(
+    facts: RunFacts,
+    plan: HeadPlan,
+    arithmetic: _Arithmetic,
+    dim_qk: int,
+    dim_v: int,
+    scale: float,
+    bias_max_abs: float,
+    diameter: float,
+    value_norm: float,
+) -> float:
+    """Theorem 7: everything that the arithmetic itself adds, scores and sums."""
+    if value_norm == 0:
+        return 0.0
+    query_norm = add_up(facts.query_norm_upper, facts.query_residual_upper)
+    key_norm = add_up(facts.key_norm_upper, facts.key_residual_upper)
+    product = mul_up(query_norm, key_norm)
+    if not float(mul_up(4.0, product, max(1.0, scale))) < arithmetic.largest:
+        return math.inf
+    dot_roundings = dim_qk + SPARE_ROUNDINGS
+    dot = mul_up(bounds.product_sum_error(dot_roundings, plan.qk), scale, product)
+    dot_underflow = mul_up(
+        2.0 * dot_roundings * arithmetic.tiny,
+        add_up(1.0, scale),
+        add_up(1.0, query_norm, key_norm),
+    )
+    score_max = add_up(mul_up(scale, product), dot, dot_underflow, bias_max_abs)
+    score_error = add_up(
+        dot,
+        dot_underflow,
+        bounds.score_rounding(float(score_max), arithmetic.unit),
+        bounds.exp_score_error(arithmetic.chunks, arithmetic.unit),
+    )
+
+    keys = facts.keys_max
+    path = keys + 2 * arithmetic.chunks + SPARE_ROUNDINGS
+    normaliser = bounds.gamma_nearest(path, arithmetic.unit)
+    flush = plan.flush_keys if plan.flush_keys > 0 else None
+    numerator = bounds.product_sum_error(path, plan.pv, flush)
+    numerator = max(numerator, normaliser)
+    weights = bounds.weight_rounding(plan.pv, plan.p_scale)
+    # Rounded weights may weigh more than the exact ones that the sums are measured against.
+    weighed = add_up(1.0, weights.relative, mul_up(keys, weights.absolute))
+    relative = div_up(add_up(numerator, normaliser), sub_down(1.0, normaliser))
+    sums = mul_up(relative, weighed, value_norm)
+    lost = mul_up(
+        4.0 * (keys + SPARE_ROUNDINGS) * (arithmetic.chunks + 2) * arithmetic.tiny,
+        add_up(value_norm, up(math.sqrt(dim_v))),
+    )
+    underflow = div_up(lost, sub_down(1.0, normaliser))
+    return float(add_up(bounds.output_error(score_error, diameter), sums, underflow))
+
+
+def _structure_error(facts: RunFacts, plan: HeadPlan, diameter: float) -> float:
+    """Theorems 4 and 6; no theorem bounds what pooled columns leave out."""
+    if isinstance(plan.structure, Landmark) and facts.share < 1:
+        return math.inf
+    return float(
+        add_up(
+            bounds.output_error(facts.score_residual_upper, diameter),
+            bounds.dropped_mass_error(facts.dropped_mass_upper, diameter),
+        )
+    )
+
+
+def _output_error(arithmetic: _Arithmetic, dtype: str, dim_v: int, row_norm: float) -> float:
+    """Bound the rounding of the returned rows to their own format, if that is narrower."""
+    if get_format(dtype).unit_roundoff <= arithmetic.unit or row_norm == 0:
+        return 0.0
+    return float(bounds.storing_error(dtype, row_norm, dim_v))
+
+
+def _frobenius_estimate(errors: RowErrors) -> float:
+    if errors.error.size == 0:
+        return math.nan
+    with np.errstate(all="ignore"):
+        error = float(np.mean(np.square(errors.error)))
+        exact = float(np.mean(np.square(errors.exact_norm)))
+    if error == 0:
+        return 0.0
+    return math.sqrt(error / exact) if exact > 0 else math.inf
