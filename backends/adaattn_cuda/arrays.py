@@ -1,0 +1,180 @@
+"""Arrays at the border: address, shape and strides of anything that lives on a CUDA device."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+from adaattn_core.errors import DTypeError, UnsupportedError
+
+__all__ = ["ArrayView", "view"]
+
+_NAMES = {
+    "float64": "f64",
+    "float32": "f32",
+    "float16": "f16",
+    "bfloat16": "bf16",
+    "bool": "bool",
+}
+ITEM_BYTES = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2, "bool": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayView:
+    """Where an array is and how it is laid out; it does not keep the array alive.
+
+    Attributes
+    ----------
+    pointer : int
+        Address of element 0.
+    shape, strides : tuple of int
+        Strides in elements.
+    dtype : str
+        Name of the format, or ``"bool"``.
+    device : int
+        CUDA device number; -1 for host memory.
+    """
+
+    pointer: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+    device: int
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one element."""
+        return ITEM_BYTES[self.dtype]
+
+
+def view(array: Any) -> ArrayView:
+    """Describe a CUDA array without copying it.
+
+    Torch tensors and CuPy arrays are read through their attributes (a microsecond), anything else
+    through ``__cuda_array_interface__`` or DLPack.
+
+    Raises
+    ------
+    DTypeError
+        If the element type has no format here.
+    UnsupportedError
+        If the array is not in CUDA memory, or requires a gradient.
+    """
+    if hasattr(array, "data_ptr"):
+        return _torch_view(array)
+    interface = getattr(array, "__cuda_array_interface__", None)
+    if interface is not None:
+        return _interface_view(array, interface)
+    if hasattr(array, "__dlpack__"):
+        return _dlpack_view(array)
+    raise _not_cuda(f"an object of type {type(array).__name__}")
+
+
+def _not_cuda(got: str) -> UnsupportedError:
+    return UnsupportedError(
+        got=got,
+        needed="arrays in CUDA memory (torch, CuPy, cuda.core, or anything with DLPack)",
+        do='move them to the device first, or use backend="numpy" for host arrays',
+    )
+
+
+def _format(text: str) -> str:
+    try:
+        return _NAMES[text]
+    except KeyError:
+        raise DTypeError(
+            got=f"an array of dtype {text}",
+            needed=f"one of {', '.join(_NAMES)}",
+            do="cast the array first",
+            dtype=text,
+        ) from None
+
+
+def _torch_view(tensor: Any) -> ArrayView:
+    if tensor.requires_grad:
+        raise UnsupportedError(
+            got="a tensor that requires a gradient",
+            needed="plain data: this door has no backward pass and would cut the gradient",
+            do="use adaattn_torch.scaled_dot_product_attention, or pass x.detach() on purpose",
+        )
+    device = tensor.device
+    if device.type != "cuda":
+        raise _not_cuda(f"a torch tensor on {device}")
+    return ArrayView(
+        tensor.data_ptr(),
+        tuple(tensor.shape),
+        tensor.stride(),
+        _format(str(tensor.dtype)[6:]),  # "torch.float32"
+        device.index or 0,
+    )
+
+
+def _interface_view(array: Any, interface: dict[str, Any]) -> ArrayView:
+    shape = tuple(int(n) for n in interface["shape"])
+    # bf16 has no type string; libraries that have it (CuPy with ml_dtypes) show it as a dtype.
+    dtype = _format(str(getattr(array, "dtype", interface["typestr"])))
+    strides = interface.get("strides")
+    item = ITEM_BYTES[dtype]
+    steps = _contiguous(shape) if strides is None else tuple(int(s) // item for s in strides)
+    device = getattr(getattr(array, "device", None), "id", None)
+    pointer = int(interface["data"][0])
+    return ArrayView(pointer, shape, steps, dtype, 0 if device is None else int(device))
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    steps, step = [], 1
+    for n in reversed(shape):
+        steps.append(step)
+        step *= n
+    return tuple(reversed(steps))
+
+
+class _DLTensor(ctypes.Structure):
+    """The first member of DLManagedTensor, as dlpack.h 0.8 lays it out."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+_DL_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
+_DL_DTYPES = {
+    (2, 64): "float64",
+    (2, 32): "float32",
+    (2, 16): "float16",
+    (4, 16): "bfloat16",
+    (6, 8): "bool",
+}
+_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_capsule_pointer.restype = ctypes.c_void_p
+_capsule_pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
+
+
+def _dlpack_view(array: Any) -> ArrayView:
+    kind, device = array.__dlpack_device__()
+    if int(kind) not in _DL_CUDA:
+        raise _not_cuda(f"an array of type {type(array).__name__} on DLPack device {int(kind)}")
+    # stream=-1: the launch goes to the caller's own stream, so no ordering is asked for here.
+    # The capsule stays unconsumed and frees itself; the array keeps the memory alive.
+    capsule = array.__dlpack__(stream=-1)
+    tensor = _DLTensor.from_address(_capsule_pointer(capsule, b"dltensor"))
+    shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
+    strides = (
+        tuple(tensor.strides[i] for i in range(tensor.ndim))
+        if tensor.strides
+        else _contiguous(shape)
+    )
+    code = _DL_DTYPES.get((tensor.code, tensor.bits), f"DLPack {tensor.code}/{tensor.bits}")
+    return ArrayView(
+        int(tensor.data or 0) + int(tensor.byte_offset), shape, strides, _format(code), device
+    )

@@ -1,0 +1,30 @@
+"""KernelSpec -> CUDA C++ translation unit. Pure text: same spec, same bytes."""
+
+from __future__ import annotations
+
+from adaattn_cuda.spec import KernelSpec, cpp
+
+__all__ = ["ENTRY", "render"]
+
+ENTRY = "adaattn_entry"
+"""Unmangled name of the one kernel in every unit."""
+
+
+def render(spec: KernelSpec) -> str:
+    """Translation unit of ``spec``.
+
+    The static assertion makes the compiler check the host's shared-memory arithmetic; the plain
+    ``extern "C"`` entry lets a cached cubin be loaded without a name map.
+    """
+    namespace = f"adaattn::{spec.stem}"
+    arguments = ", ".join(cpp(trait) for trait in spec.traits)
+    return f"""#include "{spec.header}"
+
+using Traits = {namespace}::Traits<{arguments}>;
+static_assert(Traits::kSmemBytes == {spec.smem_bytes}, "host and kernel disagree on smem_bytes");
+
+extern "C" __global__ void __launch_bounds__(Traits::kThreads, 1)
+{ENTRY}(const __grid_constant__ {namespace}::Params params) {{
+    {namespace}::run<Traits>(params);
+}}
+"""

@@ -1,0 +1,51 @@
+"""KernelSpec: which kernel, specialised how, for which architecture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["KernelSpec", "Trait"]
+
+Trait = bool | int | str
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One specialisation of one kernel: everything that decides its machine code.
+
+    Parameters
+    ----------
+    stem : str
+        File stem below ``adaattn/attn/``, e.g. ``"sm80_attn_fwd"``.
+    traits : tuple of bool, int or str
+        Template arguments of ``Traits``, in order; a str is C++ text (a type or enumerator).
+    smem_bytes : int
+        Dynamic shared memory the host will ask for; the unit asserts that the kernel agrees.
+    arch : str
+        Real architecture, e.g. ``"sm_80"`` or ``"sm_90a"``.
+    options : tuple of str
+        Further ptxas options.
+    """
+
+    stem: str
+    traits: tuple[Trait, ...]
+    smem_bytes: int
+    arch: str
+    options: tuple[str, ...] = ()
+
+    @property
+    def header(self) -> str:
+        """Include name of the kernel's source."""
+        return f"adaattn/attn/{self.stem}.cuh"
+
+    @property
+    def name(self) -> str:
+        """Short printable name: the stem and its template arguments."""
+        return f"{self.stem}<{', '.join(cpp(trait) for trait in self.traits)}>"
+
+
+def cpp(trait: Trait) -> str:
+    """C++ text of one template argument."""
+    if isinstance(trait, bool):
+        return "true" if trait else "false"
+    return str(trait)

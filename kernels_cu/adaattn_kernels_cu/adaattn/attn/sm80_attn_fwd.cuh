@@ -1,0 +1,212 @@
+// sm80_attn_fwd.cuh -- exact attention forward on any GPU from Ampere on (mma.sync + cp.async).
+//
+// Algorithm    One block computes one tile of kTileM query rows of one head:
+//                1. the rows' visible keys form one interval each; the block walks the key tiles
+//                   that any of its rows sees, last tile first (a causal mask's cut tiles come
+//                   first, while later copies are under way);
+//                2. S = Q K^T; masks, in the tiles that some row sees only partly;
+//                3. online softmax in base 2 with a lazy reference (sm80_softmax.cuh);
+//                4. O = alpha O + P V;
+//                5. out = O / sum, lse = ln(sum) + reference.
+//              Source: Milakov & Gimelshein, arXiv 1805.02867; Dao, arXiv 2307.08691.
+// Numerics     Q, K in kQk; V and P in kPv; scores, softmax and accumulators f32. Rounding points:
+//              (r1) operands, when the format is narrower than the input; (r2) products and sums of
+//              Q K^T; (r3) 2^x, relative 2^-22; (r4) P to kPv, the row sum keeps unrounded P;
+//              (r5) products and sums of P V; (r6) out to the input type. f32 is three tf32
+//              products. The tensor core truncates when it accumulates, so 32-bit formats add short
+//              partial sums (kFlushSteps steps of Q K^T, one key tile of P V) to round-to-nearest
+//              accumulators.
+// Tiles        kTileM x kTileN per block, m16n8k16 (16-bit) or m16n8k8 (32-bit); kWarps warps of
+//              kTileM / kWarps rows each; K and V tiles are shared by all warps.
+// Shared mem   | name | type | shape                       | swizzle | live          |
+//              | Q    | kQk  | kTileM x kDimQk             | 8 rows  | whole block   |
+//              | K[s] | kQk  | kTileN x kDimQk, s < kStages | 8 rows  | one key tile  |
+//              | V[s] | kPv  | kTileN x kDimV, s < kStages  | 8 rows  | one key tile  |
+//              Nothing is aliased; kSmemBytes is their sum.
+// Registers    O takes kTileM kDimV / (32 kWarps) of them, S kTileM kTileN / (32 kWarps).
+// Barriers     Block barriers only. Two stages: one per key tile, after the wait for its copies: it
+//              publishes the tile and frees the stage that the next copy fills. One stage: a second
+//              one before V is read, which frees K.
+// Limits       The host has checked: lengths <= 2^29, dim_qk <= kDimQk, dim_v <= kDimV; kVectorised
+//              only where every row begins on a 16-byte boundary and holds whole 16-byte chunks.
+// Ladder       docs/kernels/sm80_attn_fwd.md
+//
+// Budget: registers<=255 spill_bytes=0 smem_bytes<=232448
+#pragma once
+
+#include "adaattn/attn/sm80_epilogue.cuh"
+#include "adaattn/attn/sm80_mask.cuh"
+#include "adaattn/attn/sm80_params.cuh"
+#include "adaattn/attn/sm80_products.cuh"
+#include "adaattn/attn/sm80_softmax.cuh"
+#include "adaattn/attn/sm80_tile.cuh"
+
+namespace adaattn::sm80_attn_fwd {
+
+using namespace adaattn::sm80;
+using sm80::Params;
+
+template <Format kInput_, Format kQk_, Format kPv_, int kTileM_, int kTileN_, int kDimQk_,
+          int kDimV_, int kWarps_, int kStages_, bool kArrayMask_, bool kVectorised_>
+struct Traits {
+    static constexpr Format kInput = kInput_, kQk = kQk_, kPv = kPv_;
+    static constexpr int kTileM = kTileM_, kTileN = kTileN_;
+    static constexpr int kDimQk = kDimQk_, kDimV = kDimV_;
+    static constexpr int kWarps = kWarps_, kStages = kStages_;
+    static constexpr bool kArrayMask = kArrayMask_, kVectorised = kVectorised_;
+    static constexpr int kThreads = 32 * kWarps;
+
+    using QueryTile = Tile<kQk, kTileM, kDimQk>;
+    using KeyTile = Tile<kQk, kTileN, kDimQk>;
+    using ValueTile = Tile<kPv, kTileN, kDimV>;
+    static constexpr int kQueryAt = 0;
+    static constexpr int kKeyAt = kQueryAt + QueryTile::kBytes;
+    static constexpr int kValueAt = kKeyAt + kStages * KeyTile::kBytes;
+    static constexpr int kSmemBytes = kValueAt + kStages * ValueTile::kBytes;
+
+    // A copy needs no conversion when the stored types agree (tf32 and f32 are both stored as f32).
+    __host__ __device__ static constexpr bool same_storage(Format operand) {
+        return operand == kInput || (kInput == Format::f32 && !is_narrow(operand));
+    }
+    static constexpr bool kAsyncQk = kVectorised && same_storage(kQk);
+    static constexpr bool kAsyncPv = kVectorised && same_storage(kPv);
+
+    static constexpr int kRowsPerWarp = kTileM / kWarps;
+    static constexpr int kRowTiles = kRowsPerWarp / 16;
+    static constexpr int kKeyTiles = kTileN / 8;
+    static constexpr int kValueTiles = kDimV / 8;
+    static constexpr int kQkSteps = kDimQk * storage_bytes(kQk) / 32;
+    static constexpr int kFlushSteps = 4;  // of Q K^T in 32-bit formats
+
+    static_assert(kInput != Format::tf32, "tf32 is an operand format, arrays hold f32");
+    static_assert(kTileM % (16 * kWarps) == 0, "every warp owns whole 16-row fragments");
+    static_assert(kStages == 1 || kStages == 2, "one or two K/V stages");
+};
+
+template <class T>
+ADAATTN_DEVICE void run(const Params& params) {
+    using QueryTile = typename T::QueryTile;
+    using KeyTile = typename T::KeyTile;
+    using ValueTile = typename T::ValueTile;
+
+    const u32 shared = shared_base();
+    const WorkItem item = work_item(params, T::kTileM);
+    const int lane = thread_index() & 31;
+    const int tile_row = item.tile * T::kTileM;
+    const int warp_row = (thread_index() / 32) * T::kRowsPerWarp;
+
+    // What the block must visit, and the part in which every row sees every key.
+    const int last_row = (tile_row + T::kTileM < item.len_q ? tile_row + T::kTileM : item.len_q) - 1;
+    const Interval of_first = visible_keys(params, item, tile_row);
+    const Interval of_last = visible_keys(params, item, last_row);
+    const Interval visit = {of_first.start, of_last.stop};
+    const Interval full = {of_last.start, of_first.stop};
+    const int tile_begin = visit.start / T::kTileN;
+    const int tile_end = visit.stop > visit.start ? (visit.stop + T::kTileN - 1) / T::kTileN
+                                                  : tile_begin;
+
+    const int head_kv = item.head / params.group_size;
+    const i64 batch = item.batch;
+    const auto row_of = [](const void* base, i64 element) -> const void* {
+        return static_cast<const char*>(base) + element * storage_bytes(T::kInput);
+    };
+    const void* query = row_of(params.query, batch * params.query_batch +
+                                                 item.head * params.query_head +
+                                                 (static_cast<i64>(item.q_start) + tile_row) *
+                                                     params.query_row);
+    const void* key = row_of(params.key, batch * params.key_batch + head_kv * params.key_head +
+                                             item.kv_start * params.key_row);
+    const void* value =
+        row_of(params.value, batch * params.value_batch + head_kv * params.value_head +
+                                 item.kv_start * params.value_row);
+
+    const auto fill_key = [&](int tile, int stage) {
+        const int first = tile * T::kTileN;
+        fill_tile<KeyTile, T::kQk, T::kInput, T::kAsyncQk, T::kThreads>(
+            shared + T::kKeyAt + stage * KeyTile::kBytes,
+            {row_of(key, first * params.key_row), params.key_row, visit.start - first,
+             visit.stop - first, params.dim_qk});
+    };
+    const auto fill_value = [&](int tile, int stage) {
+        const int first = tile * T::kTileN;
+        fill_tile<ValueTile, T::kPv, T::kInput, T::kAsyncPv, T::kThreads>(
+            shared + T::kValueAt + stage * ValueTile::kBytes,
+            {row_of(value, first * params.value_row), params.value_row, visit.start - first,
+             visit.stop - first, params.dim_v});
+    };
+
+    Output<T> out;
+    clear<T::kRowTiles, T::kValueTiles>(out);
+    RowState<T::kRowTiles> state;
+    state.reset();
+    const ArrayMask arrays(params, item);
+    const float scale = T::kArrayMask ? 1.0f : params.scale_log2;
+    const u32 query_lane = row_operand<QueryTile>(shared + T::kQueryAt, warp_row, lane);
+
+    int tile = tile_end - 1;
+    if (tile >= tile_begin) {
+        fill_tile<QueryTile, T::kQk, T::kInput, T::kAsyncQk, T::kThreads>(
+            shared + T::kQueryAt,
+            {query, params.query_row, 0, item.len_q - tile_row, params.dim_qk});
+        fill_key(tile, 0);
+        copy_async_commit();
+        if constexpr (T::kStages == 2) {
+            fill_value(tile, 0);
+            copy_async_commit();
+        }
+    }
+    for (int stage = 0; tile >= tile_begin; --tile) {
+        const u32 key_tile = shared + T::kKeyAt + stage * KeyTile::kBytes;
+        const u32 value_tile = shared + T::kValueAt + stage * ValueTile::kBytes;
+        const int first_key = tile * T::kTileN;
+
+        copy_async_wait<0>();
+        block_sync();  // this tile has arrived for all; all are done with the buffers filled next
+        if constexpr (T::kStages == 2) {
+            if (tile > tile_begin) {
+                fill_key(tile - 1, stage ^ 1);
+                fill_value(tile - 1, stage ^ 1);
+            }
+        } else {
+            fill_value(tile, 0);
+        }
+        copy_async_commit();
+
+        Scores<T> scores;
+        compute_scores<T>(scores, query_lane, column_operand<KeyTile>(key_tile, lane));
+
+        if constexpr (T::kStages == 1) {
+            copy_async_wait<0>();
+            block_sync();  // V has arrived for all; all are done with K, which is filled next
+            if (tile > tile_begin) {
+                fill_key(tile - 1, 0);
+            }
+            copy_async_commit();
+        }
+
+        const bool cut = T::kArrayMask || first_key < full.start || first_key + T::kTileN > full.stop;
+        if (cut) {
+            mask_scores<T>(scores, params, item, arrays, tile_row + warp_row, first_key);
+        }
+        float alpha[T::kRowTiles][2];
+        if (state.update(scores, scale, alpha)) {
+            rescale<T>(out, alpha);
+        }
+        if (cut && block_sync_or(holds_nonfinite<ValueTile, T::kPv, T::kThreads>(value_tile))) {
+            separate_nonfinite<T>(out, value_tile, params, item, arrays, tile_row + warp_row,
+                                  first_key);
+        }
+        if constexpr (is_narrow(T::kPv)) {
+            add_values_narrow<T>(out, scores, row_operand<ValueTile>(value_tile, 0, lane));
+        } else {
+            add_values_wide<T>(out, scores, value_tile);
+        }
+        if constexpr (T::kStages == 2) {
+            stage ^= 1;
+        }
+    }
+    state.finish();
+    store_rows<T>(out, state, params, item, tile_row + warp_row, scale);
+}
+
+}  // namespace adaattn::sm80_attn_fwd

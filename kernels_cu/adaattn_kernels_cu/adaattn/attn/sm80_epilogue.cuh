@@ -1,0 +1,92 @@
+// sm80_epilogue.cuh -- out and lse of one warp's rows, from accumulators to global memory.
+#pragma once
+
+#include "adaattn/attn/sm80_params.cuh"
+#include "adaattn/attn/sm80_products.cuh"
+
+namespace adaattn::sm80 {
+
+template <Format kInput>
+ADAATTN_DEVICE void store_element(char* row, int column, float x) {
+    if constexpr (kInput == Format::f32) {
+        reinterpret_cast<float*>(row)[column] = x;
+    } else {
+        reinterpret_cast<u16*>(row)[column] = static_cast<u16>(pack_pair<kInput>(x, 0.0f));
+    }
+}
+
+// Columns column + 2t and + 1 (x), column + 8 + 2t and + 1 (y) of one row, t = lane % 4. All lanes
+// of the warp must call; those with writes == false store nothing.
+template <class T>
+ADAATTN_DEVICE void store_columns(char* row, int column, const float (&x)[2], const float (&y)[2],
+                                  int dim, bool writes) {
+    const int t = thread_index() & 3;
+    if constexpr (!T::kVectorised) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const int at = column + 2 * t + e;
+            if (writes && at < dim) {
+                store_element<T::kInput>(row, at, x[e]);
+            }
+            if (writes && at + 8 < dim) {
+                store_element<T::kInput>(row, at + 8, y[e]);
+            }
+        }
+    } else if constexpr (T::kInput == Format::f32) {
+        const int at = column + 2 * t;
+        if (writes && at < dim) {
+            store_global_64(row + at * 4, float_bits(x[0]), float_bits(x[1]));
+        }
+        if (writes && at + 8 < dim) {
+            store_global_64(row + (at + 8) * 4, float_bits(y[0]), float_bits(y[1]));
+        }
+    } else {
+        // Neighbours trade halves: the even lane then holds four columns of x, the odd one of y,
+        // and the quad writes one whole 32-byte sector.
+        const u32 mine_x = pack_pair<T::kInput>(x[0], x[1]);
+        const u32 mine_y = pack_pair<T::kInput>(y[0], y[1]);
+        const bool odd = t & 1;
+        const u32 received = shuffle_xor(odd ? mine_x : mine_y, 1);
+        const int at = odd ? column + 8 + 2 * (t - 1) : column + 2 * t;
+        if (writes && at < dim) {
+            store_global_64(row + at * 2, odd ? received : mine_x, odd ? mine_y : received);
+        }
+    }
+}
+
+// (r6) out = O / sum and lse of this warp's rows; `state` is finished.
+template <class T>
+ADAATTN_DEVICE void store_rows(const Output<T>& out, const RowState<T::kRowTiles>& state,
+                               const Params& params, const WorkItem& item, int first_row,
+                               float scale) {
+    const int lane = thread_index() & 31;
+    constexpr int kBytes = storage_bytes(T::kInput);
+    const i64 row_zero = static_cast<i64>(item.q_start);
+    char* base = static_cast<char*>(params.out) +
+                 (item.batch * params.out_batch + item.head * params.out_head) * kBytes;
+    float* lse = params.lse + item.batch * params.lse_batch + item.head * params.lse_head;
+#pragma unroll
+    for (int m = 0; m < T::kRowTiles; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = first_row + 16 * m + 8 * half + lane / 4;
+            const bool writes = row < item.len_q;
+            const float sum = state.sum[m][half];
+            const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;  // no visible key: out = 0
+            char* out_row = base + (row_zero + row) * params.out_row * kBytes;
+            if (writes && (lane & 3) == 0) {
+                lse[row_zero + row] = state.lse(m, half, scale);
+            }
+#pragma unroll
+            for (int n = 0; n < T::kValueTiles; n += 2) {
+                const float x[2] = {out[m][n][2 * half] * inverse,
+                                    out[m][n][2 * half + 1] * inverse};
+                const float y[2] = {out[m][n + 1][2 * half] * inverse,
+                                    out[m][n + 1][2 * half + 1] * inverse};
+                store_columns<T>(out_row, 8 * n, x, y, params.dim_v, writes);
+            }
+        }
+    }
+}
+
+}  // namespace adaattn::sm80

@@ -1,0 +1,177 @@
+// sm80_products.cuh -- the two matrix products of one warp's rows: S = Q K^T and O += P V.
+#pragma once
+
+#include "adaattn/attn/sm80_softmax.cuh"
+#include "adaattn/attn/sm80_tile.cuh"
+
+namespace adaattn::sm80 {
+
+template <class T>
+using Scores = Accumulator<T::kRowTiles, T::kKeyTiles>;
+template <class T>
+using Output = Accumulator<T::kRowTiles, T::kValueTiles>;
+
+template <int kRowTiles, int kColumnTiles>
+ADAATTN_DEVICE void clear(Accumulator<kRowTiles, kColumnTiles>& x) {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+        for (int n = 0; n < kColumnTiles; ++n) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                x[m][n][e] = 0.0f;
+            }
+        }
+    }
+}
+
+// Adds k-step `step` of Q K^T to `scores`.
+template <class T>
+ADAATTN_DEVICE void add_score_step(Scores<T>& scores, u32 query, u32 key, int step) {
+    Fragment<T::kQk, 4> a[T::kRowTiles];
+#pragma unroll
+    for (int m = 0; m < T::kRowTiles; ++m) {
+        load_matrices(a[m].high, moved<typename T::QueryTile>(query, step, 16 * m));
+        a[m].split();
+    }
+#pragma unroll
+    for (int n = 0; n < T::kKeyTiles; n += 2) {
+        Fragment<T::kQk, 4> b;
+        load_matrices(b.high, moved<typename T::KeyTile>(key, step, 8 * n));
+        b.split();
+#pragma unroll
+        for (int m = 0; m < T::kRowTiles; ++m) {
+            multiply<T::kQk, 0>(scores[m][n], a[m], b);
+            multiply<T::kQk, 2>(scores[m][n + 1], a[m], b);
+        }
+    }
+}
+
+// S = Q K^T of this warp's rows. `query` and `key` are per-lane operand addresses.
+template <class T>
+ADAATTN_DEVICE void compute_scores(Scores<T>& scores, u32 query, u32 key) {
+    clear<T::kRowTiles, T::kKeyTiles>(scores);
+    if constexpr (is_narrow(T::kQk)) {
+#pragma unroll
+        for (int step = 0; step < T::kQkSteps; ++step) {
+            add_score_step<T>(scores, query, key, step);
+        }
+    } else {
+#pragma unroll 1
+        for (int flush = 0; flush < T::kQkSteps; flush += T::kFlushSteps) {
+            // Four steps are one 128-byte line of a row, so the swizzle is the same each time.
+            const u32 line = static_cast<u32>(flush / 4) * 128;
+            Scores<T> partial;
+            clear<T::kRowTiles, T::kKeyTiles>(partial);
+#pragma unroll
+            for (int step = 0; step < T::kFlushSteps; ++step) {
+                add_score_step<T>(partial, query + line, key + line, step);
+            }
+#pragma unroll
+            for (int m = 0; m < T::kRowTiles; ++m) {
+#pragma unroll
+                for (int n = 0; n < T::kKeyTiles; ++n) {
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) {
+                        scores[m][n][e] += partial[m][n][e];
+                    }
+                }
+            }
+        }
+    }
+}
+
+template <class T>
+ADAATTN_DEVICE void rescale(Output<T>& out, const float (&alpha)[T::kRowTiles][2]) {
+#pragma unroll
+    for (int m = 0; m < T::kRowTiles; ++m) {
+#pragma unroll
+        for (int n = 0; n < T::kValueTiles; ++n) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                out[m][n][e] *= alpha[m][e / 2];
+            }
+        }
+    }
+}
+
+// O += P V in a 16-bit format: the score fragment is already the A operand's layout.
+template <class T>
+ADAATTN_DEVICE void add_values_narrow(Output<T>& out, const Scores<T>& weights, u32 value) {
+#pragma unroll
+    for (int k = 0; k < T::kTileN / 16; ++k) {
+        Fragment<T::kPv, 4> a[T::kRowTiles];
+#pragma unroll
+        for (int m = 0; m < T::kRowTiles; ++m) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {  // (r4)
+                const float(&p)[4] = weights[m][2 * k + i / 2];
+                a[m].high[i] = pack_pair<T::kPv>(p[2 * (i & 1)], p[2 * (i & 1) + 1]);
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < T::kValueTiles; n += 2) {
+            Fragment<T::kPv, 4> b;
+            load_matrices_transposed(b.high,
+                                     moved<typename T::ValueTile>(value, n / 2, 16 * k));
+#pragma unroll
+            for (int m = 0; m < T::kRowTiles; ++m) {
+                multiply<T::kPv, 0>(out[m][n], a[m], b);
+                multiply<T::kPv, 2>(out[m][n + 1], a[m], b);
+            }
+        }
+    }
+}
+
+// O += P V in a 32-bit format. The A operand wants keys t and t + 4 where the score fragment holds
+// keys 2t and 2t + 1 (t = lane % 4); naming the keys of each group of eight in that order makes
+// them agree, and the reads of V follow it. `value` is the tile's base.
+template <class T>
+ADAATTN_DEVICE void add_values_wide(Output<T>& out, const Scores<T>& weights, u32 value) {
+    using ValueTile = typename T::ValueTile;
+    constexpr int kBlocks = 4;  // n8 blocks whose short partial sums are held at a time
+    const int lane = thread_index() & 31;
+#pragma unroll
+    for (int first = 0; first < T::kValueTiles; first += kBlocks) {
+        Accumulator<T::kRowTiles, kBlocks> partial;
+        clear<T::kRowTiles, kBlocks>(partial);
+#pragma unroll
+        for (int k = 0; k < T::kKeyTiles; ++k) {
+            Fragment<T::kPv, 4> a[T::kRowTiles];
+#pragma unroll
+            for (int m = 0; m < T::kRowTiles; ++m) {
+                const float(&p)[4] = weights[m][k];
+                a[m].high[0] = float_bits(p[0]);
+                a[m].high[1] = float_bits(p[2]);
+                a[m].high[2] = float_bits(p[1]);
+                a[m].high[3] = float_bits(p[3]);
+                a[m].split();
+            }
+#pragma unroll
+            for (int n = 0; n < kBlocks; ++n) {
+                const int row = 8 * k + 2 * (lane & 3);
+                const int column = 8 * (first + n) + lane / 4;
+                Fragment<T::kPv, 2> b;
+                b.high[0] = load_shared_32(value + ValueTile::element_offset(row, column));
+                b.high[1] = load_shared_32(value + ValueTile::element_offset(row + 1, column));
+                b.split();
+#pragma unroll
+                for (int m = 0; m < T::kRowTiles; ++m) {
+                    multiply<T::kPv, 0>(partial[m][n], a[m], b);
+                }
+            }
+        }
+#pragma unroll
+        for (int m = 0; m < T::kRowTiles; ++m) {
+#pragma unroll
+            for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    out[m][first + n][e] += partial[m][n][e];
+                }
+            }
+        }
+    }
+}
+
+}  // namespace adaattn::sm80

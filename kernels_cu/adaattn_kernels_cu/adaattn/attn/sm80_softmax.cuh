@@ -1,0 +1,139 @@
+// sm80_softmax.cuh -- online softmax of one warp's scores, in base 2.
+//
+// Per row: the score `top` that the exponentials are taken against, and the sum so far of
+//   p_j = 2^(s_j * scale - ref),  ref = fl(top * scale).
+// `top` follows the running maximum only when that has grown by more than kSlackLog2: until then
+// p_j <= 2^kSlackLog2, which costs no accuracy in any format (they are floating point) and saves
+// rescaling the output. The choice is made per row, so a row's result does not depend on its
+// neighbours.
+#pragma once
+
+#include "adaattn/attn/sm80_tile.cuh"
+
+namespace adaattn::sm80 {
+
+constexpr float kSlackLog2 = 8.0f;
+// Beyond this |ref| the rounding of the product fl(top * scale) is no longer small; scores are
+// then shifted before they are scaled, so that 2^x cannot overflow.
+constexpr float kLargeRef = 16777216.0f;  // 2^24
+
+// Accumulator fragment of 16 rows by 8 columns: lane l holds rows l/4 (elements 0, 1) and l/4 + 8
+// (elements 2, 3), columns 2 (l%4) and + 1.
+template <int kRowTiles, int kColumnTiles>
+using Accumulator = float[kRowTiles][kColumnTiles][4];
+
+template <int kRowTiles>
+struct RowState {
+    float top[kRowTiles][2];
+    float sum[kRowTiles][2];  // this lane's columns only, until `finish`
+
+    ADAATTN_DEVICE void reset() {
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                top[m][half] = -infinity();
+                sum[m][half] = 0.0f;
+            }
+        }
+    }
+
+    // Turns scores into weights in place. Returns whether any row of the warp moved its `top`;
+    // `alpha` is then the factor on what was summed before (1 for rows that did not).
+    template <int kKeyTiles>
+    ADAATTN_DEVICE bool update(Accumulator<kRowTiles, kKeyTiles>& scores, float scale,
+                               float (&alpha)[kRowTiles][2]) {
+        bool moved_any = false;
+        bool large_any = false;
+        float ref[kRowTiles][2];
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float top_new = -infinity();
+#pragma unroll
+                for (int n = 0; n < kKeyTiles; ++n) {
+                    top_new = max_number(top_new, scores[m][n][2 * half]);
+                    top_new = max_number(top_new, scores[m][n][2 * half + 1]);
+                }
+                top_new = max_number(top_new, shuffle_xor(top_new, 1));
+                top_new = max_number(top_new, shuffle_xor(top_new, 2));
+                const float top_old = top[m][half];
+                // -inf minus -inf is NaN, which compares false: a row without keys stays put.
+                const bool moves = (top_new - top_old) * scale > kSlackLog2;
+                top[m][half] = moves ? top_new : top_old;
+                ref[m][half] = mul_rn(top[m][half], scale);
+                alpha[m][half] =
+                    moves ? exp2_approx(mul_rn(top_old, scale) - ref[m][half]) : 1.0f;
+                sum[m][half] *= alpha[m][half];
+                moved_any |= moves;
+                large_any |= ref[m][half] > kLargeRef || ref[m][half] < -kLargeRef;
+            }
+        }
+        if (warp_any(large_any)) {
+            shift_large(scores, ref);
+        }
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float shift = ref[m][half] == -infinity() ? 0.0f : -ref[m][half];
+#pragma unroll
+                for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+                    for (int e = 2 * half; e < 2 * half + 2; ++e) {
+                        scores[m][n][e] = exp2_approx(fma_rn(scores[m][n][e], scale, shift));
+                        sum[m][half] += scores[m][n][e];
+                    }
+                }
+            }
+        }
+        return warp_any(moved_any);
+    }
+
+    // Sums over the four lanes that share a row.
+    ADAATTN_DEVICE void finish() {
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                sum[m][half] += shuffle_xor(sum[m][half], 1);
+                sum[m][half] += shuffle_xor(sum[m][half], 2);
+            }
+        }
+    }
+
+    // Natural-log LSE of a row after `finish`; -inf where it saw nothing.
+    ADAATTN_DEVICE float lse(int m, int half, float scale) const {
+        constexpr float kLn2 = 0.6931471805599453f;
+        return top[m][half] == -infinity()
+                   ? -infinity()
+                   : (mul_rn(top[m][half], scale) + log2_accurate(sum[m][half])) * kLn2;
+    }
+
+  private:
+    // (s - top) * scale instead of s * scale - ref, for the rows that need it.
+    template <int kKeyTiles>
+    ADAATTN_DEVICE void shift_large(Accumulator<kRowTiles, kKeyTiles>& scores,
+                                    float (&ref)[kRowTiles][2]) {
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const bool large = (ref[m][half] > kLargeRef && ref[m][half] < infinity()) ||
+                                   (ref[m][half] < -kLargeRef && ref[m][half] > -infinity());
+                const float shift = large ? top[m][half] : 0.0f;
+                ref[m][half] = large ? 0.0f : ref[m][half];
+#pragma unroll
+                for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+                    for (int e = 2 * half; e < 2 * half + 2; ++e) {
+                        scores[m][n][e] -= shift;
+                    }
+                }
+            }
+        }
+    }
+};
+
+}  // namespace adaattn::sm80
