@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,9 +20,10 @@ from adaattn_core.structure import Landmark, ScoreSkip
 CHUNK_KEYS_LEAST = 64
 """Fewest keys per step of an executor's streaming softmax (a score-skip tile may be
 smaller)."""
-SPARE_ROUNDINGS = 8
-"""Roundings per path besides the sum itself: mean key, scales of 8-bit operands, softmax scale,
-division by the normaliser."""
+SPARE_ROUNDINGS = 12
+"""Roundings per path besides the sum itself: casts of both operands to the working precision, the
+mean key, scaling and unscaling of both 8-bit operands, the softmax scale, the division by the
+normaliser; the rest is slack."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,9 @@ def theorem_certificate(
     if len_q == 0 or facts.keys_max == 0:
         return HeadCertificate("worst_case", 0.0, 1.0, 1.0, terms=_no_terms())
 
+    cast = dtype == "f64" and not plan.qk == plan.pv == "f64"
+    if cast:
+        facts = _of_exact_input(facts)
     worst = _operand_score_error(facts, scale)
     score_error, proved, sure = worst, "worst_case", 1.0
     if guarantee == "probabilistic" and plan.rounding == "stochastic":
@@ -131,7 +135,11 @@ def theorem_certificate(
     absolute = {
         "qk_rounding": float(bounds.output_error(score_error, diameter)),
         "pv_rounding": _weights_error(facts, plan, value_norm),
-        "v_rounding": float(bounds.rounded_values_error(facts.value_residual_upper)),
+        "v_rounding": float(
+            bounds.rounded_values_error(
+                facts.value_residual_upper, F32_UNIT if cast else 0.0, value_norm
+            )
+        ),
         "accumulation": _accumulation_error(
             facts, plan, arithmetic, dim_qk, dim_v, scale, bias_max_abs, diameter, value_norm
         ),
@@ -229,6 +237,16 @@ def _no_terms() -> dict[str, float]:
     return dict.fromkeys(names, 0.0)
 
 
+def _of_exact_input(facts: RunFacts) -> RunFacts:
+    """Widen facts measured on float32 casts so that they hold for the float64 input."""
+    names = ("query_norm_upper", "key_norm_upper", "value_norm_upper", "value_diameter_upper")
+    widened = {name: float(mul_up(getattr(facts, name), 1.0 + 2.0**-22)) for name in names}
+    # Rounding moves two values apart by a unit of each, however close they are.
+    moved = mul_up(2.0**-22, facts.value_norm_upper)
+    widened["value_diameter_upper"] = float(add_up(widened["value_diameter_upper"], moved))
+    return replace(facts, **widened)
+
+
 def _operand_score_error(facts: RunFacts, scale: float) -> float:
     """Theorem 2 for the worst query and key."""
     return float(
@@ -253,8 +271,15 @@ def _weights_error(facts: RunFacts, plan: HeadPlan, value_norm: float) -> float:
     """Theorem 3: weights rounded to the format of P·V; none where they already have it."""
     if plan.pv == "f64" or (plan.pv == "f32" and plan.qk != "f64"):
         return 0.0
-    rounding = bounds.weight_rounding(plan.pv, plan.p_scale)
-    return float(bounds.rounded_weights_error(rounding, facts.keys_max, value_norm))
+    return float(
+        bounds.rounded_weights_error(_weight_rounding(plan), facts.keys_max, value_norm)
+    )
+
+
+def _weight_rounding(plan: HeadPlan) -> bounds.WeightRounding:
+    """Rounding of a weight; i8 codes end at 127, so its scale is never larger than that."""
+    p_scale = min(plan.p_scale, 127.0) if plan.pv == "i8" else plan.p_scale
+    return bounds.weight_rounding(plan.pv, p_scale)
 
 
 def _accumulation_error(
@@ -274,7 +299,8 @@ def _accumulation_error(
     query_norm = add_up(facts.query_norm_upper, facts.query_residual_upper)
     key_norm = add_up(facts.key_norm_upper, facts.key_residual_upper)
     product = mul_up(query_norm, key_norm)
-    if not float(mul_up(4.0, product, max(1.0, scale))) < arithmetic.largest:
+    reach = add_up(mul_up(product, max(1.0, scale)), bias_max_abs)
+    if not float(mul_up(4.0, reach)) < arithmetic.largest:
         return math.inf
     dot_roundings = dim_qk + SPARE_ROUNDINGS
     dot = mul_up(bounds.product_sum_error(dot_roundings, plan.qk), scale, product)
@@ -297,7 +323,7 @@ def _accumulation_error(
     flush = plan.flush_keys if plan.flush_keys > 0 else None
     numerator = bounds.product_sum_error(path, plan.pv, flush)
     numerator = max(numerator, normaliser)
-    weights = bounds.weight_rounding(plan.pv, plan.p_scale)
+    weights = _weight_rounding(plan)
     # Rounded weights may weigh more than the exact ones that the sums are measured against.
     weighed = add_up(1.0, weights.relative, mul_up(keys, weights.absolute))
     relative = div_up(add_up(numerator, normaliser), sub_down(1.0, normaliser))

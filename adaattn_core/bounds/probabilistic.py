@@ -9,9 +9,10 @@ import numpy as np
 from adaattn_core.bounds.rounding import LIBRARY_ULPS, add_up, mul_up, sqrt_up, up
 from adaattn_core.errors import ArgumentError
 
-RANDOM_BIT_BIAS = 2.0**-23
-"""Largest mean of one rounding error in steps: the random numbers have 24 bits, and the
-comparison with the fraction is itself rounded."""
+ROUNDING_BIAS = 2.0**-15
+"""Largest mean of one rounding error, in steps. Random numbers have 24 bits (2^-24), and a scaled
+operand may exceed the largest code by the rounding of its float32 scale, 2^-23 of at most 127
+steps, and is then cut off."""
 
 
 def deviation_factor(pairs: int, confidence: float) -> float:
@@ -78,8 +79,8 @@ def stochastic_score_error(
     Notes
     -----
     Hypothesis: operands are rounded by `adaattn_core.formats.stochastic_round` with scales that
-    depend on the data alone and without saturation. Then errors are independent, lie in an
-    interval of one step and have mean zero up to `RANDOM_BIT_BIAS`, which is accounted for.
+    depend on the data alone and without saturation (beyond the rounding of the scale). Then errors are independent, lie in an
+    interval of one step and have mean zero up to `ROUNDING_BIAS`, which is accounted for.
 
     References
     ----------
@@ -93,5 +94,5 @@ def stochastic_score_error(
     second = mul_up(key_rounded, query_step)
     proxy = sqrt_up(add_up(mul_up(first, first), mul_up(second, second)))
     spread = mul_up(0.5, deviation_factor(pairs, confidence), proxy)
-    bias = mul_up(RANDOM_BIT_BIAS, root_dim, add_up(first, second))
+    bias = mul_up(ROUNDING_BIAS, root_dim, add_up(first, second))
     return float(mul_up(scale, add_up(spread, bias)))
