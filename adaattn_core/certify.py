@@ -21,9 +21,9 @@ CHUNK_KEYS_LEAST = 64
 """Fewest keys per step of an executor's streaming softmax (a score-skip tile may be
 smaller)."""
 SPARE_ROUNDINGS = 12
-"""Roundings per path besides the sum itself: casts of both operands to the working precision, the
-mean key, scaling and unscaling of both 8-bit operands, the softmax scale, the division by the
-normaliser; the rest is slack."""
+"""Roundings per path besides the sum itself: casts of both operands to the working precision,
+the mean key, scaling and unscaling of both 8-bit operands, the softmax scale, the division by
+the normaliser; the rest is slack."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,12 +239,16 @@ def _no_terms() -> dict[str, float]:
 
 def _of_exact_input(facts: RunFacts) -> RunFacts:
     """Widen facts measured on float32 casts so that they hold for the float64 input."""
-    names = ("query_norm_upper", "key_norm_upper", "value_norm_upper", "value_diameter_upper")
-    widened = {name: float(mul_up(getattr(facts, name), 1.0 + 2.0**-22)) for name in names}
+    growth = 1.0 + 2.0**-22
     # Rounding moves two values apart by a unit of each, however close they are.
     moved = mul_up(2.0**-22, facts.value_norm_upper)
-    widened["value_diameter_upper"] = float(add_up(widened["value_diameter_upper"], moved))
-    return replace(facts, **widened)
+    return replace(
+        facts,
+        query_norm_upper=float(mul_up(facts.query_norm_upper, growth)),
+        key_norm_upper=float(mul_up(facts.key_norm_upper, growth)),
+        value_norm_upper=float(mul_up(facts.value_norm_upper, growth)),
+        value_diameter_upper=float(add_up(mul_up(facts.value_diameter_upper, growth), moved)),
+    )
 
 
 def _operand_score_error(facts: RunFacts, scale: float) -> float:
@@ -277,7 +281,7 @@ def _weights_error(facts: RunFacts, plan: HeadPlan, value_norm: float) -> float:
 
 
 def _weight_rounding(plan: HeadPlan) -> bounds.WeightRounding:
-    """Rounding of a weight; i8 codes end at 127, so its scale is never larger than that."""
+    """Describe the rounding of a weight; i8 codes end at 127, and so does their scale."""
     p_scale = min(plan.p_scale, 127.0) if plan.pv == "i8" else plan.p_scale
     return bounds.weight_rounding(plan.pv, p_scale)
 

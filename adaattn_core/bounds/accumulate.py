@@ -11,8 +11,8 @@ from adaattn_core.formats import get_format
 F32_UNIT = 2.0**-24
 F64_UNIT = 2.0**-53
 EXP_ULPS = 4
-"""Error of exp that an executor may make, in ulp (2 units of roundoff each); NumPy's float32 exp
-errs by up to 2.52."""
+"""Error of exp that an executor may make, in ulp (2 units of roundoff each); NumPy's float32
+exp errs by up to 2.52."""
 SCORE_ROUNDINGS = 7
 """Relative roundings of a score before exp sees it: the difference with the running maximum (2,
 since both are at most the largest magnitude), an additive bias (2: its cast and the sum), the

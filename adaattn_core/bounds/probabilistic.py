@@ -10,9 +10,9 @@ from adaattn_core.bounds.rounding import LIBRARY_ULPS, add_up, mul_up, sqrt_up, 
 from adaattn_core.errors import ArgumentError
 
 ROUNDING_BIAS = 2.0**-15
-"""Largest mean of one rounding error, in steps. Random numbers have 24 bits (2^-24), and a scaled
-operand may exceed the largest code by the rounding of its float32 scale, 2^-23 of at most 127
-steps, and is then cut off."""
+"""Largest mean of one rounding error, in steps. Random numbers have 24 bits (2^-24), and a
+scaled operand may exceed the largest code by the rounding of its float32 scale, 2^-23 of at
+most 127 steps, and is then cut off."""
 
 
 def deviation_factor(pairs: int, confidence: float) -> float:
@@ -79,8 +79,9 @@ def stochastic_score_error(
     Notes
     -----
     Hypothesis: operands are rounded by `adaattn_core.formats.stochastic_round` with scales that
-    depend on the data alone and without saturation (beyond the rounding of the scale). Then errors are independent, lie in an
-    interval of one step and have mean zero up to `ROUNDING_BIAS`, which is accounted for.
+    depend on the data alone and without saturation (beyond the rounding of the scale). Then
+    errors are independent, lie in an interval of one step and have mean zero up to
+    `ROUNDING_BIAS`, which is accounted for.
 
     References
     ----------
