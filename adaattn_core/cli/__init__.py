@@ -1,0 +1,1 @@
+"""The ``adaattn`` command: one file per command, shared parts beside them."""

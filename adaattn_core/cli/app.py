@@ -1,0 +1,86 @@
+"""Entry point of the ``adaattn`` command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from adaattn_core import __version__
+from adaattn_core.cli.backends import backends
+from adaattn_core.cli.demo import demo
+from adaattn_core.cli.doctor import doctor
+from adaattn_core.cli.explain import explain
+from adaattn_core.cli.run import run
+from adaattn_core.errors import AdaAttnError, ArgumentError, FileError
+from adaattn_core.registry import default_registry
+
+EXIT_BAD_INPUT = 2
+
+
+def build_app() -> typer.Typer:
+    """Return the command line with the built-in commands and those of every plugin."""
+    app = typer.Typer(
+        name="adaattn",
+        help="Attention computed to a stated tolerance, with a certificate of its error.",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+    app.callback(invoke_without_command=True)(_root)
+    for command in (demo, run, explain, backends, doctor):
+        app.command()(command)
+    default_registry().add_commands(app)
+    return app
+
+
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; a mendable error ends in three lines and exit code 2."""
+    try:
+        code = build_app()(args=arguments, prog_name="adaattn", standalone_mode=False)
+    except AdaAttnError as error:
+        _fail(error)
+    except typer.TyperException as error:
+        _fail(
+            ArgumentError(
+                got=" ".join(error.format_message().split()),
+                needed="a command and options that `adaattn --help` lists",
+                do="see `adaattn --help`, or --help after the command",
+            )
+        )
+    except OSError as error:
+        _fail(
+            FileError(
+                got=f"{error.filename or 'a file'}: {error.strerror or error}",
+                needed="a file system that can be read and written there",
+                do="check permissions and free space",
+            )
+        )
+    except MemoryError as error:
+        _fail(
+            ArgumentError(
+                got=f"not enough memory: {error or 'allocation failed'}",
+                needed="a problem that fits into memory",
+                do="run fewer heads or batch entries at a time",
+            )
+        )
+    else:
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(error: AdaAttnError) -> None:
+    sys.stderr.write(f"{error}\n")
+    sys.exit(EXIT_BAD_INPUT)

@@ -1,0 +1,55 @@
+"""One timed run on arrays that were read, and on request the truth beside it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from adaattn_core.api import attention
+from adaattn_core.cli.inputs import Inputs
+from adaattn_core.cli.summary import HeadRow, Totals, head_rows, totals, true_errors
+from adaattn_core.mask import Mask
+from adaattn_core.problem import AttentionProblem
+from adaattn_core.result import AttentionResult
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A result, what is known about each head, and the sums."""
+
+    result: AttentionResult
+    rows: list[HeadRow]
+    totals: Totals
+
+
+def compute(
+    inputs: Inputs, *, mask: Mask, measure: bool, layer: str = "", **choices: Any
+) -> Outcome:
+    """Run attention and time it.
+
+    Parameters
+    ----------
+    inputs : Inputs
+    mask : Mask
+    measure : bool
+        Also compute every row exactly (float64) and time the same backend on the exact problem.
+        Both come after the timed run, so they cannot warm anything up for it.
+    layer : str
+        Name of the layer, kept in the plan and in tables.
+    **choices
+        Passed on to `adaattn_core.attention`: budget, policy, plan, backend, target, seed.
+    """
+    arrays = (inputs.query, inputs.key, inputs.value)
+    shared: dict[str, Any] = {"mask": mask, "scale": inputs.scale}
+    start = time.perf_counter()
+    result = attention(*arrays, **shared, **choices, layer=layer)
+    seconds = time.perf_counter() - start
+    errors, dense_seconds = None, None
+    if measure:
+        errors = true_errors(AttentionProblem.from_arrays(*arrays, **shared), result)
+        start = time.perf_counter()
+        attention(*arrays, **shared, budget=None, backend=choices.get("backend", "auto"))
+        dense_seconds = time.perf_counter() - start
+    rows = head_rows(result, errors, layer)
+    return Outcome(result, rows, totals(rows, seconds, dense_seconds))

@@ -1,0 +1,100 @@
+"""``adaattn demo``: the whole idea on real heads of a language model, in seconds."""
+
+from __future__ import annotations
+
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from adaattn_core.cli.compute import Outcome, compute
+from adaattn_core.cli.figure import can_draw, draw_choices
+from adaattn_core.cli.inputs import read_inputs
+from adaattn_core.cli.options import parse_budget
+from adaattn_core.cli.outputs import check_writable
+from adaattn_core.cli.summary import HeadRow, Totals, totals
+from adaattn_core.cli.tables import console, head_table, print_json, progress, total_lines
+from adaattn_core.mask import Mask
+
+DEFAULT_FIGURE = Path("adaattn-demo.png")
+
+
+def demo(
+    budget: Annotated[
+        str, typer.Option(help="tolerated row error relative to the rms output row, or 'exact'")
+    ] = "0.1",
+    backend: Annotated[str, typer.Option(help="backend by name")] = "auto",
+    figure: Annotated[
+        Path | None,
+        typer.Option(help=f"write the map of choices there [default: {DEFAULT_FIGURE}]"),
+    ] = None,
+    no_figure: Annotated[bool, typer.Option("--no-figure", help="write no figure")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print JSON instead of tables")
+    ] = False,
+) -> None:
+    """Run on shipped real data and print plans, certificates, true errors and times."""
+    error_budget = parse_budget(budget)
+    drawn = None if no_figure else (figure or DEFAULT_FIGURE)
+    if drawn is not None:
+        check_writable(drawn)
+    outcomes = _run_layers(budget=error_budget, backend=backend)
+    rows = [row for outcome in outcomes.values() for row in outcome.rows]
+    seconds = sum(outcome.totals.seconds for outcome in outcomes.values())
+    dense_seconds = sum(outcome.totals.dense_seconds or 0.0 for outcome in outcomes.values())
+    sums = totals(rows, seconds, dense_seconds)
+    # Without matplotlib the default figure is left out, and said so; one asked for is an error.
+    if drawn is not None and (figure is not None or can_draw()):
+        draw_choices(drawn, rows, "Structure and formats per head; share of scores kept")
+    elif drawn is not None:
+        drawn = None
+    if as_json:
+        provenance = next(iter(outcomes.values())).result.provenance
+        print_json(
+            {
+                "heads": [row.to_json() for row in rows],
+                "totals": sums.to_json(),
+                "settings": {"budget": "exact" if error_budget is None else str(error_budget)},
+                "provenance": dict(provenance),
+                "figure": None if drawn is None else str(drawn),
+            }
+        )
+        return
+    _show(rows, sums, drawn, no_figure=no_figure)
+
+
+def demo_layers() -> list[str]:
+    """Names of the shipped files, in the order of their layers."""
+    folder = files("adaattn_core").joinpath("demo_data")
+    return sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".npz"))
+
+
+def _run_layers(**choices: Any) -> dict[str, Outcome]:
+    outcomes = {}
+    folder = files("adaattn_core").joinpath("demo_data")
+    with progress() as bar:
+        names = demo_layers()
+        task = bar.add_task("layers", total=len(names))
+        for name in names:
+            with as_file(folder.joinpath(name)) as path:
+                inputs = read_inputs(path)
+            layer = name.removesuffix(".npz").removeprefix("smollm2_layer").lstrip("0") or "0"
+            outcomes[layer] = compute(
+                inputs, mask=Mask.causal(), measure=True, layer=layer, **choices
+            )
+            bar.advance(task)
+    return outcomes
+
+
+def _show(rows: list[HeadRow], sums: Totals, drawn: Path | None, *, no_figure: bool) -> None:
+    screen = console()
+    title = "SmolLM2-135M-Instruct, 4,096 tokens of prose, causal, heads of four layers"
+    screen.print(head_table(rows, title))
+    screen.print()
+    for line in total_lines(sums):
+        screen.print(line)
+    if drawn is not None:
+        screen.print(f"map of choices: {drawn}")
+    elif not no_figure:
+        screen.print("no figure: matplotlib is not installed (pip install matplotlib)")

@@ -1,0 +1,92 @@
+"""Writing the output of a run: whole or not at all, and refused before the work is done."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaattn_core.cli.inputs import check_suffix
+from adaattn_core.errors import FileError
+from adaattn_core.files import atomic_write
+
+_SAFETENSORS_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def check_writable(path: Path) -> None:
+    """Raise FileError if `path` cannot become a file; called before anything is computed."""
+    folder = path.parent
+    if path.is_dir():
+        reason = "is a folder"
+    elif not folder.is_dir():
+        reason = f"there is no folder {folder}"
+    elif not os.access(folder, os.W_OK):
+        reason = f"folder {folder} cannot be written"
+    else:
+        return
+    raise FileError(
+        got=f"{path}: {reason}",
+        needed="a file name in a folder that exists and can be written",
+        do="create the folder or choose another path",
+        path=str(path),
+    )
+
+
+def check_array_output(path: Path) -> None:
+    """Raise FileError unless `path` can become an .npz or .safetensors file."""
+    check_suffix(path)
+    check_writable(path)
+
+
+def write_output(path: Path, out: NDArray[Any], lse: NDArray[Any]) -> None:
+    """Write arrays ``out`` and ``lse``; bf16 in .npz as uint16 bits with ``dtype="bfloat16"``.
+
+    Parameters
+    ----------
+    path : Path
+        Ends in .npz or .safetensors.
+    out : ndarray
+        Attention output.
+    lse : ndarray of float32
+        Natural log of each row's sum of exponentials.
+    """
+    arrays = {"out": np.ascontiguousarray(out), "lse": np.ascontiguousarray(lse)}
+    if path.suffix == ".safetensors":
+        atomic_write(path, lambda stream: _write_safetensors(stream, arrays))
+    else:
+        atomic_write(path, lambda stream: _write_npz(stream, arrays))
+
+
+def _write_npz(stream: BinaryIO, arrays: dict[str, NDArray[Any]]) -> None:
+    out = arrays["out"]
+    if out.dtype.name == "bfloat16":
+        np.savez(stream, out=out.view(np.uint16), lse=arrays["lse"], dtype=np.str_("bfloat16"))
+    else:
+        np.savez(stream, out=out, lse=arrays["lse"])
+
+
+def _write_safetensors(stream: BinaryIO, arrays: dict[str, NDArray[Any]]) -> None:
+    """Write the format by hand: the safetensors package cannot write bf16 from NumPy.
+
+    Layout: header length (little-endian u64), JSON header padded to 8 bytes, the arrays' bytes.
+    """
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, array in arrays.items():
+        header[name] = {
+            "dtype": _SAFETENSORS_NAMES[array.dtype.name],
+            "shape": list(array.shape),
+            "data_offsets": [offset, offset + array.nbytes],
+        }
+        offset += array.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    stream.write(struct.pack("<Q", len(text)))
+    stream.write(text)
+    for array in arrays.values():
+        stream.write(array.tobytes())
