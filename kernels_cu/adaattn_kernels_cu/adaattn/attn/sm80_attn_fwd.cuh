@@ -159,6 +159,13 @@ ADAATTN_DEVICE void run(const Params& params) {
         const u32 key_tile = shared + T::kKeyAt + stage * KeyTile::kBytes;
         const u32 value_tile = shared + T::kValueAt + stage * ValueTile::kBytes;
         const int first_key = tile * T::kTileN;
+        const bool cut = T::kArrayMask || first_key < full.start || first_key + T::kTileN > full.stop;
+        const auto separate = [&] {
+            if (cut && block_sync_or(holds_nonfinite<ValueTile, T::kPv, T::kThreads>(value_tile))) {
+                separate_nonfinite<T>(out, value_tile, params, item, arrays, tile_row + warp_row,
+                                      first_key);
+            }
+        };
 
         copy_async_wait<0>();
         block_sync();  // this tile has arrived for all; all are done with the buffers filled next
@@ -167,6 +174,7 @@ ADAATTN_DEVICE void run(const Params& params) {
                 fill_key(tile - 1, stage ^ 1);
                 fill_value(tile - 1, stage ^ 1);
             }
+            separate();  // before the scores need their registers
         } else {
             fill_value(tile, 0);
         }
@@ -182,19 +190,15 @@ ADAATTN_DEVICE void run(const Params& params) {
                 fill_key(tile - 1, 0);
             }
             copy_async_commit();
+            separate();
         }
 
-        const bool cut = T::kArrayMask || first_key < full.start || first_key + T::kTileN > full.stop;
         if (cut) {
             mask_scores<T>(scores, params, item, arrays, tile_row + warp_row, first_key);
         }
         float alpha[T::kRowTiles][2];
         if (state.update(scores, scale, alpha)) {
             rescale<T>(out, alpha);
-        }
-        if (cut && block_sync_or(holds_nonfinite<ValueTile, T::kPv, T::kThreads>(value_tile))) {
-            separate_nonfinite<T>(out, value_tile, params, item, arrays, tile_row + warp_row,
-                                  first_key);
         }
         if constexpr (is_narrow(T::kPv)) {
             add_values_narrow<T>(out, scores, row_operand<ValueTile>(value_tile, 0, lane));
@@ -206,7 +210,7 @@ ADAATTN_DEVICE void run(const Params& params) {
         }
     }
     state.finish();
-    store_rows<T>(out, state, params, item, tile_row + warp_row, scale);
+    store_rows<T>(out, state, params, scale);
 }
 
 }  // namespace adaattn::sm80_attn_fwd

@@ -57,9 +57,11 @@ ADAATTN_DEVICE void store_columns(char* row, int column, const float (&x)[2], co
 // (r6) out = O / sum and lse of this warp's rows; `state` is finished.
 template <class T>
 ADAATTN_DEVICE void store_rows(const Output<T>& out, const RowState<T::kRowTiles>& state,
-                               const Params& params, const WorkItem& item, int first_row,
-                               float scale) {
+                               const Params& params, float scale) {
     const int lane = thread_index() & 31;
+    // Read again, not kept over the main loop: registers are what the kernel is short of.
+    const WorkItem item = work_item(params, T::kTileM);
+    const int first_row = item.tile * T::kTileM + thread_index() / 32 * T::kRowsPerWarp;
     constexpr int kBytes = storage_bytes(T::kInput);
     const i64 row_zero = static_cast<i64>(item.q_start);
     char* base = static_cast<char*>(params.out) +

@@ -126,16 +126,19 @@ ADAATTN_DEVICE void mask_scores(Scores<T>& scores, const Params& params, const W
         for (int half = 0; half < 2; ++half) {
             const int row = first_row + 16 * m + 8 * half + lane / 4;
             const Interval visible = visible_keys(params, item, row);
+            // Relative to this lane's first key, so that every comparison is with a constant.
+            const int lane_key = first_key + 2 * (lane & 3);
+            const Interval here = {visible.start - lane_key, visible.stop - lane_key};
 #pragma unroll
             for (int n = 0; n < T::kKeyTiles; ++n) {
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
-                    const int key = first_key + 8 * n + 2 * (lane & 3) + e;
                     float& score = scores[m][n][2 * half + e];
-                    bool sees = visible.holds(key);
+                    bool sees = here.holds(8 * n + e);
                     if constexpr (T::kArrayMask) {
-                        const float added =
-                            sees && row < item.len_q ? arrays.added(row, key) : -infinity();
+                        const float added = sees && row < item.len_q
+                                                ? arrays.added(row, lane_key + 8 * n + e)
+                                                : -infinity();
                         sees = added != -infinity();
                         score = fma_rn(score, params.scale_log2, added * kLog2E);
                     }

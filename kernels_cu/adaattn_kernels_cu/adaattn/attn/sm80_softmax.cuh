@@ -63,8 +63,10 @@ struct RowState {
                 const bool moves = (top_new - top_old) * scale > kSlackLog2;
                 top[m][half] = moves ? top_new : top_old;
                 ref[m][half] = mul_rn(top[m][half], scale);
-                alpha[m][half] =
-                    moves ? exp2_approx(mul_rn(top_old, scale) - ref[m][half]) : 1.0f;
+                // Nothing was summed yet where top_old is -inf; 1 keeps an Inf added on its own.
+                alpha[m][half] = moves && top_old != -infinity()
+                                     ? exp2_approx(mul_rn(top_old, scale) - ref[m][half])
+                                     : 1.0f;
                 sum[m][half] *= alpha[m][half];
                 moved_any |= moves;
                 large_any |= ref[m][half] > kLargeRef || ref[m][half] < -kLargeRef;

@@ -44,34 +44,39 @@ template <class TileT, Format kFormat, Format kInput, bool kAsync, int kThreads>
 ADAATTN_DEVICE void fill_tile(u32 tile, const RowSource& source) {
     constexpr int kPerChunk = 16 / TileT::kElementBytes;
     constexpr int kCopies = TileT::kRows * TileT::kChunks;
-    const char* base = static_cast<const char*>(source.base);
+    if constexpr (kAsync && kThreads % TileT::kChunks == 0 && kCopies % kThreads == 0) {
+        // A thread keeps its column and walks down the rows with one addition each.
+        constexpr int kRowStep = kThreads / TileT::kChunks;
+        const int row = thread_index() / TileT::kChunks, chunk = thread_index() % TileT::kChunks;
+        const bool column_valid = chunk * kPerChunk < source.dim;
+        const char* from = static_cast<const char*>(source.base) +
+                           (row * source.stride + chunk * kPerChunk) * TileT::kElementBytes;
 #pragma unroll
-    for (int i = 0; i < (kCopies + kThreads - 1) / kThreads; ++i) {
-        int row, chunk;
-        if constexpr (kThreads % TileT::kChunks == 0) {  // a thread keeps its column
-            row = thread_index() / TileT::kChunks + i * (kThreads / TileT::kChunks);
-            chunk = thread_index() % TileT::kChunks;
-        } else {
-            row = (thread_index() + i * kThreads) / TileT::kChunks;
-            chunk = (thread_index() + i * kThreads) % TileT::kChunks;
+        for (int i = 0; i < kCopies / kThreads; ++i) {
+            const int at = row + i * kRowStep;
+            copy_async_16(tile + TileT::chunk_offset(at, chunk), from,
+                          column_valid && at >= source.first && at < source.last);
+            from += kRowStep * source.stride * TileT::kElementBytes;
         }
-        if (kCopies % kThreads != 0 && row >= TileT::kRows) {
-            break;
-        }
+        return;
+    }
+#pragma unroll 1
+    for (int i = thread_index(); i < kCopies; i += kThreads) {
+        const int row = i / TileT::kChunks, chunk = i % TileT::kChunks;
         const bool inside = row >= source.first && row < source.last;
         const int column = chunk * kPerChunk;
+        const i64 index = row * source.stride + column;
         const u32 address = tile + TileT::chunk_offset(row, chunk);
         if constexpr (kAsync) {
-            const bool valid = inside && column < source.dim;
-            const i64 offset = (row * source.stride + column) * TileT::kElementBytes;
-            copy_async_16(address, valid ? base + offset : base, valid);
+            copy_async_16(address,
+                          static_cast<const char*>(source.base) + index * TileT::kElementBytes,
+                          inside && column < source.dim);
         } else {
             float x[kPerChunk];
 #pragma unroll
             for (int e = 0; e < kPerChunk; ++e) {
                 const bool valid = inside && column + e < source.dim;
-                x[e] = valid ? load_element<kInput>(source.base, row * source.stride + column + e)
-                             : 0.0f;
+                x[e] = valid ? load_element<kInput>(source.base, index + e) : 0.0f;
                 if constexpr (kFormat == Format::f16 && kInput != Format::f16) {
                     x[e] = saturate_f16(x[e]);
                 }

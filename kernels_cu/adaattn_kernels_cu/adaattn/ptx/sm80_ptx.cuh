@@ -14,7 +14,12 @@ using u16 = unsigned short;
 
 // --- where am I ------------------------------------------------------------------------------
 ADAATTN_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
-ADAATTN_DEVICE u32 block_index() { return blockIdx.x; }
+// Volatile, so that what follows from it can be computed again instead of being kept in registers.
+ADAATTN_DEVICE u32 block_index() {
+    u32 x;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
+    return x;
+}
 
 // --- bits ------------------------------------------------------------------------------------
 ADAATTN_DEVICE u32 float_bits(float x) { return __float_as_uint(x); }

@@ -1,0 +1,78 @@
+// sm90_epilogue.cuh -- normalises a warp's 16 output rows and writes them with their lse. SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "adaattn/attn/params.cuh"
+#include "adaattn/attn/repair_row.cuh"
+#include "adaattn/softmax/online.cuh"
+
+namespace adaattn {
+
+// Transposes a 4 x 4 matrix of words held by a quad (lane t: row t), so that every lane can store 16 contiguous bytes.
+__device__ __forceinline__ void transpose_quad(u32 (&words)[4], int lane) {
+    const bool odd = lane & 1;
+    const bool high = lane & 2;
+#pragma unroll
+    for (int pair = 0; pair < 4; pair += 2) {
+        const u32 received = __shfl_xor_sync(kFullWarp, odd ? words[pair] : words[pair + 1], 1);
+        (odd ? words[pair] : words[pair + 1]) = received;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const u32 received = __shfl_xor_sync(kFullWarp, high ? words[i] : words[i + 2], 2);
+        (high ? words[i] : words[i + 2]) = received;
+    }
+}
+
+// `row` is the first of the warp's 16 rows within the tile; accumulators as wgmma leaves them.
+template <class Element, int kDimV, bool kBias, bool kLazy, int kMaxSources>
+__device__ __forceinline__ void write_rows(const AttentionParams& params, const WorkRecord<kMaxSources>& record,
+                                           const float (&acc)[kDimV / 2], const softmax::Online<kLazy>& state, int row,
+                                           int lane) {
+    const WorkItem& item = record.item;
+    u32 broken_rows = 0;  // bit i: row i of the 16 is not finite
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int own_row = row + lane / 4 + 8 * r;
+        const bool exists = own_row < item.rows;
+        const float sum = softmax::quad_sum(state.sum[r]);
+        const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+        float poison = 0.0f * inverse;  // NaN as soon as one factor is NaN or Inf
+#pragma unroll
+        for (int i = 0; i < kDimV / 2; i += 4) poison = fmaf(acc[i + 2 * r], 0.0f, fmaf(acc[i + 2 * r + 1], 0.0f, poison));
+
+        u16* out = static_cast<u16*>(const_cast<void*>(params.out.data)) +
+                   params.out.offset(item.batch, item.head, item.row_first + own_row);
+#pragma unroll
+        for (int block = 0; block < kDimV / 8; block += 4) {
+            u32 words[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int at = 4 * (block + i) + 2 * r;
+                words[i] = ptx::pack(Element{}, acc[at] * inverse, acc[at + 1] * inverse);
+            }
+            transpose_quad(words, lane);
+            const int column = 8 * (block + lane % 4);
+            if (exists && column < params.dim_v) {
+                *reinterpret_cast<uint4*>(out + column) = make_uint4(words[0], words[1], words[2], words[3]);
+            }
+        }
+        if (exists && lane % 4 == 0) {
+            float* lse = static_cast<float*>(const_cast<void*>(params.lse.data)) +
+                         params.lse.offset(item.batch, item.head, item.row_first + own_row);
+            *lse = state.lse(r, sum, params.scale_log2);
+        }
+        const u32 quads = __ballot_sync(kFullWarp, exists && !(poison == 0.0f));
+#pragma unroll
+        for (int quad = 0; quad < 8; ++quad) {
+            if (quads >> (4 * quad) & 0xfu) broken_rows |= 1u << (quad + 8 * r);
+        }
+    }
+    if (broken_rows == 0) return;
+    __syncwarp();  // the stores above come before the repaired ones, whichever lane made them
+#pragma unroll 1
+    for (int i = 0; i < 16; ++i) {
+        if (broken_rows >> i & 1u) repair_row<Element, kDimV, kBias>(params, record, row + i, lane);
+    }
+}
+
+}  // namespace adaattn

@@ -1,0 +1,113 @@
+// online.cuh -- online softmax over accumulator fragments. SPDX-License-Identifier: Apache-2.0
+//
+// Keeps, for the two rows that a thread holds, a reference r and l = sum_j 2^(c s_j - c r), c = scale log2(e). Any r near the
+// running maximum serves: it moves only when the maximum has grown by more than kSlackLog2, so probabilities stay below
+// 2^kSlackLog2 and the accumulators are rescaled rarely. Source: Milakov & Gimelshein, arXiv 1805.02867; the slack is the
+// conditional rescaling of FlashAttention-4, arXiv 2603.05451.
+#pragma once
+
+#include "adaattn/common/types.cuh"
+#include "adaattn/ptx/convert.cuh"
+
+namespace adaattn::softmax {
+
+constexpr float kSlackLog2 = 8.0f;
+
+__device__ __forceinline__ float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, 1));
+    return fmaxf(x, __shfl_xor_sync(kFullWarp, x, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+    x += __shfl_xor_sync(kFullWarp, x, 1);
+    return x + __shfl_xor_sync(kFullWarp, x, 2);
+}
+
+// Sums whole rows only at the end: until then `sum` is this thread's share of the columns.
+template <bool kLazy>
+struct Online {
+    float reference[2];
+    float sum[2];
+    float rescale[2];  // factor that the accumulators owe after the last `exponentiate`
+
+    __device__ __forceinline__ void reset() {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            reference[r] = negative_infinity();
+            sum[r] = 0.0f;
+        }
+    }
+
+    // Turns scores into probabilities in place. Returns, alike in all lanes, whether the accumulators must be rescaled.
+    template <int kCount>
+    __device__ __forceinline__ bool exponentiate(float (&scores)[kCount], float scale_log2) {
+        float highest[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float even = fmaxf(scores[2 * r], scores[2 * r + 1]);
+            float odd = fmaxf(scores[2 * r + 4], scores[2 * r + 5]);
+#pragma unroll
+            for (int i = 8; i < kCount; i += 8) {
+                even = fmaxf(even, fmaxf(scores[i + 2 * r], scores[i + 2 * r + 1]));
+                odd = fmaxf(odd, fmaxf(scores[i + 2 * r + 4], scores[i + 2 * r + 5]));
+            }
+            highest[r] = fmaxf(quad_max(fmaxf(even, odd)), reference[r]);
+        }
+
+        bool moved = true;
+        if constexpr (kLazy) {
+            const bool grown = (highest[0] - reference[0]) * scale_log2 > kSlackLog2 ||
+                               (highest[1] - reference[1]) * scale_log2 > kSlackLog2;
+            moved = __any_sync(kFullWarp, grown);
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const float next = moved ? highest[r] : reference[r];
+            // Equal references include -inf and -inf, whose difference would be NaN.
+            rescale[r] = next == reference[r] ? 1.0f : ptx::exp2_approx((reference[r] - next) * scale_log2);
+            reference[r] = next;
+            sum[r] *= rescale[r];
+        }
+
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            // A row that has seen no key yet keeps every probability at 2^(-inf - 0) = 0.
+            const float shift = reference[r] == negative_infinity() ? 0.0f : reference[r] * scale_log2;
+            float even = 0.0f;
+            float odd = 0.0f;
+#pragma unroll
+            for (int i = 0; i < kCount; i += 4) {
+                float& first = scores[i + 2 * r];
+                float& second = scores[i + 2 * r + 1];
+                first = ptx::exp2_approx(fmaf(first, scale_log2, -shift));
+                second = ptx::exp2_approx(fmaf(second, scale_log2, -shift));
+                even += first;
+                odd += second;
+            }
+            sum[r] += even + odd;
+        }
+        return moved;
+    }
+
+    // Natural-logarithm lse of row r; -inf where the row saw no key. Call after the quad's sums were added up.
+    __device__ __forceinline__ float lse(int r, float row_sum, float scale_log2) const {
+        constexpr float kLn2 = 0.6931471805599453f;
+        if (row_sum == 0.0f) return negative_infinity();
+        return kLn2 * (reference[r] * scale_log2 + log2f(row_sum));
+    }
+};
+
+template <int kCount>
+__device__ __forceinline__ void rescale_rows(float (&accumulators)[kCount], const float (&factor)[2]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) accumulators[i] *= factor[(i / 2) % 2];
+}
+
+// Rounds a fragment of probabilities to 16 bits: the A operand of the next product, k16 slice by k16 slice.
+template <class Element, int kCount>
+__device__ __forceinline__ void round_pairs(const float (&probabilities)[kCount], u32 (&rounded)[kCount / 2]) {
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) rounded[i] = ptx::pack(Element{}, probabilities[2 * i], probabilities[2 * i + 1]);
+}
+
+}  // namespace adaattn::softmax
