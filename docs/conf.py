@@ -1,0 +1,30 @@
+"""Sphinx configuration: MyST pages, autodoc of the public API, no warning allowed."""
+
+from __future__ import annotations
+
+from adaattn_core import __version__
+
+project = "AdaAttn"
+author = "the AdaAttn authors"
+project_copyright = "2026, the AdaAttn authors"
+release = __version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build", "examples/**"]
+
+html_theme = "furo"
+html_title = f"AdaAttn {release}"
+
+myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"
+napoleon_google_docstring = False
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+
+# Field types in docstrings are prose ("ndarray of float64, shape (len_q,)"): Sphinx takes every
+# word of them for a reference. Only full names of this project are held to exist.
+nitpicky = True
+nitpick_ignore_regex = [("py:.*", r"(?!adaattn_).*")]
