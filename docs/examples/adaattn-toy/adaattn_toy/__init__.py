@@ -1,0 +1,1 @@
+"""A toy AdaAttn backend; start at `adaattn_toy.plugin`."""
