@@ -135,13 +135,15 @@ def _scale(entries: Mapping[str, NDArray[Any]]) -> float | None:
 # -- npz ---------------------------------------------------------------------------------------
 def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
     try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("a single array, not an archive")
-        with archive:
+        with (
+            path.open("rb") as stream,
+            _archive(np.load(stream, allow_pickle=False)) as archive,
+        ):
             names = set(archive.files)
             wanted = names & {*ARRAY_NAMES, "scale", "dtype"}
             entries = {name: archive[name] for name in wanted}
+            if not all(isinstance(entry, np.ndarray) for entry in entries.values()):
+                raise ValueError("a zip archive, but not one of arrays")
     except _UNREADABLE as error:
         raise _unreadable(path, error, "numpy.savez(path, q=q, k=k, v=v)") from error
     _require_arrays(path, names)
@@ -150,6 +152,12 @@ def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
     for name in ARRAY_NAMES:
         entries[name] = _decode(name, entries[name], declared)
     return entries
+
+
+def _archive(loaded: Any) -> Any:
+    if not isinstance(loaded, np.lib.npyio.NpzFile):
+        raise ValueError("a single array, not an archive")
+    return loaded
 
 
 def _decode(name: str, array: NDArray[Any], declared: str | None) -> NDArray[Any]:

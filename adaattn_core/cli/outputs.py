@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
-import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import save
 
 from adaattn_core.cli.inputs import check_suffix
 from adaattn_core.errors import FileError
 from adaattn_core.files import atomic_write
-
-_SAFETENSORS_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def check_writable(path: Path) -> None:
@@ -57,7 +54,8 @@ def write_output(path: Path, out: NDArray[Any], lse: NDArray[Any]) -> None:
     """
     arrays = {"out": np.ascontiguousarray(out), "lse": np.ascontiguousarray(lse)}
     if path.suffix == ".safetensors":
-        atomic_write(path, lambda stream: _write_safetensors(stream, arrays))
+        data = save(arrays)
+        atomic_write(path, lambda stream: _write(stream, data))
     else:
         atomic_write(path, lambda stream: _write_npz(stream, arrays))
 
@@ -70,23 +68,5 @@ def _write_npz(stream: BinaryIO, arrays: dict[str, NDArray[Any]]) -> None:
         np.savez(stream, out=out, lse=arrays["lse"])
 
 
-def _write_safetensors(stream: BinaryIO, arrays: dict[str, NDArray[Any]]) -> None:
-    """Write the format by hand: the safetensors package cannot write bf16 from NumPy.
-
-    Layout: header length (little-endian u64), JSON header padded to 8 bytes, the arrays' bytes.
-    """
-    header: dict[str, Any] = {}
-    offset = 0
-    for name, array in arrays.items():
-        header[name] = {
-            "dtype": _SAFETENSORS_NAMES[array.dtype.name],
-            "shape": list(array.shape),
-            "data_offsets": [offset, offset + array.nbytes],
-        }
-        offset += array.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    stream.write(struct.pack("<Q", len(text)))
-    stream.write(text)
-    for array in arrays.values():
-        stream.write(array.tobytes())
+def _write(stream: BinaryIO, data: bytes) -> None:
+    stream.write(data)
