@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from sphinx.domains.python import PyObject
+from sphinx.util.docfields import TypedField
+
 from adaattn_core import __version__
 
 project = "AdaAttn"
@@ -24,7 +27,13 @@ napoleon_google_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 
-# Field types in docstrings are prose ("ndarray of float64, shape (len_q,)"): Sphinx takes every
-# word of them for a reference. Only full names of this project are held to exist.
+# Types in docstrings are prose ("ndarray of float64, shape (len_q,)"): without this, Sphinx
+# takes every word of them for a reference.
+for field in PyObject.doc_field_types:
+    if isinstance(field, TypedField):
+        field.typerolename = ""
+
+# Only full names of this project are held to exist; bare names of exceptions and of other
+# libraries' classes are not.
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!adaattn_).*")]
