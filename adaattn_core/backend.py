@@ -79,6 +79,8 @@ class RunFacts:
         operands' own units (0 for wider formats): what stochastic rounding can move by.
     dropped_mass_upper : float
         Largest share of a row's softmax mass that was left out (inf where nothing is known).
+    bias_max_abs : float
+        Largest finite magnitude of the additive mask.
     keys_max : int
         Most visible keys of a row.
     output_rms : float
@@ -100,6 +102,7 @@ class RunFacts:
     query_step_upper: float = 0.0
     key_step_upper: float = 0.0
     dropped_mass_upper: float = 0.0
+    bias_max_abs: float = 0.0
     keys_max: int = 0
     output_rms: float = 0.0
     nonfinite: bool = False

@@ -63,7 +63,9 @@ class FormatInfo:
 
 def _table() -> dict[str, FormatInfo]:
     rows = (
-        FormatInfo("f64", 64, 53, float(np.finfo(np.float64).max), 2.0**-1022, np.dtype("f8"), True, 53),
+        FormatInfo(
+            "f64", 64, 53, float(np.finfo(np.float64).max), 2.0**-1022, np.dtype("f8"), True, 53
+        ),
         FormatInfo("f32", 32, 24, float(np.finfo(np.float32).max), 2.0**-126, np.dtype("f4")),
         FormatInfo("tf32", 32, 11, float(np.finfo(np.float32).max), 2.0**-126, None),
         FormatInfo("f16", 16, 11, 65504.0, 2.0**-14, np.dtype("f2")),
@@ -76,9 +78,7 @@ def _table() -> dict[str, FormatInfo]:
             np.dtype(ml_dtypes.bfloat16),
         ),
         FormatInfo("i8", 8, 8, 127.0, 0.0, np.dtype("i1"), False),
-        FormatInfo(
-            "e4m3", 8, 4, 448.0, 2.0**-6, np.dtype(ml_dtypes.float8_e4m3fn), True, 13
-        ),
+        FormatInfo("e4m3", 8, 4, 448.0, 2.0**-6, np.dtype(ml_dtypes.float8_e4m3fn), True, 13),
         FormatInfo("e5m2", 8, 3, 57344.0, 2.0**-14, np.dtype(ml_dtypes.float8_e5m2), True, 13),
     )
     return {row.name: row for row in rows}
@@ -121,7 +121,7 @@ def round_to_format(x: NDArray[np.floating[Any]], name: str) -> NDArray[np.float
     Parameters
     ----------
     x : ndarray of float
-        Any shape. NaN stays NaN. For ``i8`` the values are rounded to integers in [-127, 127];
+        Any shape. NaN and Inf pass unchanged: a format never hides them. For ``i8`` the values are rounded to integers in [-127, 127];
         scaling is the caller's (see the backend's quantiser).
     name : str
         A name in `FORMATS`.
@@ -139,10 +139,15 @@ def round_to_format(x: NDArray[np.floating[Any]], name: str) -> NDArray[np.float
     if name == "tf32":
         return _round_tf32(x.astype(np.float32, copy=False))
     if name == "i8":
-        return np.clip(np.rint(x), -127.0, 127.0).astype(np.float32)
-    assert info.dtype is not None
-    limit = info.max_finite
-    return np.clip(x, -limit, limit).astype(np.float32).astype(info.dtype).astype(np.float32)
+        rounded = np.clip(np.rint(x), -127.0, 127.0).astype(np.float32)
+    else:
+        assert info.dtype is not None
+        finite = np.clip(x, -info.max_finite, info.max_finite)
+        rounded = finite.astype(np.float32).astype(info.dtype).astype(np.float32)
+    infinite = np.isinf(x)
+    if infinite.any():
+        rounded[infinite] = x[infinite]
+    return rounded
 
 
 def _round_tf32(x: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -93,7 +93,11 @@ class Mask:
         """Packed sequences of different lengths: arrays of batch 1, rows back to back."""
         cu_q, cu_kv = (tuple(int(n) for n in cu) for cu in (cu_seqlens_q, cu_seqlens_kv))
         for name, cu in (("cu_seqlens_q", cu_q), ("cu_seqlens_kv", cu_kv)):
-            if len(cu) < 2 or cu[0] != 0 or any(b < a for a, b in zip(cu, cu[1:], strict=False)):
+            if (
+                len(cu) < 2
+                or cu[0] != 0
+                or any(b < a for a, b in zip(cu, cu[1:], strict=False))
+            ):
                 raise ShapeError(
                     got=f"{name}={cu}",
                     needed="a nondecreasing sequence that starts at 0 with one entry more than sequences",

@@ -212,9 +212,7 @@ class Plan:
                 fields = dict(entry)
                 index = (int(fields.pop("sequence")), int(fields.pop("head")))
                 heads[index] = HeadPlan.from_json(fields)
-            return cls(
-                heads, int(body["seed"]), body["policy"], body["target"], body["layer"]
-            )
+            return cls(heads, int(body["seed"]), body["policy"], body["target"], body["layer"])
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, PlanError):
                 raise

@@ -14,10 +14,23 @@ import pluggy
 
 from adaattn_core import hookspecs
 from adaattn_core.backend import Backend
-from adaattn_core.errors import AdaAttnError, BackendUnavailableError, PluginError
+from adaattn_core.errors import (
+    AdaAttnError,
+    ArgumentError,
+    BackendUnavailableError,
+    PluginError,
+)
 
 ENTRY_POINT_GROUP = "adaattn"
 LOAD_PLUGINS_VARIABLE = "ADAATTN_LOAD_PLUGINS"
+
+BUILT_IN_POLICIES = {
+    "budget": "adaattn_core.policies.budget:BudgetPolicy",
+    "entropy": "adaattn_core.policies.entropy:EntropyPolicy",
+    "fixed": "adaattn_core.policies.fixed:FixedPolicy",
+    "exact": "adaattn_core.policies.fixed:ExactPolicy",
+}
+"""Policies that need no argument; a plugin may add more but not replace these."""
 
 Probe = Callable[[], str | None]
 """Cheap check: None if the backend can run here, else the reason why not."""
@@ -107,7 +120,9 @@ class Registry:
         for name, module in self.manager.list_name_plugin():
             others = [p for p in self.manager.get_plugins() if p is not module]
             try:
-                self.manager.subset_hook_caller("adaattn_register_commands", others)(group=group)
+                self.manager.subset_hook_caller("adaattn_register_commands", others)(
+                    group=group
+                )
             except Exception as error:  # isolation, as above
                 self.failures[name] = f"{type(error).__name__}: {error}"
 
@@ -139,6 +154,8 @@ def load_registry(points: list[EntryPoint] | None = None) -> Registry:
     """
     registry = Registry()
     registry.manager.add_hookspecs(hookspecs)
+    for name, factory in BUILT_IN_POLICIES.items():
+        registry.policies[name] = Registration(name, factory, "adaattn")
     if points is None:
         wanted = os.environ.get(LOAD_PLUGINS_VARIABLE)
         found = sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda p: p.name)
@@ -239,3 +256,21 @@ def _broken_hint(registry: Registry) -> str:
         broken = "; ".join(f"{n}: {why}" for n, why in registry.failures.items())
         return f"repair the plugins that failed to load ({broken})"
     return "see `adaattn backends` for what is installed"
+
+
+def get_policy(name: str) -> Any:
+    """Return a policy by name.
+
+    Raises
+    ------
+    ArgumentError
+        If no installed policy has that name.
+    """
+    registry = default_registry()
+    if name not in registry.policies:
+        raise ArgumentError(
+            got=f"policy {name!r}",
+            needed=f"one of {', '.join(sorted(registry.policies))}",
+            do="policies that need arguments (fixed, calibrated) are built in Python or by the CLI",
+        )
+    return registry.policies[name].load()

@@ -50,7 +50,7 @@ class HeadStats:
     entropy_relative : float
         The same divided by ln(visible keys), in [0, 1].
     score_max_abs : float
-        Largest |scaled score| among the sampled rows.
+        Largest absolute scaled score among the sampled rows.
     saturation : float
         Mean over the sampled rows of the largest softmax weight, in [0, 1].
     query_norm_upper, key_norm_upper, value_norm_upper : float
@@ -58,7 +58,7 @@ class HeadStats:
     output_rms_estimate : float
         Root-mean-square norm of the sampled exact output rows.
     stable_rank : float
-        |K|_F² / |K|_2² of the centred keys.
+        ``|K|_F² / |K|_2²`` of the centred keys.
     participation_ratio : float
         (Σλ)² / Σλ² of the centred keys' Gram spectrum.
     landmark_curve : mapping of float to float
@@ -114,7 +114,9 @@ class MeasureRequest:
     rows : float
         Row share whose error quantile is to be estimated.
     structures : tuple of Structure
-        Candidates to try on held-out rows.
+        Candidates to try on held-out rows, cheapest first.
+    enough_error : float
+        Candidates of one kind need not be tried beyond the first with this row error or less.
     formats : tuple of (str, str)
         (qk, pv) pairs to try on sampled rows.
     spectrum : bool
@@ -125,6 +127,7 @@ class MeasureRequest:
 
     rows: float
     structures: tuple[Structure, ...]
+    enough_error: float
     formats: tuple[tuple[str, str], ...]
     spectrum: bool
     seed: int

@@ -223,4 +223,6 @@ def block_mask(blocks: Any) -> tuple[tuple[int, ...], ...]:
 
 def _require(holds: bool, got: str, needed: str) -> None:
     if not holds:
-        raise ArgumentError(got=got, needed=needed, do="see adaattn_core.structure for the ranges")
+        raise ArgumentError(
+            got=got, needed=needed, do="see adaattn_core.structure for the ranges"
+        )

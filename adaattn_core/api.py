@@ -1,0 +1,149 @@
+"""attention(): the one door."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Any
+
+from adaattn_core.arrays import like, move_axis_layout
+from adaattn_core.backend import Backend
+from adaattn_core.budget import ErrorBudget
+from adaattn_core.costs import get_cost_model
+from adaattn_core.errors import ArgumentError
+from adaattn_core.mask import Mask
+from adaattn_core.pipeline import run_pipeline
+from adaattn_core.plan import Plan
+from adaattn_core.policies.base import Policy
+from adaattn_core.policies.budget import BudgetPolicy
+from adaattn_core.policies.fixed import ExactPolicy
+from adaattn_core.problem import AttentionProblem
+from adaattn_core.registry import get_backend, get_policy
+from adaattn_core.result import AttentionResult
+
+
+def attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    budget: ErrorBudget | float | None = None,
+    policy: Policy | str | None = None,
+    plan: Plan | None = None,
+    backend: Backend | str = "auto",
+    target: str | None = None,
+    layout: str = "bhsd",
+    seed: int | None = None,
+    layer: str = "",
+) -> AttentionResult:
+    """Attention to a stated tolerance, with a certificate of its error.
+
+    Parameters
+    ----------
+    query : array, shape (batch, heads_q, len_q, dim_qk)
+    key : array, shape (batch, heads_kv, len_kv, dim_qk)
+    value : array, shape (batch, heads_kv, len_kv, dim_v)
+        Any library that speaks DLPack or the array API; f64, f32, f16 or bf16, all three alike.
+        heads_q must be a multiple of heads_kv.
+    mask : Mask, optional
+        Default: every key is visible.
+    scale : float, optional
+        Factor on the scores; default 1/sqrt(dim_qk).
+    budget : ErrorBudget or float, optional
+        Tolerated error; a float is ``ErrorBudget(rel=budget)``. None asks for exact attention in
+        the input's own format.
+    policy : Policy or str, optional
+        Default `BudgetPolicy`; or the name of an installed policy.
+    plan : Plan, optional
+        Run this plan and decide nothing; a budget is then only checked against.
+    backend : Backend or str
+        A backend, its name, or ``"auto"``: the first that takes arrays from where these live.
+    target : str, optional
+        Plan for another machine (a name in `adaattn_core.costs`) and run its formats here, by
+        emulation. Default: the backend's own.
+    layout : {"bhsd", "bshd"}
+        Axis order of the three arrays and of the output.
+    seed : int, optional
+        Seed of probe rows and random rounding, recorded in the plan. Certificate rows are drawn
+        from it too; give it only for reproducible experiments, since a sampled guarantee is a
+        statement about rows that could not be foreseen. Default: fresh randomness.
+    layer : str
+        Name under which the plan is kept.
+
+    Returns
+    -------
+    AttentionResult
+
+    Raises
+    ------
+    ShapeError, DTypeError, ArgumentError
+        If the arguments do not fit together.
+    UnsupportedError
+        If the backend does not do what is asked; nothing is ever ignored.
+    BackendUnavailableError
+        If no backend takes these arrays.
+    CertificateViolation
+        If ``budget.on_violation == "raise"`` and a head misses it.
+    BudgetInfeasibleError
+        If escalation reached the most accurate plan and a head still misses the budget.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from adaattn_core import ErrorBudget, Mask, attention
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = (rng.standard_normal((1, 2, 64, 16), dtype=np.float32) for _ in range(3))
+    >>> result = attention(q, k, v, mask=Mask.causal(), budget=ErrorBudget(rel=0.1))
+    >>> result.certificate.upper.shape, bool((result.certificate.upper <= 0.1).all())
+    ((1, 2), True)
+    """
+    started = time.perf_counter()
+    problem = AttentionProblem.from_arrays(
+        query, key, value, mask=mask, scale=scale, layout=layout
+    )
+    if isinstance(budget, int | float):
+        budget = ErrorBudget(rel=float(budget))
+    if plan is not None and policy is not None:
+        raise ArgumentError(
+            got="both a plan and a policy",
+            needed="one of the two: a plan leaves nothing to decide",
+            do="drop one of them",
+        )
+    chosen = get_backend(backend, problem.device) if isinstance(backend, str) else backend
+    deciding = _policy(policy, budget, plan)
+    costs = get_cost_model(target or chosen.capabilities().target)
+    seed = secrets.randbits(48) if seed is None else int(seed)
+    raw, final, certificate, stats, notes = run_pipeline(
+        problem, chosen, deciding, budget, costs, plan=plan, seed=seed, layer=layer
+    )
+    out = raw.out if problem.device != "cpu" else like(raw.out, query)
+    provenance: dict[str, Any] = {
+        "backend": chosen.name,
+        **chosen.provenance(),
+        "policy": final.policy,
+        "target": costs.name,
+        "seed": seed,
+        "seconds": time.perf_counter() - started,
+        **notes,
+    }
+    return AttentionResult(
+        out=move_axis_layout(out, layout),
+        lse=raw.lse if problem.device != "cpu" else like(raw.lse, query, keep_dtype=False),
+        plan=final,
+        certificate=certificate,
+        provenance=provenance,
+        stats=stats,
+        facts=dict(raw.facts),
+    )
+
+
+def _policy(
+    policy: Policy | str | None, budget: ErrorBudget | None, plan: Plan | None
+) -> Policy | None:
+    if plan is not None:
+        return None
+    if policy is None:
+        return ExactPolicy() if budget is None else BudgetPolicy()
+    return get_policy(policy) if isinstance(policy, str) else policy

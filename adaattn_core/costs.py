@@ -1,0 +1,169 @@
+"""Cost models: what an operation costs on a machine, as data, so that a laptop can plan for an H100."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from adaattn_core.errors import ArgumentError
+from adaattn_core.plan import HeadPlan
+from adaattn_core.stats import HeadStats
+from adaattn_core.structure import BlockSparse, Dense, Landmark, LowRank, ScoreSkip, Structure
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """Rates of one machine; a predicted cost is the time of one head in seconds.
+
+    Attributes
+    ----------
+    name : str
+    flops : mapping of str to float
+        Sustained rate of Q·Kᵀ and P·V by operand format, in floating point operations a second.
+        A format that is missing cannot be run there.
+    softmax_rate : float
+        Scores per second through maximum, exponential and sum.
+    overlap : bool
+        Whether softmax and products run at the same time (GPU) or one after the other (CPU).
+    efficiency : mapping of str to float
+        Share of these rates that a structure's gathers and small tiles leave, by kind.
+    head_seconds : float
+        Fixed time of measuring and certifying a head beyond the rows it computes.
+    source : str
+        Where the figures come from.
+    """
+
+    name: str
+    flops: Mapping[str, float]
+    softmax_rate: float
+    overlap: bool
+    efficiency: Mapping[str, float] = field(default_factory=dict)
+    head_seconds: float = 0.0
+    source: str = ""
+
+    def runs(self, qk: str, pv: str) -> bool:
+        """Whether the machine has both formats."""
+        return qk in self.flops and pv in self.flops
+
+    def scores_seconds(
+        self, qk_scores: float, pv_scores: float, dim_qk: float, dim_v: float, qk: str, pv: str
+    ) -> float:
+        """Time of computing `qk_scores` scores and using `pv_scores` of them."""
+        products = (
+            2 * qk_scores * dim_qk / self.flops[qk] + 2 * pv_scores * dim_v / self.flops[pv]
+        )
+        softmax = pv_scores / self.softmax_rate
+        return max(products, softmax) if self.overlap else products + softmax
+
+    def head_cost(self, stats: HeadStats, plan: HeadPlan, share: float) -> float:
+        """Predicted seconds of one head: the plan, and what it takes to measure and certify it.
+
+        Parameters
+        ----------
+        share : float
+            Share of the visible scores that enter the softmax.
+        """
+        n, d, dv = float(stats.visible), float(stats.dim_qk), float(stats.dim_v)
+        structure, kind = plan.structure, plan.structure.kind
+        rate = self.efficiency.get(kind, 1.0)
+        if isinstance(structure, ScoreSkip):
+            seconds = self.scores_seconds(n, share * n, d, dv, plan.qk, plan.pv)
+        elif isinstance(structure, LowRank):
+            seconds = self.scores_seconds(n, n, structure.rank, dv, plan.qk, plan.pv)
+        else:
+            seconds = self.scores_seconds(share * n, share * n, d, dv, plan.qk, plan.pv)
+        return seconds / rate + self.extra_seconds(stats, structure)
+
+    def extra_seconds(self, stats: HeadStats, structure: Structure) -> float:
+        """Time of probe rows, pools and certificate rows of a sampled structure."""
+        if not isinstance(structure, Landmark | BlockSparse):
+            return 0.0
+        n, d, dv = float(stats.visible), float(stats.dim_qk), float(stats.dim_v)
+        probe = n * min(structure.samples / structure.group, 1.0)
+        certify = n * min(CERTIFY_ROWS / max(stats.len_q, 1), 1.0)
+        wide = "f32" if "f32" in self.flops else "bf16"
+        return self.head_seconds + self.scores_seconds(
+            probe + certify, probe + certify, d, dv, wide, wide
+        )
+
+    def dense_cost(self, stats: HeadStats, qk: str = "f32", pv: str = "f32") -> float:
+        """Predicted seconds of the dense head."""
+        return self.head_cost(stats, HeadPlan(structure=Dense(), qk=qk, pv=pv), 1.0)
+
+
+CERTIFY_ROWS = 128
+"""Rows that a sampled certificate typically evaluates (for cost prediction only)."""
+
+COST_MODELS: dict[str, CostModel] = {
+    model.name: model
+    for model in (
+        CostModel(
+            name="cpu",
+            # Emulated formats multiply in float32 after rounding: never cheaper than f32.
+            flops={
+                "f64": 3.5e10,
+                "f32": 7.5e10,
+                "tf32": 6e10,
+                "f16": 5e10,
+                "bf16": 5e10,
+                "i8": 4e10,
+                "e4m3": 1e10,
+            },
+            softmax_rate=6e8,
+            overlap=False,
+            efficiency={"landmark": 0.7, "block_sparse": 0.6, "score_skip": 0.6},
+            head_seconds=5e-3,
+            source="one core of a 2-core Xeon, NumPy 2.4 with OpenBLAS, benchmarks/cpu.py",
+        ),
+        CostModel(
+            name="sm90",
+            flops={
+                "f32": 1.2e14,
+                "tf32": 3.2e14,
+                "f16": 6.2e14,
+                "bf16": 6.2e14,
+                "i8": 1.2e15,
+                "e4m3": 1.2e15,
+            },
+            softmax_rate=3.7e12,
+            overlap=True,
+            efficiency={"landmark": 0.75, "block_sparse": 0.9, "score_skip": 0.85},
+            head_seconds=2e-6,
+            source="H100 SXM: measured bf16 and FP8 matmul and attention rates; "
+            "EX2 at 16 per clock and multiprocessor",
+        ),
+        CostModel(
+            name="sm80",
+            flops={
+                "f32": 4.5e13,
+                "tf32": 1e14,
+                "f16": 2e14,
+                "bf16": 2e14,
+                "i8": 3.8e14,
+            },
+            softmax_rate=2.4e12,
+            overlap=False,
+            efficiency={"landmark": 0.75, "block_sparse": 0.9, "score_skip": 0.85},
+            head_seconds=2e-6,
+            source="A100 SXM data sheet rates times the 65% that FlashAttention-2 reaches",
+        ),
+    )
+}
+
+
+def get_cost_model(name: str) -> CostModel:
+    """Return the cost model of a target.
+
+    Raises
+    ------
+    ArgumentError
+        If there is no such target.
+    """
+    try:
+        return COST_MODELS[name]
+    except KeyError:
+        raise ArgumentError(
+            got=f"target {name!r}",
+            needed=f"one of {', '.join(COST_MODELS)}",
+            do="leave the target out to plan for the machine that runs",
+        ) from None

@@ -1,0 +1,121 @@
+"""The policy contract, and the ladder of safer plans that every policy escalates along."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+from adaattn_core.backend import Capabilities
+from adaattn_core.budget import ErrorBudget
+from adaattn_core.costs import CostModel
+from adaattn_core.plan import HeadPlan
+from adaattn_core.problem import HeadIndex
+from adaattn_core.stats import HeadStats, MeasureRequest
+from adaattn_core.structure import BlockSparse, Dense, Landmark, ScoreSkip, Structure
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyContext:
+    """What a decision may depend on besides the stats; holds no array.
+
+    Attributes
+    ----------
+    budget : ErrorBudget or None
+        None asks for exact attention at the input's own precision.
+    capabilities : Capabilities
+        Of the backend that will run.
+    costs : CostModel
+        Of the machine that the plan is for.
+    dtype : str
+        Format of the inputs.
+    structural : bool
+        Whether the mask is an interval per row.
+    shapes : mapping of (sequence, head) to HeadStats
+        Sizes of every head, before anything is measured.
+    scale : float
+    seed : int
+    layer : str
+    """
+
+    budget: ErrorBudget | None
+    capabilities: Capabilities
+    costs: CostModel
+    dtype: str
+    structural: bool
+    shapes: Mapping[HeadIndex, HeadStats]
+    scale: float
+    seed: int
+    layer: str = ""
+
+    @property
+    def exact_format(self) -> str:
+        """Format of exact attention: the input's own, or f32 where that is only emulated."""
+        native = self.dtype in self.capabilities.qk_formats
+        emulated = self.dtype in self.capabilities.emulated_formats
+        return self.dtype if native and not emulated else "f32"
+
+    def usable_formats(self, names: tuple[str, ...], supported: tuple[str, ...]) -> list[str]:
+        """Those of `names` that the backend and the target machine both have."""
+        return [n for n in names if n in supported and n in self.costs.flops]
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Decides; computes nothing of the problem's size."""
+
+    name: str
+
+    def request(self, context: PolicyContext) -> MeasureRequest | None:
+        """Return what must be measured before deciding, or None for nothing."""
+        ...
+
+    def decide(
+        self, stats: Mapping[HeadIndex, HeadStats], context: PolicyContext
+    ) -> dict[HeadIndex, HeadPlan]:
+        """Return a plan for every head."""
+        ...
+
+    def escalate(
+        self, plan: HeadPlan, stats: HeadStats, context: PolicyContext
+    ) -> HeadPlan | None:
+        """Return a safer plan for a head that missed the budget, or None at the top."""
+        ...
+
+
+def safer(plan: HeadPlan, context: PolicyContext) -> HeadPlan | None:
+    """Return the next safer plan: first the structure, then the formats, one rung at a time."""
+    structure = _safer_structure(plan.structure)
+    if structure is not None and structure.kind in context.capabilities.structures:
+        return replace(plan, structure=structure, reason="escalated: safer structure")
+    formats = _wider(plan.qk, plan.pv, context)
+    if formats is None:
+        return None
+    return replace(plan, qk=formats[0], pv=formats[1], reason="escalated: wider format")
+
+
+def _safer_structure(structure: Structure) -> Structure | None:
+    if isinstance(structure, Dense):
+        return None
+    if isinstance(structure, Landmark) and structure.tau > 0.02:
+        return replace(structure, tau=structure.tau / 3)
+    if isinstance(structure, BlockSparse) and structure.blocks is None and structure.tau > 0.01:
+        return replace(structure, tau=structure.tau / 4)
+    if isinstance(structure, ScoreSkip) and structure.lam > 1e-6:
+        return replace(structure, lam=structure.lam / 100)
+    return Dense()
+
+
+def _wider(qk: str, pv: str, context: PolicyContext) -> tuple[str, str] | None:
+    ladder = ("e4m3", "i8", "bf16", "f16", "tf32", "f32", "f64")
+    limit = "f64" if context.dtype == "f64" else "f32"
+    usable = [
+        name
+        for name in ladder[: ladder.index(limit) + 1]
+        if name in context.capabilities.qk_formats and name in context.capabilities.pv_formats
+    ]
+    position = max(ladder.index(qk), ladder.index(pv))
+    for name in usable:
+        if ladder.index(name) > position or (name == ladder[position] and qk != pv):
+            return name, name
+    return None

@@ -1,0 +1,291 @@
+"""BudgetPolicy: the cheapest predicted plan whose predicted error keeps the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from adaattn_core.backend import RunFacts
+from adaattn_core.certify import theorem_certificate
+from adaattn_core.formats import get_format
+from adaattn_core.plan import HeadPlan
+from adaattn_core.policies.base import PolicyContext, safer
+from adaattn_core.problem import HeadIndex
+from adaattn_core.stats import HeadStats, MeasureRequest
+from adaattn_core.structure import (
+    BlockSparse,
+    Dense,
+    Landmark,
+    LowRank,
+    ScoreSkip,
+    Structure,
+)
+
+FORMAT_PAIRS = (
+    ("e4m3", "e4m3"),
+    ("i8", "e4m3"),
+    ("i8", "f16"),
+    ("i8", "bf16"),
+    ("bf16", "bf16"),
+    ("f16", "f16"),
+    ("tf32", "tf32"),
+    ("f32", "f32"),
+)
+"""Operand formats of Q·Kᵀ and P·V that are considered, cheapest first on most machines."""
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetPolicy:
+    """The default policy.
+
+    For every head: predict the error of every structure and format from what was measured, keep
+    those within `margin` of the budget, take the cheapest. Sampled guarantees predict with the
+    held-out probe rows; the other two predict with the theorems themselves.
+
+    Attributes
+    ----------
+    taus : tuple of float
+        Landmark masses tried, cheapest first.
+    margin : float
+        Share of the budget that a *sampled estimate* may use up; the rest is for the certificate,
+        which is an upper confidence limit and so lies above the estimate.
+    worthwhile : float
+        A structure is tried only where its predicted cost is below this share of dense.
+    diffuse : float
+        Relative entropy from which no far-field structure is tried: the mass is everywhere.
+    low_rank_participation : float
+        A feature rank is tried where the keys' participation ratio is below this share of dim.
+    """
+
+    taus: tuple[float, ...] = (0.1, 0.04, 0.015)
+    margin: float = 0.62
+    worthwhile: float = 0.8
+    diffuse: float = 0.97
+    low_rank_participation: float = 0.25
+
+    name = "budget"
+
+    # -- what to measure --------------------------------------------------------------------------
+    def request(self, context: PolicyContext) -> MeasureRequest | None:
+        """Ask for the structures and formats that could pay on the target."""
+        budget = context.budget
+        if budget is None or not context.capabilities.measures:
+            return None
+        sampled = budget.guarantee == "sampled"
+        structures = tuple(
+            s for s in self._structures(context) if self._could_pay(s, context, sampled)
+        )
+        pairs = tuple(p for p in self._pairs(context) if p != ("f32", "f32")) if sampled else ()
+        if not structures and not pairs and sampled:
+            return None
+        return MeasureRequest(
+            rows=budget.rows,
+            structures=structures,
+            enough_error=self.margin * budget.rel,
+            formats=pairs,
+            spectrum=not sampled,
+            seed=context.seed,
+        )
+
+    def _structures(self, context: PolicyContext) -> Iterator[Structure]:
+        kinds = context.capabilities.structures
+        rel = context.budget.rel if context.budget else 0.0
+        if "landmark" in kinds and context.structural:
+            screen = 0 if not context.costs.overlap else 16
+            for tau in self.taus:
+                yield Landmark(tau=tau, screen_rank=screen)
+        if "score_skip" in kinds:
+            longest = max((s.len_kv for s in context.shapes.values()), default=1)
+            yield ScoreSkip(lam=min(rel / (8 * max(longest, 1)), 0.1))
+        if "low_rank" in kinds:
+            dim = min((s.dim_qk for s in context.shapes.values()), default=1)
+            for rank in (dim // 4, dim // 2):
+                if rank >= 8:
+                    yield LowRank(rank)
+
+    def _could_pay(self, structure: Structure, context: PolicyContext, sampled: bool) -> bool:
+        """Whether the structure could beat dense on any head, were its share the least possible."""
+        if not sampled and isinstance(structure, Landmark | BlockSparse):
+            return False  # no theorem bounds what they leave out
+        for shape in context.shapes.values():
+            share = _least_share(structure, shape)
+            plan = HeadPlan(structure=structure)
+            dense = context.costs.dense_cost(shape)
+            if context.costs.head_cost(shape, plan, share) < self.worthwhile * dense:
+                return True
+        return False
+
+    def _pairs(self, context: PolicyContext) -> Iterator[tuple[str, str]]:
+        """Format pairs that the backend runs and that save time on the target."""
+        capabilities, costs = context.capabilities, context.costs
+        widest = context.exact_format
+        for qk, pv in FORMAT_PAIRS:
+            known = qk in capabilities.qk_formats and pv in capabilities.pv_formats
+            if known and costs.runs(qk, pv) and (qk, pv) != (widest, widest):
+                rate = min(costs.flops[qk], costs.flops[pv])
+                if rate > costs.flops.get(widest, 0.0):
+                    yield qk, pv
+        yield widest, widest
+
+    # -- what to choose ---------------------------------------------------------------------------
+    def decide(
+        self, stats: Mapping[HeadIndex, HeadStats], context: PolicyContext
+    ) -> dict[HeadIndex, HeadPlan]:
+        """Choose for every head on its own."""
+        return {
+            index: self.decide_head(stats.get(index, shape), context)
+            for index, shape in context.shapes.items()
+        }
+
+    def decide_head(self, stats: HeadStats, context: PolicyContext) -> HeadPlan:
+        """Choose for one head; pure and deterministic."""
+        budget = context.budget
+        widest = context.exact_format
+        dense = context.costs.dense_cost(stats)
+        fallback = HeadPlan(
+            qk=widest, pv=widest, reason="dense: nothing cheaper keeps the budget"
+        )
+        fallback = replace(
+            fallback, cost_estimate=_ratio(context.costs.head_cost(stats, fallback, 1.0), dense)
+        )
+        if budget is None or stats.nonfinite or not stats.visible:
+            why = "dense: non-finite input" if stats.nonfinite else "dense: nothing to save"
+            return replace(fallback, reason=why)
+        best = fallback
+        for plan, share in self._candidates(stats, context):
+            cost = _ratio(context.costs.head_cost(stats, plan, share), dense)
+            if cost < best.cost_estimate and plan.error_estimate <= self._allowed(context):
+                best = replace(plan, cost_estimate=cost, reason=self._reason(plan, stats))
+        return best
+
+    def _allowed(self, context: PolicyContext) -> float:
+        assert context.budget is not None
+        sampled = context.budget.guarantee == "sampled"
+        return context.budget.rel * (self.margin if sampled else 1.0)
+
+    def _candidates(
+        self, stats: HeadStats, context: PolicyContext
+    ) -> Iterator[tuple[HeadPlan, float]]:
+        """Plans with their predicted error and share."""
+        assert context.budget is not None
+        shares: list[tuple[Structure, float, float]] = [(Dense(), 1.0, 0.0)]
+        for estimate in stats.structures:
+            if self._admissible(estimate.structure, stats):
+                shares.append((estimate.structure, estimate.share, estimate.row_error_estimate))
+        for structure, share, error in shares:
+            for qk, pv in self._pairs(context):
+                plan = HeadPlan(structure=structure, qk=qk, pv=pv)
+                if context.budget.guarantee == "sampled":
+                    exact = (qk, pv) == (context.exact_format,) * 2
+                    rounding = 0.0 if exact else stats.format_errors.get((qk, pv), float("inf"))
+                    yield replace(plan, error_estimate=error + rounding), share
+                else:
+                    yield self._with_theorem(plan, stats, context), share
+
+    def _admissible(self, structure: Structure, stats: HeadStats) -> bool:
+        """Entropy and spectral proxies: which structures are worth a look on this head at all."""
+        if isinstance(structure, Landmark | BlockSparse):
+            return stats.entropy_relative < self.diffuse
+        if isinstance(structure, LowRank):
+            return stats.participation_ratio < self.low_rank_participation * stats.dim_qk
+        return True
+
+    def _with_theorem(
+        self, plan: HeadPlan, stats: HeadStats, context: PolicyContext
+    ) -> HeadPlan:
+        """Predict the certificate of a plan from norms, as the theorems will after the run."""
+        assert context.budget is not None
+        stochastic = context.budget.guarantee == "probabilistic" and plan.qk in ("i8", "e4m3")
+        plan = replace(plan, rounding="stochastic" if stochastic else "nearest")
+        certificate = theorem_certificate(
+            _predicted_facts(plan, stats),
+            plan,
+            dim_qk=stats.dim_qk,
+            dim_v=stats.dim_v,
+            scale=context.scale,
+            dtype=context.dtype,
+            len_q=stats.len_q,
+            guarantee="probabilistic" if stochastic else "worst_case",
+            confidence=min(context.budget.confidence, 1 - 1e-9),
+        )
+        return replace(plan, error_estimate=certificate.upper)
+
+    def _reason(self, plan: HeadPlan, stats: HeadStats) -> str:
+        parts = [f"entropy {stats.entropy_relative:.2f}", f"|s| {stats.score_max_abs:.0f}"]
+        parts.append(f"saturation {stats.saturation:.2f}")
+        return f"cheapest within budget ({', '.join(parts)})"
+
+    # -- what to do when the certificate says no -----------------------------------------------------
+    def escalate(
+        self, plan: HeadPlan, stats: HeadStats, context: PolicyContext
+    ) -> HeadPlan | None:
+        """Climb one rung; structures that no longer beat dense are passed over."""
+        step = safer(plan, context)
+        dense = context.costs.dense_cost(stats)
+        while step is not None and isinstance(step.structure, Landmark):
+            share = min(1.0, 2.0 * _least_share(step.structure, stats))
+            if context.costs.head_cost(stats, step, share) < self.worthwhile * dense:
+                break
+            step = safer(step, context)
+        return step
+
+
+def _least_share(structure: Structure, shape: HeadStats) -> float:
+    """Least share of the visible scores that a structure can come to on a head of this shape."""
+    mean_keys = shape.visible / max(shape.len_q, 1)
+    if isinstance(structure, Landmark):
+        pools = 1 / structure.pool if structure.pool else 0.0
+        return min(1.0, (structure.band + structure.tile / 2 + 64) / max(mean_keys, 1) + pools)
+    if isinstance(structure, BlockSparse):
+        return min(1.0, (structure.band + structure.tile_q) / max(mean_keys, 1))
+    if isinstance(structure, ScoreSkip):
+        return min(1.0, 2 * structure.tile_kv / max(mean_keys, 1))
+    return 1.0
+
+
+def _predicted_facts(plan: HeadPlan, stats: HeadStats) -> RunFacts:
+    """Facts that a run of `plan` would report, predicted from the head's norms."""
+    unit = get_format(plan.qk).unit_roundoff
+    info = get_format(plan.qk)
+    root = stats.dim_qk**0.5
+    if info.is_quantised:  # step of the grid at the largest entry, residual of half a step each
+        spacing = 1 / 127 if not info.is_float else 2 * unit
+        step_q, step_k = stats.query_norm_upper * spacing, stats.key_norm_upper * spacing
+        residual_q, residual_k = root * step_q / 2, root * step_k / 2
+    else:
+        step_q = step_k = 0.0
+        exact = 0.0 if plan.qk in ("f32", "f64") else unit
+        residual_q, residual_k = exact * stats.query_norm_upper, exact * stats.key_norm_upper
+    pv = get_format(plan.pv)
+    value_residual = (
+        0.0
+        if plan.pv in ("f32", "f64")
+        else stats.value_norm_upper * (pv.unit_roundoff if pv.is_float else 1 / 254)
+    )
+    dropped = residual = 0.0
+    if isinstance(plan.structure, ScoreSkip):
+        dropped = plan.structure.lam * stats.len_kv
+    elif isinstance(plan.structure, LowRank):
+        residual = stats.feature_residual_upper.get(plan.structure.rank, float("inf"))
+    elif not isinstance(plan.structure, Dense):
+        dropped = float("inf")
+    return RunFacts(
+        query_norm_upper=stats.query_norm_upper,
+        key_norm_upper=stats.key_norm_upper,
+        value_norm_upper=stats.value_norm_upper,
+        query_residual_upper=residual_q,
+        key_residual_upper=residual_k,
+        value_residual_upper=value_residual,
+        value_diameter_upper=2 * stats.value_norm_upper,
+        score_residual_upper=residual,
+        query_step_upper=step_q,
+        key_step_upper=step_k,
+        dropped_mass_upper=dropped,
+        keys_max=stats.len_kv,
+        output_rms=stats.output_rms_estimate,
+        nonfinite=stats.nonfinite,
+    )
+
+
+def _ratio(cost: float, dense: float) -> float:
+    return cost / dense if dense > 0 else 1.0

@@ -1,0 +1,108 @@
+"""CalibratedPolicy: plans decided once, from a few batches, and kept per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from adaattn_core.errors import PlanError
+from adaattn_core.plan import HeadPlan, Plan
+from adaattn_core.policies.base import PolicyContext, safer
+from adaattn_core.problem import HeadIndex
+from adaattn_core.stats import HeadStats, MeasureRequest
+
+
+class CalibratedPolicy:
+    """Use saved plans; nothing is measured, so results are reproducible and batch-invariant.
+
+    Parameters
+    ----------
+    path : str or Path, optional
+        A plan file, or a folder with one ``<layer>.json`` per layer name.
+    plans : mapping of str to Plan, optional
+        Plans by layer name, instead of a path.
+
+    Notes
+    -----
+    A plan speaks per head. Where it was made for one sequence, it is used for every sequence.
+    """
+
+    name = "calibrated"
+
+    def __init__(
+        self, path: str | Path | None = None, plans: Mapping[str, Plan] | None = None
+    ) -> None:
+        if (path is None) == (plans is None):
+            raise PlanError(
+                got="both a path and plans" if path is not None else "no plan",
+                needed="exactly one of path and plans",
+                do="pass the file or folder that Plan.save wrote, or plans by layer name",
+            )
+        self.plans = dict(plans) if plans is not None else _load(Path(str(path)))
+
+    @classmethod
+    def from_runs(cls, runs: Mapping[str, Iterable[Plan]]) -> CalibratedPolicy:
+        """Merge plans of several batches: each head gets the most expensive one seen."""
+        merged = {}
+        for layer, plans in runs.items():
+            heads: dict[HeadIndex, HeadPlan] = {}
+            for plan in plans:
+                for (_, head), choice in plan.heads.items():
+                    index = (0, head)
+                    known = heads.get(index)
+                    if known is None or choice.cost_estimate > known.cost_estimate:
+                        heads[index] = choice
+            merged[layer] = Plan(heads=heads, policy=cls.name, layer=layer)
+        return cls(plans=merged)
+
+    def save(self, folder: str | Path) -> None:
+        """Write one plan file per layer into an existing folder."""
+        for layer, plan in self.plans.items():
+            plan.save(Path(folder) / f"{layer or 'plan'}.json")
+
+    def request(self, context: PolicyContext) -> MeasureRequest | None:
+        """Nothing needs to be measured."""
+        return None
+
+    def decide(
+        self, stats: Mapping[HeadIndex, HeadStats], context: PolicyContext
+    ) -> dict[HeadIndex, HeadPlan]:
+        """Return the layer's saved plan, head by head."""
+        plan = self.plans.get(context.layer)
+        if plan is None and len(self.plans) == 1:
+            plan = next(iter(self.plans.values()))
+        if plan is None:
+            raise PlanError(
+                got=f"layer {context.layer!r}",
+                needed=f"one of the calibrated layers: {', '.join(sorted(self.plans))}",
+                do="pass layer=, or calibrate this layer too",
+            )
+        out = {}
+        for sequence, head in context.shapes:
+            choice = plan.heads.get((sequence, head)) or plan.heads.get((0, head))
+            if choice is None:
+                raise PlanError(
+                    got=f"a plan without head {head}",
+                    needed=f"a plan for every head of layer {context.layer!r}",
+                    do="calibrate with the same model",
+                )
+            out[sequence, head] = choice
+        return out
+
+    def escalate(
+        self, plan: HeadPlan, stats: HeadStats, context: PolicyContext
+    ) -> HeadPlan | None:
+        """Climb the common ladder."""
+        return safer(plan, context)
+
+
+def _load(path: Path) -> dict[str, Plan]:
+    if path.is_dir():
+        plans = [Plan.load(file) for file in sorted(path.glob("*.json"))]
+        if not plans:
+            raise PlanError(
+                got=f"{path}: no .json file", needed="saved plans", do="calibrate first"
+            )
+        return {plan.layer: plan for plan in plans}
+    plan = Plan.load(path)
+    return {plan.layer: plan}

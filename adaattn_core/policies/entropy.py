@@ -1,0 +1,138 @@
+"""EntropyPolicy: fixed thresholds on entropy, score magnitude, saturation and spectral proxies.
+
+The policy that a reader expects from the name of the project: every decision is one comparison that
+can be read aloud. It predicts no error, so what it chooses is certified and escalated like any plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from adaattn_core.plan import HeadPlan
+from adaattn_core.policies.base import PolicyContext, safer
+from adaattn_core.problem import HeadIndex
+from adaattn_core.stats import HeadStats, MeasureRequest
+from adaattn_core.structure import BlockSparse, Dense, Landmark, LowRank, Structure
+
+
+@dataclass(frozen=True, slots=True)
+class EntropyPolicy:
+    """Thresholds.
+
+    Attributes
+    ----------
+    score_8bit, score_16bit : float
+        Largest |scaled score| up to which 8-bit and 16-bit Q·Kᵀ are used.
+    saturation_8bit : float
+        Mean largest weight up to which 8-bit formats are used: a saturated row copies one value,
+        and a score error of a few percent can make it copy another.
+    entropy_diffuse : float
+        Relative entropy from which attention stays dense.
+    landmark_mass, landmark_share : float
+        Landmarks are used where leaving `landmark_mass` takes at most this share of the keys.
+    rank_participation : float
+        Feature rank is used where the participation ratio is below this share of dim.
+    least_len : int
+        Shorter heads stay dense.
+    """
+
+    score_8bit: float = 24.0
+    score_16bit: float = 256.0
+    saturation_8bit: float = 0.8
+    entropy_diffuse: float = 0.95
+    landmark_mass: float = 0.1
+    landmark_share: float = 0.1
+    rank_participation: float = 0.1
+    least_len: int = 4096
+
+    name = "entropy"
+
+    def request(self, context: PolicyContext) -> MeasureRequest | None:
+        """Ask for row facts, the landmark curve and the spectrum; for no trial of a structure."""
+        if context.budget is None or not context.capabilities.measures:
+            return None
+        landmarks = ()
+        if "landmark" in context.capabilities.structures and context.structural:
+            landmarks = (Landmark(tau=self.landmark_mass, screen_rank=0),)
+        return MeasureRequest(
+            rows=context.budget.rows,
+            structures=landmarks,
+            enough_error=float("inf"),
+            formats=(),
+            spectrum=True,
+            seed=context.seed,
+        )
+
+    def decide(
+        self, stats: Mapping[HeadIndex, HeadStats], context: PolicyContext
+    ) -> dict[HeadIndex, HeadPlan]:
+        """Compare every head with the thresholds."""
+        return {
+            index: self.decide_head(stats.get(index, shape), context)
+            for index, shape in context.shapes.items()
+        }
+
+    def decide_head(self, stats: HeadStats, context: PolicyContext) -> HeadPlan:
+        """Choose for one head; pure and deterministic."""
+        structure, why = self._structure(stats, context)
+        qk, pv, because = self._formats(stats, context)
+        return HeadPlan(structure=structure, qk=qk, pv=pv, reason=f"{why}; {because}")
+
+    def _structure(self, stats: HeadStats, context: PolicyContext) -> tuple[Structure, str]:
+        kinds = context.capabilities.structures
+        if stats.nonfinite or not stats.sampled_rows:
+            return Dense(), "dense: nothing measured or non-finite input"
+        if min(stats.len_q, stats.len_kv) < self.least_len:
+            return Dense(), f"dense: shorter than {self.least_len}"
+        if stats.entropy_relative >= self.entropy_diffuse:
+            return Dense(), f"dense: relative entropy {stats.entropy_relative:.2f}"
+        if (
+            "low_rank" in kinds
+            and stats.participation_ratio < self.rank_participation * stats.dim_qk
+        ):
+            rank = max(8, -(-int(2 * stats.participation_ratio) // 8) * 8)
+            return LowRank(min(rank, stats.dim_qk)), (
+                f"low rank: participation ratio {stats.participation_ratio:.1f}"
+            )
+        share = stats.landmark_curve.get(self.landmark_mass, 1.0)
+        if "landmark" in kinds and context.structural and share <= self.landmark_share:
+            return Landmark(tau=self.landmark_mass, screen_rank=0), (
+                f"landmarks: {share:.1%} of keys leave {self.landmark_mass:g} of the mass"
+            )
+        if "block_sparse" in kinds and stats.entropy_relative < self.entropy_diffuse / 2:
+            return BlockSparse(tau=self.landmark_mass / 2), (
+                f"block sparse: relative entropy {stats.entropy_relative:.2f}"
+            )
+        return Dense(), "dense: mass neither in few keys nor in few directions"
+
+    def _formats(self, stats: HeadStats, context: PolicyContext) -> tuple[str, str, str]:
+        costs, capabilities = context.costs, context.capabilities
+        exact = context.exact_format
+
+        def cheaper(qk: str, pv: str) -> bool:
+            known = qk in capabilities.qk_formats and pv in capabilities.pv_formats
+            return (
+                known
+                and costs.runs(qk, pv)
+                and min(costs.flops[qk], costs.flops[pv]) > costs.flops.get(exact, 0.0)
+            )
+
+        score, saturation = stats.score_max_abs, stats.saturation
+        if not stats.sampled_rows or stats.nonfinite:
+            return exact, exact, f"{exact}: nothing measured"
+        if score <= self.score_8bit and saturation <= self.saturation_8bit:
+            for pv in ("e4m3", "f16"):
+                if cheaper("i8", pv):
+                    return "i8", pv, f"8 bit: |s| {score:.0f}, saturation {saturation:.2f}"
+        if score <= self.score_16bit:
+            for name in ("f16", "bf16"):
+                if cheaper(name, name):
+                    return name, name, f"16 bit: |s| {score:.0f}, saturation {saturation:.2f}"
+        return exact, exact, f"{exact}: |s| {score:.0f}, saturation {saturation:.2f}"
+
+    def escalate(
+        self, plan: HeadPlan, stats: HeadStats, context: PolicyContext
+    ) -> HeadPlan | None:
+        """Climb the common ladder."""
+        return safer(plan, context)

@@ -1,0 +1,68 @@
+"""FixedPolicy: the same plan for every head; ExactPolicy: the input's own precision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from adaattn_core.plan import HeadPlan
+from adaattn_core.policies.base import PolicyContext, safer
+from adaattn_core.problem import HeadIndex
+from adaattn_core.stats import HeadStats, MeasureRequest
+from adaattn_core.structure import Dense, Structure
+
+
+class FixedPolicy:
+    """Run every head the same way.
+
+    Parameters
+    ----------
+    structure : Structure, optional
+        Default `Dense`.
+    qk, pv : str
+        Operand formats.
+    **fields
+        Further fields of `HeadPlan` (scales, smooth_k, rounding, p_scale, flush_keys).
+    """
+
+    name = "fixed"
+
+    def __init__(
+        self,
+        structure: Structure | None = None,
+        qk: str = "f32",
+        pv: str = "f32",
+        **fields: Any,
+    ) -> None:
+        fields.setdefault("reason", "fixed by the caller")
+        self.plan = HeadPlan(structure=structure or Dense(), qk=qk, pv=pv, **fields)
+
+    def request(self, context: PolicyContext) -> MeasureRequest | None:
+        """Nothing needs to be measured."""
+        return None
+
+    def decide(
+        self, stats: Mapping[HeadIndex, HeadStats], context: PolicyContext
+    ) -> dict[HeadIndex, HeadPlan]:
+        """Return the same plan for every head."""
+        return dict.fromkeys(context.shapes, self.plan)
+
+    def escalate(
+        self, plan: HeadPlan, stats: HeadStats, context: PolicyContext
+    ) -> HeadPlan | None:
+        """Climb the common ladder."""
+        return safer(plan, context)
+
+
+class ExactPolicy(FixedPolicy):
+    """Dense attention in the input's own format, or f32 where the machine only emulates it."""
+
+    name = "exact"
+
+    def decide(
+        self, stats: Mapping[HeadIndex, HeadStats], context: PolicyContext
+    ) -> dict[HeadIndex, HeadPlan]:
+        """Return the exact plan for every head."""
+        name = context.exact_format
+        plan = HeadPlan(qk=name, pv=name, reason="exact attention was asked for")
+        return dict.fromkeys(context.shapes, plan)

@@ -1,0 +1,298 @@
+"""NumpyBackend: measures heads, runs plans, and compares sampled rows with exact attention."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import scipy
+from numpy.typing import NDArray
+
+from adaattn_core.backend import Capabilities, RawResult, RowErrors, RunFacts
+from adaattn_core.certify import theorem_certificate
+from adaattn_core.errors import UnsupportedError
+from adaattn_core.formats import FORMATS
+from adaattn_core.plan import HeadPlan, Plan
+from adaattn_core.problem import AttentionProblem, HeadIndex
+from adaattn_core.stats import HeadStats, MeasureRequest, ProblemStats
+from adaattn_core.structure import BlockSparse, Dense, Landmark, LowRank, ScoreSkip
+from adaattn_reference.blocks import choose_blocks
+from adaattn_reference.dense import HeadOutput, block_sparse, dense, score_skip
+from adaattn_reference.landmark import GroupProbe, landmark
+from adaattn_reference.measure import HeadProbe, measure_head
+from adaattn_reference.operands import Operands, max_norm, prepare_operands
+from adaattn_reference.svd import score_factors
+from adaattn_reference.threads import map_heads, thread_count
+from adaattn_reference.view import HeadView, ProblemViews
+
+EXACT_ROWS_AT_ONCE = 32
+"""Rows per step of the float64 comparison."""
+
+
+class Workspace:
+    """What `measure` leaves for `run`: operand views and probe rows by head."""
+
+    def __init__(self, problem: AttentionProblem, seed: int, views: ProblemViews) -> None:
+        self.problem = problem
+        self.seed = seed
+        self.views = views
+        self.probes: dict[HeadIndex, HeadProbe] = {}
+
+
+class NumpyBackend:
+    """Every plan, on the CPU, in NumPy: emulated where the hardware has no such format."""
+
+    name = "numpy"
+
+    def capabilities(self) -> Capabilities:
+        """Return what this backend can do: everything; only f32 and f64 run natively."""
+        formats = ("f64", "f32", "tf32", "f16", "bf16", "i8", "e4m3")
+        return Capabilities(
+            qk_formats=formats,
+            pv_formats=formats,
+            structures=("dense", "score_skip", "low_rank", "block_sparse", "landmark"),
+            array_devices=("cpu",),
+            measures=True,
+            target="cpu",
+            emulated_formats=("tf32", "f16", "bf16", "i8", "e4m3"),
+        )
+
+    def measure(
+        self, problem: AttentionProblem, request: MeasureRequest
+    ) -> tuple[ProblemStats, Workspace]:
+        """Measure every head; see `adaattn_core.backend.Backend.measure`."""
+        workspace = Workspace(problem, request.seed, ProblemViews(problem))
+
+        def work(index: HeadIndex) -> tuple[HeadIndex, HeadStats, HeadProbe]:
+            stats, probe = measure_head(workspace.views[index], request)
+            return index, stats, probe
+
+        heads = {}
+        for index, stats, probe in map_heads(work, problem.heads()):
+            heads[index] = stats
+            workspace.probes[index] = probe
+        return ProblemStats(heads), workspace
+
+    def run(
+        self,
+        problem: AttentionProblem,
+        plan: Plan,
+        *,
+        workspace: Workspace | None = None,
+        heads: Collection[HeadIndex] | None = None,
+        into: RawResult | None = None,
+    ) -> RawResult:
+        """Run the plan; see `adaattn_core.backend.Backend.run`.
+
+        Raises
+        ------
+        UnsupportedError
+            If the landmark structure meets a mask that is neither causal nor full, or only one
+            of the two products is asked for in f64.
+        """
+        plan.check_fits(problem)
+        raw = into if into is not None else _empty_result(problem)
+        todo = list(problem.heads() if heads is None else heads)
+        if workspace is None or workspace.problem is not problem:
+            workspace = Workspace(problem, plan.seed, ProblemViews(problem))
+        wide = any(plan[i].qk == "f64" for i in todo)
+        views64 = ProblemViews(problem, np.float64) if wide else None
+        space = workspace
+
+        def work(index: HeadIndex) -> tuple[HeadIndex, HeadOutput, RunFacts]:
+            head = plan[index]
+            _check_formats(head)
+            views = views64 if head.qk == "f64" and views64 is not None else space.views
+            probe = space.probes.get(index)
+            usable = (
+                probe is not None and space.seed == plan.seed and probe.serves(head.structure)
+            )
+            probes = probe.probes if probe is not None and usable else None
+            return index, *_run_head(views[index], head, plan.seed, probes)
+
+        todo.sort(key=lambda index: -problem.visible_scores(index[0]))
+        for index, output, facts in map_heads(work, todo):
+            span = problem.sequences[index[0]]
+            rows = (span.batch, index[1], slice(span.q_start, span.q_stop))
+            with np.errstate(all="ignore"):
+                raw.out[rows] = output.out.astype(raw.out.dtype)
+                raw.lse[rows] = output.lse
+                raw.facts[index] = _with_output_facts(facts, raw.out[rows])
+        return raw
+
+    def row_errors(
+        self, problem: AttentionProblem, raw: RawResult, rows: Mapping[HeadIndex, NDArray[Any]]
+    ) -> dict[HeadIndex, RowErrors]:
+        """Compare returned rows with float64 attention of the same rows."""
+        views = ProblemViews(problem, np.float64)
+
+        def work(index: HeadIndex) -> tuple[HeadIndex, RowErrors]:
+            span = problem.sequences[index[0]]
+            view = views[index]
+            chosen = np.sort(np.asarray(rows[index], np.int64))
+            exact = exact_rows(view, chosen)
+            out = raw.out[span.batch, index[1], span.q_start + chosen].astype(np.float64)
+            facts = replace(_input_facts(view), output_rms=1.0)
+            oracle = theorem_certificate(
+                facts,
+                HeadPlan(qk="f64", pv="f64"),
+                dim_qk=problem.dim_qk,
+                dim_v=problem.dim_v,
+                scale=problem.scale,
+                dtype="f64",
+                len_q=span.len_q,
+            )
+            return index, RowErrors(
+                error=np.linalg.norm(out - exact, axis=1),
+                exact_norm=np.linalg.norm(exact, axis=1),
+                oracle_upper=oracle.upper,
+            )
+
+        return dict(map_heads(work, rows))
+
+    def provenance(self) -> dict[str, str]:
+        """Return library versions, BLAS and threads."""
+        blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+        return {
+            "numpy": np.__version__,
+            "scipy": scipy.__version__,
+            "blas": f"{blas.get('name')} {blas.get('version')}",
+            "threads": str(thread_count()),
+        }
+
+
+def exact_rows(view: HeadView, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Exact attention of some rows of a float64 view, shape (rows, dim_v)."""
+    operands = prepare_operands(view, HeadPlan(qk="f64", pv="f64"), 0)
+    out = np.zeros((len(rows), view.value.shape[1]))
+    for first in range(0, len(rows), EXACT_ROWS_AT_ONCE):
+        part = rows[first : first + EXACT_ROWS_AT_ONCE]
+        keys = int(view.stop[part].max(initial=0))
+        scores = operands.scores(part, slice(0, keys))
+        view.mask_scores(scores, part, 0, keys)
+        bad = view.bad_values[view.bad_values < keys]
+        bad_scores = scores[:, bad].copy()
+        top = scores.max(axis=1, initial=-np.inf)
+        shift = np.where(top == -np.inf, 0, top)[:, None]
+        weights = np.exp(np.subtract(scores, shift, out=scores), out=scores)
+        sums = weights @ operands.value[:keys]
+        for j, key in enumerate(bad):
+            sees = bad_scores[:, j] != -np.inf
+            sums[sees] += np.exp(bad_scores[sees, j : j + 1] - shift[sees]) * view.value[key]
+        total = weights.sum(axis=1)
+        seen = total != 0
+        out[first : first + len(part)][seen] = sums[seen] / total[seen, None]
+    return out
+
+
+def _run_head(
+    view: HeadView, head: HeadPlan, seed: int, probes: list[GroupProbe] | None
+) -> tuple[HeadOutput, RunFacts]:
+    structure = head.structure
+    facts = _input_facts(view)
+    rank = 0
+    if isinstance(structure, LowRank) and view.visible:
+        factors = score_factors(view.query, view.key[view.seen_keys], structure.rank)
+        projected = np.zeros((view.len_kv, factors.key_r.shape[1]), view.key.dtype)
+        projected[view.seen_keys] = factors.key_r
+        view = replace(view, query=factors.query_r.astype(view.query.dtype), key=projected)
+        rank = factors.key_r.shape[1]
+        facts = replace(
+            _input_facts(view), score_residual_upper=factors.score_residual_upper * view.scale
+        )
+    operands = prepare_operands(view, head, seed)
+    output: HeadOutput | None
+    if not view.visible:
+        output = HeadOutput.empty(view, operands)
+    elif isinstance(structure, ScoreSkip):
+        output = score_skip(view, operands, structure)
+    elif isinstance(structure, BlockSparse):
+        blocks = structure.blocks
+        if blocks is None:
+            blocks = choose_blocks(view, structure, seed)
+        output = block_sparse(view, operands, structure, blocks)
+    elif isinstance(structure, Landmark):
+        output = landmark(view, operands, structure, seed, probes)
+        if output is None:
+            raise UnsupportedError(
+                got="the landmark structure under a window, boolean or additive mask",
+                needed="a causal or full mask (key lengths and ragged batches included)",
+                do="use block_sparse, score_skip or dense for this head",
+            )
+    elif isinstance(structure, Dense | LowRank):
+        output = dense(view, operands)
+    else:
+        raise UnsupportedError(
+            got=f"structure {structure.kind!r}",
+            needed="dense, score_skip, low_rank, block_sparse or landmark",
+            do="choose one of these",
+        )
+    if operands.lse_shift is not None:
+        output.lse += operands.lse_shift
+    return output, _with_run_facts(facts, view, operands, output, rank)
+
+
+def _input_facts(view: HeadView) -> RunFacts:
+    """Norms of the visible input vectors, as upper bounds."""
+    seen = view.seen_keys
+    every = bool(seen.all())
+    key = view.key if every else view.key[seen]
+    value = view.value if every else view.value[seen]
+    centre = value.mean(axis=0) if len(value) else 0.0
+    finite = view.bias[np.isfinite(view.bias)] if view.bias is not None else np.zeros(1)
+    return RunFacts(
+        query_norm_upper=max_norm(view.query),
+        key_norm_upper=max_norm(key),
+        value_norm_upper=max_norm(value),
+        value_diameter_upper=2 * max_norm(value - centre) * (1 + 1e-6),
+        bias_max_abs=float(np.abs(finite).max(initial=0.0)),
+        keys_max=int((view.stop - view.start).max(initial=0)),
+    )
+
+
+def _with_run_facts(
+    facts: RunFacts, view: HeadView, operands: Operands, output: HeadOutput, rank: int
+) -> RunFacts:
+    return replace(
+        facts,
+        share=output.computed / view.visible if view.visible else 1.0,
+        rank=rank or output.rank,
+        key_norm_upper=max(operands.key_norm_upper, facts.key_norm_upper)
+        if operands.lse_shift is None
+        else operands.key_norm_upper + operands.key_residual_upper,
+        query_residual_upper=operands.query_residual_upper,
+        key_residual_upper=operands.key_residual_upper,
+        value_residual_upper=operands.value_residual_upper,
+        query_step_upper=operands.query_step_upper,
+        key_step_upper=operands.key_step_upper,
+        dropped_mass_upper=output.dropped_mass_upper,
+    )
+
+
+def _with_output_facts(facts: RunFacts, out: NDArray[Any]) -> RunFacts:
+    """Add what only the returned rows tell."""
+    rows = out.astype(np.float64)
+    mean_square = float(np.mean(np.einsum("ij,ij->i", rows, rows))) if rows.size else 0.0
+    return replace(
+        facts, output_rms=np.sqrt(mean_square), nonfinite=not np.isfinite(mean_square)
+    )
+
+
+def _empty_result(problem: AttentionProblem) -> RawResult:
+    shape = (problem.batch, problem.heads_q, problem.len_q)
+    dtype = FORMATS[problem.dtype].dtype
+    return RawResult(
+        out=np.zeros((*shape, problem.dim_v), dtype),
+        lse=np.full(shape, -np.inf, np.float32),
+    )
+
+
+def _check_formats(head: HeadPlan) -> None:
+    if (head.qk == "f64") != (head.pv == "f64"):
+        raise UnsupportedError(
+            got=f"qk={head.qk}, pv={head.pv}",
+            needed="f64 for both products or for none",
+            do='use qk="f64", pv="f64"',
+        )

@@ -1,0 +1,185 @@
+"""Executors that compute exact scores: dense, score-then-skip, and given or chosen key blocks.
+
+All of them stream: a tile of query rows meets chunks of keys, and nothing of size len_q x len_kv is
+ever held.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaattn_core.structure import BlockSparse, ScoreSkip
+from adaattn_reference.operands import Operands
+from adaattn_reference.softmax import RowAccumulator
+from adaattn_reference.view import HeadView
+
+Float = NDArray[np.floating[Any]]
+
+TILE_ROWS, CHUNK_KEYS = 256, 1024
+"""Working set of about 1 MB of scores: what stays in a core's cache."""
+
+
+@dataclass(eq=False)
+class HeadOutput:
+    """What an executor returns for one head.
+
+    Attributes
+    ----------
+    out : ndarray, shape (len_q, dim_v)
+    lse : ndarray, shape (len_q,)
+    computed : int
+        Scores that entered the softmax (pooled columns included), among the visible ones.
+    rank : int
+        Columns standing for the far field, or feature rank.
+    dropped_mass_upper : float
+        Largest share of a row's mass left out; inf where nothing is known.
+    """
+
+    out: Float
+    lse: Float
+    computed: int
+    rank: int = 0
+    dropped_mass_upper: float = 0.0
+
+    @classmethod
+    def empty(cls, view: HeadView, operands: Operands) -> HeadOutput:
+        """Output of a head whose rows see nothing yet."""
+        return cls(
+            out=np.zeros((view.len_q, view.value.shape[1]), operands.query.dtype),
+            lse=np.full(view.len_q, -np.inf, operands.query.dtype),
+            computed=0,
+        )
+
+
+def dense(view: HeadView, operands: Operands) -> HeadOutput:
+    """Attend to every visible key."""
+    result = HeadOutput.empty(view, operands)
+    for first in range(0, view.len_q, TILE_ROWS):
+        rows = slice(first, min(first + TILE_ROWS, view.len_q))
+        result.out[rows], result.lse[rows] = dense_tile(view, operands, rows)
+    result.computed = view.visible
+    return result
+
+
+def dense_tile(view: HeadView, operands: Operands, rows: slice) -> tuple[Float, Float]:
+    """Attend to every visible key from one tile of rows."""
+    accumulator = RowAccumulator(rows.stop - rows.start, operands)
+    low, high = _key_range(view, rows)
+    for first in range(low, high, CHUNK_KEYS):
+        last = min(first + CHUNK_KEYS, high)
+        scores = operands.scores(rows, slice(first, last))
+        view.mask_scores(scores, rows, first, last)
+        _add_chunk(
+            view, operands, accumulator, scores, np.arange(first, last), slice(first, last)
+        )
+    return accumulator.finish()
+
+
+def score_skip(view: HeadView, operands: Operands, structure: ScoreSkip) -> HeadOutput:
+    """Compute every visible score; softmax and P·V only for tiles that can still matter.
+
+    A key tile is dropped for a tile of rows when its best score lies below every row's running
+    maximum by more than ln(1/lam). What each row loses that way is bounded as it happens.
+    """
+    result = HeadOutput.empty(view, operands)
+    threshold = np.log(structure.lam)
+    for start in range(0, view.len_q, structure.tile_q):
+        rows = slice(start, min(start + structure.tile_q, view.len_q))
+        accumulator = RowAccumulator(rows.stop - rows.start, operands)
+        dropped = np.zeros(rows.stop - rows.start, operands.query.dtype)
+        low, high = _key_range(view, rows)
+        low -= low % structure.tile_kv
+        width = max(CHUNK_KEYS - CHUNK_KEYS % structure.tile_kv, structure.tile_kv)
+        # Last keys first: under a causal mask the near keys set a high running maximum early.
+        for first in reversed(range(low, high, width)):
+            last = min(first + width, high)
+            scores = operands.scores(rows, slice(first, last))
+            masked = view.mask_scores(scores, rows, first, last)
+            edges = np.arange(0, last - first, structure.tile_kv)
+            best = np.maximum.reduceat(scores, edges, axis=1)
+            running = np.maximum(accumulator.top, best.max(axis=1))
+            shift, factor = accumulator.rescale(running)
+            # NaN compares false, so a tile with a NaN score is kept and reported.
+            skip = (best - shift[:, None] < threshold).all(axis=0)
+            skip |= (best == -np.inf).all(axis=0)
+            counts = np.diff(np.append(edges, last - first))
+            dropped *= factor
+            dropped += np.exp(best[:, skip] - shift[:, None]) @ counts[skip].astype(
+                dropped.dtype
+            )
+            keep = np.flatnonzero(np.repeat(~skip, counts))
+            if not len(keep):
+                continue
+            chosen = scores if len(keep) == last - first else scores[:, keep]
+            seen = chosen != -np.inf if masked else None
+            result.computed += int(seen.sum()) if seen is not None else chosen.size
+            keys = first + keep
+            contiguous = slice(first, last) if len(keep) == last - first else keys
+            _add_chunk(view, operands, accumulator, chosen, keys, contiguous)
+        result.out[rows], result.lse[rows] = accumulator.finish()
+        total = np.where(accumulator.total > 0, accumulator.total, 1)
+        result.dropped_mass_upper = max(
+            result.dropped_mass_upper, float((dropped / total).max(initial=0.0)) * (1 + 1e-4)
+        )
+    return result
+
+
+def block_sparse(
+    view: HeadView,
+    operands: Operands,
+    structure: BlockSparse,
+    blocks: tuple[tuple[int, ...], ...],
+) -> HeadOutput:
+    """Attend to the visible keys of the given key blocks of each query tile."""
+    result = HeadOutput.empty(view, operands)
+    complete = True
+    for tile, start in enumerate(range(0, view.len_q, structure.tile_q)):
+        rows = slice(start, min(start + structure.tile_q, view.len_q))
+        accumulator = RowAccumulator(rows.stop - rows.start, operands)
+        low, high = _key_range(view, rows)
+        kept = np.asarray(blocks[tile] if tile < len(blocks) else (), np.int64)
+        keys = (kept[:, None] * structure.tile_kv + np.arange(structure.tile_kv)).ravel()
+        keys = keys[(keys >= low) & (keys < high)]
+        complete &= len(keys) == high - low
+        for first in range(0, len(keys), CHUNK_KEYS):
+            chunk = keys[first : first + CHUNK_KEYS]
+            scores = operands.scores(rows, chunk)
+            hidden = ~view.visible_block(np.arange(rows.start, rows.stop), low, high)
+            hidden = hidden[:, chunk - low]
+            if view.bias is not None:
+                scores += view.bias[rows][:, chunk]
+            np.copyto(scores, -np.inf, where=hidden)
+            result.computed += int(hidden.size - hidden.sum())
+            _add_chunk(view, operands, accumulator, scores, chunk, chunk)
+        result.out[rows], result.lse[rows] = accumulator.finish()
+    result.dropped_mass_upper = 0.0 if complete else np.inf
+    return result
+
+
+def _add_chunk(
+    view: HeadView,
+    operands: Operands,
+    accumulator: RowAccumulator,
+    scores: Float,
+    keys: NDArray[np.int64],
+    selection: slice | NDArray[np.int64],
+) -> None:
+    """Add masked scores of some keys; non-finite values reach only the rows that see them."""
+    positions = np.flatnonzero(np.isin(keys, view.bad_values)) if len(view.bad_values) else ()
+    bad_scores = scores[:, positions].copy() if len(positions) else None
+    accumulator.add(scores, operands.value[selection])
+    if bad_scores is not None:
+        accumulator.add_bad_values(bad_scores, view.value[keys[positions]])
+
+
+def _key_range(view: HeadView, rows: slice) -> tuple[int, int]:
+    """First and one-past-last key that any row of the tile may see."""
+    start, stop = view.start[rows], view.stop[rows]
+    seen = stop > start
+    if not seen.any():
+        return 0, 0
+    return int(start[seen].min()), int(stop[seen].max())

@@ -1,0 +1,333 @@
+"""Measuring a head: exact rows at a few sampled places, and what candidates would make of them.
+
+Rows that choose landmarks and rows that judge the choice are drawn apart, so the estimates are not
+flattered by their own training data. Nothing here certifies: certificates draw fresh rows after the
+plan is fixed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaattn_core.plan import HeadPlan
+from adaattn_core.stats import HeadStats, MeasureRequest, StructureEstimate
+from adaattn_core.structure import BlockSparse, Landmark, LowRank, ScoreSkip, Structure
+from adaattn_reference.blocks import choose_blocks, exact_scores, softmax_in_place
+from adaattn_reference.landmark import (
+    FarField,
+    Geometry,
+    GroupProbe,
+    build_far_field,
+    landmark_counts,
+    probe_head,
+)
+from adaattn_reference.operands import TINY, Operands, prepare_operands
+from adaattn_reference.svd import score_factors
+from adaattn_reference.view import HeadView
+
+Float = NDArray[np.floating[Any]]
+
+JUDGE_ROWS = 64
+"""Held-out rows per head on which candidates are judged."""
+JUDGE_PARTS = 4
+"""Stretches of the sequence that these rows come from."""
+CURVE = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
+"""Unrepresented masses at which the landmark curve is read off."""
+
+
+class HeadProbe:
+    """Probe rows of one head, kept so that the run need not compute them again."""
+
+    def __init__(self, geometry: Geometry | None, probes: list[GroupProbe]) -> None:
+        self.geometry = geometry
+        self.probes = probes
+
+    def serves(self, structure: Structure) -> bool:
+        """Whether a run of `structure` would draw the same rows and split the same fields."""
+        if self.geometry is None or not isinstance(structure, Landmark):
+            return False
+        mine = self.geometry.structure
+        names = ("group", "samples", "band", "tile", "pool")
+        return all(getattr(mine, name) == getattr(structure, name) for name in names)
+
+
+def measure_head(view: HeadView, request: MeasureRequest) -> tuple[HeadStats, HeadProbe]:
+    """Measure what `request` asks for on one head."""
+    facts: dict[str, Any] = {
+        "len_q": view.len_q,
+        "len_kv": view.len_kv,
+        "dim_qk": view.query.shape[1],
+        "dim_v": view.value.shape[1],
+        "visible": view.visible,
+        "nonfinite": view.nonfinite,
+        "query_norm_upper": _norm(view.query),
+        "key_norm_upper": _norm(view.key),
+        "value_norm_upper": _norm(view.value),
+    }
+    if not view.visible or view.nonfinite:
+        return HeadStats(**facts), HeadProbe(None, [])
+    operands = prepare_operands(view, HeadPlan(), request.seed)
+    landmarks = [s for s in request.structures if isinstance(s, Landmark)]
+    geometry = Geometry.of(view, landmarks[0]) if landmarks else None
+    probes = probe_head(view, geometry, request.seed) if geometry else []
+    if geometry:
+        facts["landmark_curve"] = _landmark_curve(probes)
+    judge = _Judge(view, operands, request, geometry)
+    facts |= judge.row_facts()
+    estimates = judge.landmarks(landmarks, probes) if geometry else []
+    for structure in request.structures:
+        if isinstance(structure, ScoreSkip):
+            estimates.append(judge.score_skip(structure))
+        elif isinstance(structure, BlockSparse):
+            estimates.append(judge.block_sparse(structure))
+    if request.formats:
+        facts["format_errors"] = judge.formats(request.formats)
+    if request.spectrum:
+        ranks = [s.rank for s in request.structures if isinstance(s, LowRank)]
+        facts |= _spectral_facts(view, ranks)
+        estimates += [
+            StructureEstimate(
+                structure=LowRank(rank),
+                share=1.0,
+                rank=rank,
+                row_error_estimate=min(2.0, 2 * np.tanh(residual / 2)),
+                frobenius_estimate=float("nan"),
+            )
+            for rank, residual in facts["feature_residual_upper"].items()
+        ]
+    stats = HeadStats(**facts, structures=tuple(estimates), sampled_rows=len(judge.rows))
+    return stats, HeadProbe(geometry, probes)
+
+
+class _Judge:
+    """Held-out rows of a head with their exact outputs."""
+
+    def __init__(
+        self,
+        view: HeadView,
+        operands: Operands,
+        request: MeasureRequest,
+        geometry: Geometry | None,
+    ) -> None:
+        self.view, self.operands, self.request, self.geometry = (
+            view,
+            operands,
+            request,
+            geometry,
+        )
+        groups = geometry.groups() if geometry else _parts(view.len_q)
+        picked = np.unique(np.linspace(len(groups) - 1, 0, JUDGE_PARTS).round().astype(int))
+        self.groups = [(int(g), groups[g]) for g in picked]
+        rng = np.random.default_rng((request.seed, 3))
+        count = -(-JUDGE_ROWS // len(self.groups))
+        self.parts: list[NDArray[np.int64]] = [
+            np.sort(rng.choice(g.stop - g.start, min(count, g.stop - g.start), replace=False))
+            + g.start
+            for _, g in self.groups
+        ]
+        self.rows = np.concatenate(self.parts)
+        self.weights: list[Float] = []
+        exact, self.lse = [], []
+        tops, entropies, largest = [], [], []
+        for (_, group), rows in zip(self.groups, self.parts, strict=True):
+            keys = geometry.keys_of(group) if geometry else view.len_kv
+            scores = exact_scores(view, rows, keys)
+            visible = scores != -np.inf
+            tops.append(
+                np.abs(scores, where=visible, out=np.zeros_like(scores)).max(initial=0.0)
+            )
+            weights, lse = softmax_in_place(scores)
+            weights = weights.copy()
+            entropies.append(-(weights * np.log(np.maximum(weights, TINY))).sum(axis=1))
+            largest.append(weights.max(axis=1, initial=0.0))
+            exact.append(weights @ operands.value[:keys])
+            self.weights.append(weights)
+            self.lse.append(lse)
+        self.exact = exact
+        self.rms = float(np.sqrt(np.mean(np.concatenate([(e**2).sum(axis=1) for e in exact]))))
+        self.score_max = float(max(tops))
+        self.entropy = np.concatenate(entropies)
+        self.largest = np.concatenate(largest)
+
+    def row_facts(self) -> dict[str, float]:
+        """Entropy, saturation and magnitudes of the held-out rows."""
+        counts = (self.view.stop - self.view.start)[self.rows]
+        limit = np.log(np.maximum(counts, 2))
+        return {
+            "entropy": float(self.entropy.mean()),
+            "entropy_relative": float((self.entropy / limit).mean()),
+            "score_max_abs": self.score_max,
+            "saturation": float(self.largest.mean()),
+            "output_rms_estimate": self.rms,
+        }
+
+    def _estimate(
+        self, structure: Structure, share: float, rank: int, errors: list[Float]
+    ) -> StructureEstimate:
+        """Summarise the error norms of the held-out rows."""
+        error = np.concatenate(errors)
+        scale = max(self.rms, TINY)
+        return StructureEstimate(
+            structure=structure,
+            share=min(share, 1.0),
+            rank=rank,
+            row_error_estimate=float(np.quantile(error, self.request.rows)) / scale,
+            frobenius_estimate=float(np.sqrt(np.mean(error**2))) / scale,
+        )
+
+    def landmarks(
+        self, structures: list[Landmark], probes: list[GroupProbe]
+    ) -> list[StructureEstimate]:
+        """Try landmark structures, cheapest first, until one is accurate enough."""
+        assert self.geometry is not None
+        taus = tuple(s.tau for s in structures)
+        ranked = [landmark_counts(probe.mass, taus) for probe in probes]
+        out = []
+        for number, structure in enumerate(structures):
+            errors, columns = [], []
+            for part, (index, _) in enumerate(self.groups):
+                order, counts = ranked[index]
+                far = build_far_field(
+                    self.view,
+                    self.operands,
+                    self.geometry,
+                    probes[index],
+                    counts[number],
+                    order,
+                )
+                columns.append(len(far.landmarks) + len(far.pool_bias))
+                errors.append(self._landmark_errors(part, far))
+            share = self._landmark_share([counts[number] for _, counts in ranked])
+            out.append(self._estimate(structure, share, round(np.mean(columns)), errors))
+            if out[-1].row_error_estimate <= self.request.enough_error:
+                break
+        return out
+
+    def _landmark_errors(self, part: int, far: FarField) -> Float:
+        """Error norms of one part's rows under near field + landmarks + pools."""
+        assert self.geometry is not None
+        rows, weights = self.parts[part], self.weights[part]
+        keys = weights.shape[1]
+        start, stop = self.geometry.near_of_rows(rows)
+        columns = np.arange(keys)
+        kept = (columns >= start[:, None]) & (columns < stop[:, None])
+        kept[:, far.landmarks] = True
+        part_weights = np.where(kept, weights, 0)
+        sums = part_weights @ self.operands.value[:keys]
+        total = part_weights.sum(axis=1)
+        if len(far.pool_bias):
+            is_far = self.geometry.far_pools(rows, len(far.pool_bias))
+            scores = self.operands.query[rows] @ far.pool_key.T + far.pool_bias
+            scores -= self.lse[part][:, None]
+            pooled = np.where(is_far, np.exp(np.minimum(scores, 20.0)), 0)
+            sums += pooled @ far.pool_value
+            total += pooled.sum(axis=1)
+        approximate = sums / np.maximum(total, TINY)[:, None]
+        return np.asarray(np.linalg.norm(approximate - self.exact[part], axis=1))
+
+    def _landmark_share(self, counts: list[int]) -> float:
+        """Share of visible scores that near field, landmarks and pools come to."""
+        assert self.geometry is not None
+        structure, view = self.geometry.structure, self.view
+        rows = np.arange(view.len_q)
+        start, stop = self.geometry.near_of_rows(rows)
+        near = np.clip(np.minimum(stop, view.stop) - start, 0, None).sum()
+        pools = (start // structure.pool).sum() if structure.pool else 0
+        far = sum(
+            count * (group.stop - group.start)
+            for count, group in zip(counts, self.geometry.groups(), strict=True)
+        )
+        return float(near + pools + far) / max(view.visible, 1)
+
+    def score_skip(self, structure: ScoreSkip) -> StructureEstimate:
+        """Share of key tiles that one tile of consecutive rows per part would keep."""
+        kept = seen = 0
+        for (_, group), _ in zip(self.groups, self.parts, strict=True):
+            first = max(group.stop - structure.tile_q, group.start)
+            rows = np.arange(first, group.stop)
+            scores = exact_scores(self.view, rows, self.view.len_kv)
+            edges = np.arange(0, self.view.len_kv, structure.tile_kv)
+            best = np.maximum.reduceat(scores, edges, axis=1)
+            gap = best - best.max(axis=1, initial=-np.inf, keepdims=True)
+            kept += int((gap >= np.log(structure.lam)).any(axis=0).sum())
+            seen += int((best > -np.inf).any(axis=0).sum())
+        bound = 2 * structure.lam * self.view.len_kv
+        return StructureEstimate(structure, kept / max(seen, 1), 0, bound, 0.0)
+
+    def block_sparse(self, structure: BlockSparse) -> StructureEstimate:
+        """Error of chosen blocks on the held-out rows."""
+        blocks = structure.blocks or choose_blocks(self.view, structure, self.request.seed)
+        size, errors, kept_scores = structure.tile_kv, [], 0
+        for part, rows in enumerate(self.parts):
+            weights = self.weights[part]
+            kept = np.zeros((len(rows), -(-self.view.len_kv // size)), bool)
+            for i, row in enumerate(rows):
+                kept[i, list(blocks[row // structure.tile_q])] = True
+            keep = np.repeat(kept, size, axis=1)[:, : weights.shape[1]]
+            part_weights = np.where(keep, weights, 0)
+            kept_scores += int((keep & (weights > 0)).sum())
+            total = np.maximum(part_weights.sum(axis=1), TINY)
+            out = part_weights @ self.operands.value[: weights.shape[1]] / total[:, None]
+            errors.append(np.linalg.norm(out - self.exact[part], axis=1))
+        seen = int((self.view.stop - self.view.start)[self.rows].sum())
+        return self._estimate(structure, kept_scores / max(seen, 1), 0, errors)
+
+    def formats(self, pairs: tuple[tuple[str, str], ...]) -> dict[tuple[str, str], float]:
+        """Row error at the budget's quantile of every (qk, pv) pair, on the held-out rows."""
+        out = {}
+        for qk, pv in pairs:
+            plan = HeadPlan(qk=qk, pv=pv)
+            operands = prepare_operands(self.view, plan, self.request.seed)
+            errors = []
+            for part, rows in enumerate(self.parts):
+                keys = self.weights[part].shape[1]
+                scores = operands.scores(rows, slice(0, keys))
+                self.view.mask_scores(scores, rows, 0, keys)
+                top = scores.max(axis=1, initial=-np.inf)
+                weights = np.exp(scores - np.where(top == -np.inf, 0, top)[:, None])
+                total = np.maximum(weights.sum(axis=1), TINY)
+                sums = operands.weighted_sum(weights, operands.value[:keys])
+                errors.append(np.linalg.norm(sums / total[:, None] - self.exact[part], axis=1))
+            error = np.concatenate(errors)
+            out[qk, pv] = float(np.quantile(error, self.request.rows)) / max(self.rms, TINY)
+        return out
+
+
+def _parts(len_q: int) -> list[slice]:
+    """Cut the rows into about JUDGE_PARTS stretches."""
+    size = max(-(-len_q // JUDGE_PARTS), 1)
+    return [slice(a, min(a + size, len_q)) for a in range(0, len_q, size)]
+
+
+def _landmark_curve(probes: list[GroupProbe]) -> dict[float, float]:
+    """Unrepresented mass -> mean share of the far keys needed as landmarks."""
+    shares = []
+    for probe in probes:
+        order = np.sort(probe.mass)[::-1]
+        rest = order.sum() - np.cumsum(order)
+        shares.append([float((rest > tau).sum()) / max(len(order), 1) for tau in CURVE])
+    return dict(zip(CURVE, np.mean(shares, axis=0).tolist(), strict=True))
+
+
+def _spectral_facts(view: HeadView, ranks: list[int]) -> dict[str, Any]:
+    """Spectral proxies of the centred keys, and score residuals of feature projections."""
+    centred = view.key - view.key.mean(axis=0)
+    spectrum = np.clip(np.linalg.eigvalsh(centred.T @ centred), 0, None).astype(np.float64)
+    total = float(spectrum.sum())
+    return {
+        "stable_rank": total / max(float(spectrum.max(initial=0.0)), TINY),
+        "participation_ratio": total**2 / max(float((spectrum**2).sum()), TINY),
+        "feature_residual_upper": {
+            rank: score_factors(view.query, view.key, rank).score_residual_upper * view.scale
+            for rank in ranks
+        },
+    }
+
+
+def _norm(x: Float) -> float:
+    """Largest Euclidean norm of a row among the finite ones, rounded up."""
+    squares = np.einsum("ij,ij->i", x, x)
+    return float(np.sqrt(squares[np.isfinite(squares)].max(initial=0.0))) * (1 + 1e-5)

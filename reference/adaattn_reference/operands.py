@@ -1,0 +1,207 @@
+"""Operands of a head after rounding to the plan's formats, and the rounded product P·V.
+
+The emulation rounds what the tensor cores would be given and multiplies in float32 (float64 for the
+f64 plan); only e4m3 accumulation is modelled further, because its error is not negligible: partial
+sums keep 13 fraction bits and are flushed into float32 every `flush_keys` keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaattn_core.formats import (
+    format_spacing,
+    get_format,
+    round_to_format,
+    stochastic_round,
+)
+from adaattn_core.plan import HeadPlan
+from adaattn_reference.scratch import scratch
+from adaattn_reference.view import HeadView
+
+Float = NDArray[np.floating[Any]]
+
+TINY = 1e-30
+"""Smallest amax that a scale is built from: an all-zero vector must not give 0/0."""
+QUERY_BLOCK, KEY_BLOCK = 64, 128
+"""Rows that share a scale when a plan asks for block scales."""
+FP8_STEP_KEYS = 32
+"""Products that Hopper's FP8 tensor core aligns and adds at once."""
+
+
+@dataclass(eq=False)
+class Operands:
+    """Rounded operands of one head, as the working float.
+
+    Attributes
+    ----------
+    query : ndarray, shape (len_q, dim_qk)
+        Rounded queries times the score scale.
+    key : ndarray, shape (len_kv, dim_qk)
+        Rounded keys (minus the mean key where smoothing applies).
+    value : ndarray, shape (len_kv, dim_v)
+        Rounded values, non-finite ones zeroed.
+    lse_shift : ndarray or None, shape (len_q,)
+        What smoothing took from every score of a row; added back to the lse.
+    plan : HeadPlan
+    query_residual_upper, key_residual_upper, value_residual_upper : float
+        Largest norm of what rounding took from a vector (0 where nothing was rounded).
+    query_step_upper, key_step_upper : float
+        Largest spacing of the 8-bit grid in the operand's units (0 for wider formats).
+    """
+
+    query: Float
+    key: Float
+    value: Float
+    lse_shift: Float | None
+    plan: HeadPlan
+    query_residual_upper: float = 0.0
+    key_residual_upper: float = 0.0
+    value_residual_upper: float = 0.0
+    query_step_upper: float = 0.0
+    key_step_upper: float = 0.0
+    key_norm_upper: float = 0.0
+
+    def scores(self, rows: slice | NDArray[np.int64], keys: slice | NDArray[np.int64]) -> Float:
+        """Scaled scores of some rows and keys, in this thread's buffer, masks not applied."""
+        query, key = self.query[rows], self.key[keys]
+        out = scratch("scores", (len(query), len(key)), query.dtype)
+        return np.matmul(query, key.T, out=out)
+
+    def weighted_sum(self, weights: Float, value: Float) -> Float:
+        """Return P·V with P in [0, 1] rounded to the plan's format.
+
+        Leading axes are batches: weights (..., rows, keys) and values (..., keys, dim_v).
+        """
+        name = self.plan.pv
+        if name in ("f32", "f64"):
+            return weights @ value
+        if not get_format(name).is_quantised:
+            return round_to_format(weights, name) @ value
+        p_scale = 127.0 if name == "i8" else self.plan.p_scale
+        rounded = round_to_format(weights * np.float32(p_scale), name)
+        product = (
+            _fp8_product(rounded, value, self.plan.flush_keys)
+            if get_format(name).accumulator_bits < 24
+            else rounded @ value
+        )
+        return product / np.float32(p_scale)
+
+
+def prepare_operands(view: HeadView, plan: HeadPlan, seed: int) -> Operands:
+    """Round the operands of a head to the plan's formats."""
+    info_qk = get_format(plan.qk)
+    query, key, lse_shift = view.query, view.key, None
+    residuals = dict.fromkeys(
+        ("query_residual_upper", "key_residual_upper", "query_step_upper", "key_step_upper"),
+        0.0,
+    )
+    if info_qk.is_quantised:
+        if plan.smooth_k and len(key):
+            mean = _finite_mean(key, view.seen_keys)
+            lse_shift = (query @ mean) * view.scale
+            key = key - mean
+        rng = np.random.default_rng((seed, 2)) if plan.rounding == "stochastic" else None
+        exact_query, exact_key = query, key
+        query, query_step = _quantise(query, plan, QUERY_BLOCK, rng)
+        key, key_step = _quantise(key, plan, KEY_BLOCK, rng)
+        residuals.update(
+            query_residual_upper=max_norm(exact_query - query),
+            key_residual_upper=max_norm((exact_key - key)[view.seen_keys]),
+            query_step_upper=query_step,
+            key_step_upper=key_step,
+        )
+    elif plan.qk not in ("f32", "f64"):
+        exact_query, exact_key = query, key
+        query, key = round_to_format(query, plan.qk), round_to_format(key, plan.qk)
+        residuals.update(
+            query_residual_upper=max_norm(exact_query - query),
+            key_residual_upper=max_norm((exact_key - key)[view.seen_keys]),
+        )
+    value = view.clean_value
+    value_residual = 0.0
+    if plan.pv not in ("f32", "f64"):
+        value = _round_values(view.clean_value, plan)
+        value_residual = max_norm((view.clean_value - value)[view.seen_keys])
+    scale = query.dtype.type(view.scale)
+    return Operands(
+        query=query * scale,
+        key=key,
+        value=value,
+        lse_shift=lse_shift,
+        plan=plan,
+        value_residual_upper=value_residual,
+        key_norm_upper=max_norm(key[view.seen_keys]),
+        **residuals,
+    )
+
+
+def _quantise(
+    x: Float, plan: HeadPlan, block: int, rng: np.random.Generator | None
+) -> tuple[Float, float]:
+    """Scale, round and rescale vectors; also return the largest grid spacing in units of x."""
+    if not len(x):
+        return x, 0.0
+    info = get_format(plan.qk)
+    amax = np.abs(np.where(np.isfinite(x), x, 0)).max(axis=1)
+    if plan.scales == "block":
+        edges = np.arange(0, len(x), block)
+        amax = np.repeat(np.maximum.reduceat(amax, edges), block)[: len(x)]
+    step = (np.maximum(amax, TINY) / info.max_finite).astype(np.float32)[:, None]
+    scaled = x / step
+    rounded = (
+        round_to_format(scaled, plan.qk)
+        if rng is None
+        else stochastic_round(scaled, plan.qk, rng)
+    )
+    spacing = float(
+        (format_spacing(np.full((1, 1), info.max_finite), plan.qk) * step).max(initial=0.0)
+    )
+    return rounded * step, spacing
+
+
+def _round_values(value: Float, plan: HeadPlan) -> Float:
+    """Round values: 8-bit formats with one scale per channel."""
+    if not get_format(plan.pv).is_quantised:
+        return round_to_format(value, plan.pv)
+    limit = get_format(plan.pv).max_finite
+    amax = np.abs(value).max(axis=0, initial=0.0)
+    step = (np.maximum(amax, TINY) / limit).astype(np.float32)
+    return round_to_format(value / step, plan.pv) * step
+
+
+def _fp8_product(weights: Float, value: Float, flush_keys: int) -> Float:
+    """P·V with Hopper's FP8 accumulator: 13 fraction bits kept, truncated, flushed to float32."""
+    keys = weights.shape[-1]
+    out = np.zeros((*weights.shape[:-1], value.shape[-1]), np.float32)
+    for flush in range(0, keys, flush_keys):
+        partial = np.zeros_like(out)
+        for first in range(flush, min(flush + flush_keys, keys), FP8_STEP_KEYS):
+            last = min(first + FP8_STEP_KEYS, flush + flush_keys, keys)
+            step = weights[..., first:last] @ value[..., first:last, :]
+            largest = np.maximum(np.abs(step), np.abs(partial))
+            quantum = np.exp2(np.floor(np.log2(np.maximum(largest, TINY))) - 13)
+            partial = np.trunc((partial + step) / quantum) * quantum
+        out += partial
+    return out
+
+
+def _finite_mean(key: Float, seen: NDArray[np.bool_]) -> Float:
+    """Mean of the visible finite keys."""
+    usable = seen & np.isfinite(key).all(axis=1)
+    if not usable.any():
+        return np.zeros(key.shape[1], key.dtype)
+    return np.asarray(key[usable].mean(axis=0, dtype=np.float64).astype(key.dtype))
+
+
+def max_norm(x: Float) -> float:
+    """Largest Euclidean norm of a row, rounded up; Inf or NaN rows give inf."""
+    if not x.size:
+        return 0.0
+    squares = np.einsum("ij,ij->i", x, x, dtype=np.float64)
+    largest = float(np.sqrt(squares.max()))
+    return float(np.nextafter(largest * (1 + 1e-12), np.inf)) if largest == largest else np.inf

@@ -1,0 +1,90 @@
+"""Online softmax over key chunks: the one accumulator that every executor uses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaattn_reference.operands import Operands
+
+Float = NDArray[np.floating[Any]]
+
+
+class RowAccumulator:
+    """Running maximum, normaliser and weighted values of a tile of query rows.
+
+    After chunks C of scores s and values v have been added::
+
+        top = max s        total = sum exp(s - top)        sums = sum round(exp(s - top)) v
+
+    Parameters
+    ----------
+    rows : int
+    operands : Operands
+        Knows how P is rounded and how P·V is accumulated.
+    """
+
+    def __init__(self, rows: int, operands: Operands) -> None:
+        dtype = operands.query.dtype
+        self.operands = operands
+        self.top = np.full(rows, -np.inf, dtype)
+        self.total = np.zeros(rows, dtype)
+        self.sums = np.zeros((rows, operands.value.shape[1]), dtype)
+
+    def rescale(self, chunk_top: Float, rows: slice = slice(None)) -> tuple[Float, Float]:
+        """Raise the running maximum; return the shift to subtract and the rescaling factors.
+
+        Rows that have seen nothing get shift 0, so that -inf scores give weight exp(-inf) = 0.
+        """
+        top = np.maximum(self.top[rows], chunk_top)
+        shift = np.where(top == -np.inf, np.zeros_like(top), top)
+        factor = np.exp(self.top[rows] - shift)
+        self.top[rows] = top
+        self.total[rows] *= factor
+        self.sums[rows] *= factor[:, None]
+        return shift, factor
+
+    def add(self, scores: Float, *values: Float, rows: slice = slice(None)) -> None:
+        """Add one chunk of scores (rows, keys), overwritten; `values` stack to (keys, dim_v)."""
+        if not scores.shape[1]:
+            return
+        weights = self.weights(scores, rows)
+        first = 0
+        for block in values:
+            part = weights[:, first : first + len(block)]
+            self.sums[rows] += self.operands.weighted_sum(part, block)
+            first += len(block)
+
+    def weights(self, scores: Float, rows: slice = slice(None)) -> Float:
+        """Turn scores into softmax weights in place and count them; their values come later."""
+        shift, _ = self.rescale(scores.max(axis=1), rows)
+        scores -= shift[:, None]
+        weights = np.exp(scores, out=scores)
+        self.total[rows] += weights @ np.ones(weights.shape[1], weights.dtype)
+        return weights
+
+    def add_bad_values(self, scores: Float, value: Float) -> None:
+        """Add the non-finite values that were left out of `add`, to the rows that see them.
+
+        Parameters
+        ----------
+        scores : ndarray, shape (rows, bad keys)
+            Masked scores of these keys, before any shift.
+        value : ndarray, shape (bad keys, dim_v)
+            Their original values. A row that may not see a key takes nothing from it.
+        """
+        for j in range(len(value)):
+            sees = scores[:, j] != -np.inf
+            weight = np.exp(scores[sees, j] - self.top[sees])
+            self.sums[sees] += weight[:, None] * value[j]
+
+    def finish(self) -> tuple[Float, Float]:
+        """Return output rows and their log-sum-exp (0 and -inf for rows that saw nothing)."""
+        empty = self.total == 0
+        safe = np.where(empty, np.ones_like(self.total), self.total)
+        out = self.sums / safe[:, None]
+        with np.errstate(divide="ignore"):
+            lse = np.where(empty & (self.top == -np.inf), -np.inf, self.top + np.log(safe))
+        return out, lse

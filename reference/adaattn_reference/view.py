@@ -1,0 +1,210 @@
+"""One head of a problem as plain NumPy arrays, with the facts that executors need about its mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaattn_core.arrays import to_numpy
+from adaattn_core.problem import AttentionProblem, HeadIndex
+
+Float = NDArray[np.floating[Any]]
+
+
+@dataclass(eq=False)
+class HeadView:
+    """One (sequence, head): contiguous operands and the visible interval of every row.
+
+    Attributes
+    ----------
+    query, key, value : ndarray, shapes (len_q, dim_qk), (len_kv, dim_qk), (len_kv, dim_v)
+        In the working dtype; keys that no row's interval reaches are cut off.
+    start, stop : ndarray of int64, shape (len_q,)
+        Visible keys of each row, counted from the first key kept here.
+    allowed, bias : ndarray or None, shape (len_q, len_kv)
+        Broadcast views of boolean and additive masks, cut to the same keys.
+    scale : float
+    """
+
+    query: Float
+    key: Float
+    value: Float
+    start: NDArray[np.int64]
+    stop: NDArray[np.int64]
+    allowed: NDArray[np.bool_] | None
+    bias: Float | None
+    scale: float
+
+    @property
+    def len_q(self) -> int:
+        """Query rows."""
+        return len(self.query)
+
+    @property
+    def len_kv(self) -> int:
+        """Keys that some row's interval reaches."""
+        return len(self.key)
+
+    @property
+    def structural(self) -> bool:
+        """Whether the mask is an interval per row and nothing else."""
+        return self.allowed is None and self.bias is None
+
+    @cached_property
+    def visible(self) -> int:
+        """Scores that the structural mask leaves."""
+        return int((self.stop - self.start).sum())
+
+    @cached_property
+    def bad_values(self) -> NDArray[np.int64]:
+        """Keys whose value vector holds NaN or Inf."""
+        return np.flatnonzero(~np.isfinite(self.value).all(axis=1))
+
+    @cached_property
+    def clean_value(self) -> Float:
+        """Values with non-finite vectors replaced by zeros."""
+        if not len(self.bad_values):
+            return self.value
+        clean = self.value.copy()
+        clean[self.bad_values] = 0
+        return clean
+
+    @cached_property
+    def nonfinite(self) -> bool:
+        """Whether a query, or a key or value that some row may see, holds NaN or Inf."""
+        bad = ~(np.isfinite(self.key).all(axis=1) & np.isfinite(self.value).all(axis=1))
+        if not np.isfinite(self.query).all():
+            return True
+        return bool(bad.any()) and bool((bad & self.seen_keys).any())
+
+    @cached_property
+    def seen_keys(self) -> NDArray[np.bool_]:
+        """Keys that at least one row sees."""
+        if self.structural:
+            edges = np.zeros(self.len_kv + 1, np.int64)
+            rows = self.stop > self.start
+            np.add.at(edges, self.start[rows], 1)
+            np.add.at(edges, self.stop[rows], -1)
+            return np.asarray(np.cumsum(edges[:-1]) > 0)
+        seen = np.zeros(self.len_kv, bool)
+        for first in range(0, self.len_q, 256):
+            rows = np.arange(first, min(first + 256, self.len_q))
+            seen |= self.visible_block(rows, 0, self.len_kv).any(axis=0)
+        return seen
+
+    def visible_block(
+        self, rows: NDArray[np.int64], first: int, last: int
+    ) -> NDArray[np.bool_]:
+        """Visibility of keys first..last-1 for some rows, shape (rows, last - first)."""
+        keys = np.arange(first, last)
+        seen = (keys >= self.start[rows, None]) & (keys < self.stop[rows, None])
+        if self.allowed is not None:
+            seen &= self.allowed[rows, first:last]
+        if self.bias is not None:
+            seen &= self.bias[rows, first:last] != -np.inf
+        return seen
+
+    def mask_scores(
+        self, scores: Float, rows: slice | NDArray[np.int64], first: int, last: int
+    ) -> bool:
+        """Apply the mask to scores of keys first..last-1 in place.
+
+        Masked entries become -inf by selection, so that NaN in a masked key cannot survive.
+
+        Returns
+        -------
+        bool
+            Whether anything may have been masked.
+        """
+        start, stop = self.start[rows], self.stop[rows]
+        masked = False
+        if self.bias is not None:
+            bias = self.bias[rows, first:last]
+            with np.errstate(invalid="ignore"):
+                np.add(scores, bias, out=scores, casting="same_kind")
+            np.copyto(scores, -np.inf, where=bias == -np.inf)
+            masked = True
+        if self.allowed is not None:
+            np.copyto(scores, -np.inf, where=~self.allowed[rows, first:last])
+            masked = True
+        if not len(start):
+            return masked
+        # Only the columns that some row does not see need a comparison per row.
+        for low, high in (
+            (first, min(int(start.max()), last)),
+            (max(int(stop.min()), first), last),
+        ):
+            if low < high:
+                keys = np.arange(low, high)
+                hidden = (keys < start[:, None]) | (keys >= stop[:, None])
+                np.copyto(scores[:, low - first : high - first], -np.inf, where=hidden)
+                masked = True
+        return masked
+
+
+class ProblemViews:
+    """Views of every head of a problem; keys and values are converted once per key/value head."""
+
+    def __init__(self, problem: AttentionProblem, dtype: Any = np.float32) -> None:
+        self.problem = problem
+        self.dtype = np.dtype(dtype)
+        self._query = to_numpy(problem.query)
+        self._key = to_numpy(problem.key)
+        self._value = to_numpy(problem.value)
+        self._allowed = self._mask_array(problem.mask.allowed)
+        self._bias = self._mask_array(problem.mask.bias)
+        self._kv: dict[tuple[int, int], tuple[Float, Float]] = {}
+        self._lock = Lock()
+
+    def _mask_array(self, mask: Any) -> NDArray[Any] | None:
+        if mask is None:
+            return None
+        p = self.problem
+        array = to_numpy(mask)
+        array = array if array.dtype == bool else array.astype(self.dtype)
+        return np.broadcast_to(array, (p.batch, p.heads_q, p.len_q, p.len_kv))
+
+    def __getitem__(self, index: HeadIndex) -> HeadView:
+        p, (sequence, head) = self.problem, index
+        span = p.sequences[sequence]
+        start, stop = p.intervals(sequence)
+        seen = stop > start
+        low = int(start[seen].min()) if seen.any() else 0
+        high = int(stop[seen].max()) if seen.any() else 0
+        key, value = self._keys(sequence, head // p.group_size)
+        rows = slice(span.q_start, span.q_stop)
+        columns = slice(span.kv_start + low, span.kv_start + high)
+        allowed, bias = (
+            None if m is None else m[span.batch, head, rows, columns]
+            for m in (self._allowed, self._bias)
+        )
+        return HeadView(
+            query=self._convert(self._query[span.batch, head, rows]),
+            key=key[low:high],
+            value=value[low:high],
+            start=np.clip(start - low, 0, high - low),
+            stop=np.clip(stop - low, 0, high - low),
+            allowed=allowed,
+            bias=bias,
+            scale=p.scale,
+        )
+
+    def _keys(self, sequence: int, head_kv: int) -> tuple[Float, Float]:
+        with self._lock:
+            if (sequence, head_kv) not in self._kv:
+                span = self.problem.sequences[sequence]
+                rows = slice(span.kv_start, span.kv_stop)
+                self._kv[sequence, head_kv] = (
+                    self._convert(self._key[span.batch, head_kv, rows]),
+                    self._convert(self._value[span.batch, head_kv, rows]),
+                )
+            return self._kv[sequence, head_kv]
+
+    def _convert(self, x: NDArray[Any]) -> Float:
+        with np.errstate(over="ignore"):  # f64 beyond f32: becomes Inf and is reported
+            return np.ascontiguousarray(x, dtype=self.dtype)
