@@ -82,7 +82,7 @@ def block_sum_error(products: int, block: int, fraction_bits: int) -> float:
 
     References
     ----------
-    This project, docs/math/07-accumulation.md, theorem 7 (iii).
+    This project, docs/math/07-accumulation.md, theorem 7 (3).
     """
     steps = math.ceil(products / block) if products else 0
     per_step = (min(block, products) + 2) * 2.0**-fraction_bits
