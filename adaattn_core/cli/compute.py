@@ -40,16 +40,17 @@ def compute(
     **choices
         Passed on to `adaattn_core.attention`: budget, policy, plan, backend, target, seed.
     """
-    arrays = (inputs.query, inputs.key, inputs.value)
-    shared: dict[str, Any] = {"mask": mask, "scale": inputs.scale}
+    q, k, v = inputs.query, inputs.key, inputs.value
     start = time.perf_counter()
-    result = attention(*arrays, **shared, **choices, layer=layer)
+    result = attention(q, k, v, mask=mask, scale=inputs.scale, layer=layer, **choices)
     seconds = time.perf_counter() - start
     errors, dense_seconds = None, None
     if measure:
-        errors = true_errors(AttentionProblem.from_arrays(*arrays, **shared), result)
+        problem = AttentionProblem.from_arrays(q, k, v, mask=mask, scale=inputs.scale)
+        errors = true_errors(problem, result)
+        backend = choices.get("backend", "auto")
         start = time.perf_counter()
-        attention(*arrays, **shared, budget=None, backend=choices.get("backend", "auto"))
+        attention(q, k, v, mask=mask, scale=inputs.scale, backend=backend)
         dense_seconds = time.perf_counter() - start
     rows = head_rows(result, errors, layer)
     return Outcome(result, rows, totals(rows, seconds, dense_seconds))

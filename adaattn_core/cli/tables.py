@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from collections.abc import Iterable
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
 from adaattn_core.cli.summary import HeadRow, Totals
 
-_PIPE_WIDTH = 120
-"""Columns where the output is not a terminal (a pipe, a file, a test)."""
+_LEAST_WIDTH = 132
+"""Columns assumed at least: rather lines that wrap than numbers that are cut off."""
+
+
+_OPTIONAL = ("layer", "batch")
+"""Columns left out where every row would say the same."""
+
+_HELD = {None: "-", True: "yes", False: "NO"}
 
 
 def console() -> Console:
     """Return a console for results (standard output)."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+    width = max(_LEAST_WIDTH, shutil.get_terminal_size().columns)
+    return Console(highlight=False, width=width)
 
 
 def progress() -> Progress:
@@ -49,44 +58,45 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def head_table(rows: Iterable[HeadRow], title: str) -> Table:
-    """Plan, certificate and true error of every head."""
+    """Plan, certificate and true error of every head; columns that say nothing are left out."""
     rows = list(rows)
-    layered, measured = any(row.layer for row in rows), any(row.true for row in rows)
+    columns: list[tuple[str, JustifyMethod, list[str]]] = [
+        ("layer", "left", [row.layer for row in rows]),
+        ("batch", "right", [str(row.index[0]) for row in rows]),
+        ("head", "right", [str(row.index[1]) for row in rows]),
+        ("structure", "left", [row.plan.structure.kind for row in rows]),
+        ("qk/pv", "left", [f"{row.plan.qk}/{row.plan.pv}" for row in rows]),
+        ("rank", "right", [str(row.rank) for row in rows]),
+        ("share", "right", [number(row.share, 3) for row in rows]),
+        ("upper", "right", [number(row.certificate.upper) for row in rows]),
+        ("guarantee", "left", [_guarantee(row) for row in rows]),
+        ("estimate", "right", [number(row.certificate.estimate) for row in rows]),
+        ("true", "right", [number(row.true_frobenius) for row in rows]),
+        ("true rows", "right", [number(row.true_rows) for row in rows]),
+        ("held", "left", [_HELD[row.covered] for row in rows]),
+        ("why", "left", [row.plan.reason for row in rows]),
+    ]
+    silent = {name for name, _, cells in columns if len(set(cells)) < 2 and name in _OPTIONAL}
+    if not any(row.true for row in rows):
+        silent |= {"true", "true rows", "held"}
+    shown = [column for column in columns if column[0] not in silent]
     table = Table(
         title=title, title_justify="left", box=None, pad_edge=False, header_style="bold"
     )
-    if layered:
-        table.add_column("layer")
-    for name in ("batch", "head"):
-        table.add_column(name, justify="right")
-    for name in ("structure", "qk", "pv"):
-        table.add_column(name)
-    for name in ("rank", "share", "upper"):
-        table.add_column(name, justify="right")
-    table.add_column("guarantee")
-    table.add_column("estimate", justify="right")
-    if measured:
-        table.add_column("true error", justify="right")
-        table.add_column("true rows", justify="right")
-        table.add_column("held")
-    table.add_column("why", overflow="ellipsis", no_wrap=True)
-    for row in rows:
-        table.add_row(*_cells(row, layered=layered, measured=measured))
+    for name, justify, cells in shown:
+        # Numbers are never cut; the reason takes what room is left.
+        width = None if name == "why" else max(len(cell) for cell in (name, *cells))
+        table.add_column(
+            name, justify=justify, no_wrap=True, overflow="ellipsis", min_width=width
+        )
+    for row_cells in zip(*(cells for _, _, cells in shown), strict=True):
+        table.add_row(*(escape(cell) for cell in row_cells))
     return table
 
 
-def _cells(row: HeadRow, *, layered: bool, measured: bool) -> list[str]:
+def _guarantee(row: HeadRow) -> str:
     certificate = row.certificate
-    cells = [row.layer] if layered else []
-    cells += [str(row.index[0]), str(row.index[1])]
-    cells += [row.plan.structure.kind, row.plan.qk, row.plan.pv]
-    cells += [str(row.rank), number(row.share, 3), number(certificate.upper)]
-    cells += [f"{certificate.guarantee} {certificate.rows:g}/{certificate.confidence:g}"]
-    cells += [number(certificate.estimate)]
-    if measured:
-        cells += [number(row.true_frobenius), number(row.true_rows)]
-        cells += ["-" if row.covered is None else "yes" if row.covered else "NO"]
-    return [*cells, row.plan.reason]
+    return f"{certificate.guarantee} {certificate.rows:.3g}/{certificate.confidence:.3g}"
 
 
 def total_lines(totals: Totals) -> list[str]:
