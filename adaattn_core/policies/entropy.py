@@ -23,7 +23,7 @@ class EntropyPolicy:
     Attributes
     ----------
     score_8bit, score_16bit : float
-        Largest |scaled score| up to which 8-bit and 16-bit Q·Kᵀ are used.
+        Largest absolute scaled score up to which 8-bit and 16-bit Q·Kᵀ are used.
     saturation_8bit : float
         Mean largest weight up to which 8-bit formats are used: a saturated row copies one value,
         and a score error of a few percent can make it copy another.
