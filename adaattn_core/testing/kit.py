@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import array_api_compat
 import ml_dtypes
 import numpy as np
 import pytest
-from adaattn_core.api import attention
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from adaattn_core.api import attention
 from adaattn_core.backend import Backend, Capabilities, RawResult, RunFacts
 from adaattn_core.budget import ErrorBudget
 from adaattn_core.errors import UnsupportedError
@@ -92,20 +92,24 @@ class Outcome:
     raw: RawResult
 
 
-@dataclass(slots=True)
 class Kit:
     """The backend under test.
 
-    Attributes
+    Parameters
     ----------
     name : str
         Under which the registry knows it.
     home : ArrayHome
+        Where it wants its arrays.
     """
 
-    name: str
-    home: ArrayHome
-    _accepted: dict[tuple[Any, ...], bool] = field(default_factory=dict, repr=False)
+    def __init__(self, name: str, home: ArrayHome) -> None:
+        self.name = name
+        self.home = home
+        self._accepted: dict[tuple[Any, ...], bool] = {}
+
+    def __repr__(self) -> str:
+        return f"Kit({self.name!r})"
 
     @property
     def backend(self) -> Backend:
@@ -164,6 +168,12 @@ class Kit:
             pytest.skip(f"backend {self.name} offers no companion for {given}: {order}")
         return HeadPlan(qk=qk or other, pv=pv or other, **fields)
 
+    def narrowest(self) -> HeadPlan:
+        """Return a head plan in the narrowest format wider than 8 bits: errors to see."""
+        can = self.capabilities
+        order = [f for f in ("bf16", "f16", "tf32", "f32") if f in can.qk_formats]
+        return self.head(qk=order[0]) if order else self.head()
+
     def dtype(self, plan: HeadPlan) -> str:
         """Input dtype that suits the formats of a plan."""
         return _NATURAL_DTYPE.get(plan.qk, "bf16")
@@ -182,6 +192,10 @@ class Kit:
                 self._accepted[key] = False
         return self._accepted[key]
 
+    def takes_dtype(self, dtype: str, plan: HeadPlan) -> bool:
+        """Whether plain problems of this input dtype run under a plan."""
+        return self.accepts(ProblemSpec(dtype=dtype, dim_qk=64, dim_v=64), plan)
+
     def specs(
         self, plan: HeadPlan, *, max_dim: int = 40, **choices: Any
     ) -> st.SearchStrategy[ProblemSpec]:
@@ -193,7 +207,7 @@ class Kit:
         dtypes = [
             d
             for d in choices.pop("dtypes", ("f64", "f32", "f16", "bf16"))
-            if self.accepts(ProblemSpec(dtype=d, dim_qk=64, dim_v=64), plan)
+            if self.takes_dtype(d, plan)
         ]
         if not dtypes:
             pytest.skip(
@@ -262,7 +276,8 @@ class Kit:
         seed: int = 0,
     ) -> AttentionResult:
         """Run one head plan for every head, with a certificate of the budget's kind."""
-        return self.attend(problem, plan=Plan.uniform(problem, head, seed=seed), budget=budget)
+        plan = Plan.uniform(problem, head, seed=seed)
+        return self.attend(problem, plan=plan, budget=budget, seed=seed)
 
 
 def head_rows(problem: AttentionProblem, index: HeadIndex) -> tuple[int, int, slice]:

@@ -312,7 +312,7 @@ def problem_specs(
     poison : strategy of bool, optional
         Whether invisible keys hold NaN or Inf; default both.
     """
-    batch, heads_kv, group = draw(st.tuples(*[st.integers(1, 3)] * 3))
+    batch, heads_kv, group = (draw(st.integers(1, most)) for most in (2, 2, 3))
     poisoned = draw(st.booleans() if poison is None else poison)
     kept = [s for s in storages if not (poisoned and s == "broadcast_batch")]
     return ProblemSpec(

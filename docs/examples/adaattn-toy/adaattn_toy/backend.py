@@ -154,6 +154,7 @@ def _attend(
             key_residual_upper=_norm_upper(key.astype(np.float64) - k),
             value_residual_upper=_norm_upper(value.astype(np.float64) - v),
             value_diameter_upper=2 * _norm_upper(v),
+            bias_max_abs=float(np.abs(bias[visible]).max(initial=0.0)),
             keys_max=int(visible.sum(axis=1).max(initial=0)),
             output_rms=float(np.sqrt(np.mean(_norms(out) ** 2))) if len(out) else 0.0,
             nonfinite=not bool(np.isfinite(out.astype(np.float64)).all()),
