@@ -17,7 +17,7 @@ from adaattn_cuda.arrays import ArrayView
 from adaattn_cuda.spec import KernelSpec
 from adaattn_cuda.tuning import sm80 as tuning
 
-__all__ = ["DenseTask", "Params", "WorkItem", "kernel_spec", "pack", "set_pointers", "work_items"]
+__all__ = ["DenseTask", "Params", "Unit", "kernel_spec", "launches", "set_pointers", "units"]
 
 UNLIMITED = 1 << 30
 """Window extent that no length reaches: kUnlimited in sm80_params.cuh."""
@@ -28,18 +28,20 @@ INPUT_FORMATS = ("f32", "f16", "bf16")
 OPERAND_FORMATS = ("f32", "tf32", "f16", "bf16")
 
 
-class WorkItem(ctypes.Structure):
-    """The twin of ``WorkItem`` in sm80_params.cuh."""
+MAX_UNITS = 128
+"""Units in one launch: kMaxUnits in sm80_params.cuh."""
+
+
+class Unit(ctypes.Structure):
+    """The twin of ``Unit`` in sm80_params.cuh: a sequence, or one head of one."""
 
     _fields_ = tuple(
         (name, ctypes.c_int32)
-        for name in (
-            "batch", "head", "tile", "q_start", "len_q", "kv_start", "len_kv", "reserved",
-        )
-    )  # fmt: skip
+        for name in ("batch", "head", "q_start", "len_q", "kv_start", "len_kv")
+    )
 
 
-_POINTERS = ("query", "key", "value", "out", "lse", "allowed", "bias", "items")
+_POINTERS = ("query", "key", "value", "out", "lse", "allowed", "bias")
 _STRIDES = (
     *(f"{array}_{axis}" for array in ("query", "key", "value", "out") for axis in ("batch", "head", "row")),
     "lse_batch",
@@ -60,6 +62,10 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_int64) for name in _STRIDES),
         *((name, ctypes.c_int32) for name in _SIZES),
         ("scale_log2", ctypes.c_float),
+        ("tiles", ctypes.c_int32),
+        ("heads_per_unit", ctypes.c_int32),
+        ("unit_count", ctypes.c_int32),
+        ("units", Unit * MAX_UNITS),
     )
 
 
@@ -159,47 +165,56 @@ def kernel_spec(task: DenseTask, arch: str) -> KernelSpec:
     ).spec(arch)
 
 
-def work_items(task: DenseTask, tile_m: int) -> list[tuple[int, ...]]:
-    """Work list, longest item first; items without visible keys are kept (they write zeros).
+def units(task: DenseTask) -> list[tuple[int, ...]]:
+    """Units of work, longest first; sequences without rows are left out.
 
     Returns
     -------
     list of tuple
-        Fields of `WorkItem` in order.
+        Fields of `Unit` in order; empty for a uniform task, which needs no list.
     """
-    heads_q = task.query.shape[1]
-    if task.heads is None:
-        chosen = [(s.index, head) for s in task.sequences for head in range(heads_q)]
-    else:
-        chosen = list(task.heads)
-    items = []
+    if task.is_uniform:
+        return []
+    chosen = (
+        [(s.index, 0) for s in task.sequences] if task.heads is None else sorted(set(task.heads))
+    )
+    found = []
     for index, head in chosen:
         s = task.sequences[index]
-        for tile in range(-(-s.len_q // tile_m)):
-            item = (s.batch, head, tile, s.q_start, s.len_q, s.kv_start, s.len_kv, 0)
-            items.append((_visited_keys(task, s, tile, tile_m), item))
-    items.sort(key=lambda pair: -pair[0])
-    return [item for _, item in items]
+        if s.len_q > 0:
+            found.append((s.batch, head, s.q_start, s.len_q, s.kv_start, s.len_kv))
+    found.sort(key=lambda unit: -unit[3])
+    return found
 
 
-def _visited_keys(task: DenseTask, s: SequenceSpan, tile: int, tile_m: int) -> int:
-    """Keys between the first and the last that any row of the tile sees."""
-    shift = s.len_kv - s.len_q if task.bottom_right else 0
-    first, last = tile * tile_m + shift, min((tile + 1) * tile_m, s.len_q) - 1 + shift
-    start = 0 if task.left is None else min(max(first - task.left, 0), s.len_kv)
-    stop = s.len_kv if task.right is None else min(max(last + task.right + 1, 0), s.len_kv)
-    return max(stop - start, 0)
+def launches(task: DenseTask, tile_m: int) -> list[tuple[Params, int]]:
+    """Parameters and number of blocks of every launch that the task takes.
 
-
-def grid_blocks(task: DenseTask, tile_m: int) -> int:
-    """Blocks of a uniform task."""
+    One launch, but for lists of more than 128 units; none where there is nothing to do. The
+    addresses are still missing (see `set_pointers`).
+    """
     batch, heads_q, len_q, _ = task.query.shape
-    return batch * heads_q * -(-len_q // tile_m)
+    if task.is_uniform:
+        tiles = -(-len_q // tile_m)
+        blocks = batch * heads_q * tiles
+        return [(_pack(task, tiles, []), blocks)] if blocks else []
+    every = units(task)
+    heads_per_unit = heads_q if task.heads is None else 1
+    found = []
+    for first in range(0, len(every), MAX_UNITS):
+        chunk = every[first : first + MAX_UNITS]
+        tiles = -(-chunk[0][3] // tile_m)  # the longest comes first
+        found.append((_pack(task, tiles, chunk), len(chunk) * heads_per_unit * tiles))
+    return found
 
 
-def pack(task: DenseTask) -> Params:
-    """Kernel parameters of the task, all but the addresses (see `set_pointers`)."""
+def _pack(task: DenseTask, tiles: int, chunk: list[tuple[int, ...]]) -> Params:
     params = Params()
+    params.tiles = tiles
+    params.heads_per_unit = task.query.shape[1] if task.heads is None else 1
+    params.unit_count = len(chunk)
+    for i, unit in enumerate(chunk):
+        params.units[i] = Unit(*unit)
     for name in ("query", "key", "value", "out"):
         array: ArrayView = getattr(task, name)
         for axis, stride in zip(("batch", "head", "row"), array.strides, strict=False):
@@ -221,8 +236,8 @@ def pack(task: DenseTask) -> Params:
     return params
 
 
-def set_pointers(params: Params, pointers: Sequence[int], items: int = 0) -> None:
-    """Fill in the addresses: query, key, value, out, lse, allowed, bias (0 = none), items."""
+def set_pointers(params: Params, pointers: Sequence[int]) -> None:
+    """Fill in the addresses: query, key, value, out, lse, allowed, bias (0 = none)."""
     (
         params.query,
         params.key,
@@ -232,4 +247,3 @@ def set_pointers(params: Params, pointers: Sequence[int], items: int = 0) -> Non
         params.allowed,
         params.bias,
     ) = pointers
-    params.items = items

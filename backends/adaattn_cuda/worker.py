@@ -43,6 +43,7 @@ def compile_request(request: dict[str, Any]) -> dict[str, Any]:
             "c++",
             ProgramOptions(
                 std="c++17",
+                device_as_default_execution_space=True,  # lambdas need no annotation
                 arch=request["arch"],
                 include_path=[request["include_path"], *([runtime] if runtime else [])],
                 ptxas_options=["-v", *request["options"]],

@@ -83,6 +83,12 @@ struct Traits {
     static_assert(kStages == 1 || kStages == 2, "one or two K/V stages");
 };
 
+// A choice made at compile time, as an argument.
+template <bool kValue>
+struct Flag {
+    static constexpr bool value = kValue;
+};
+
 template <class T>
 ADAATTN_DEVICE void run(const Params& params) {
     using QueryTile = typename T::QueryTile;
@@ -90,49 +96,44 @@ ADAATTN_DEVICE void run(const Params& params) {
     using ValueTile = typename T::ValueTile;
 
     const u32 shared = shared_base();
-    const WorkItem item = work_item(params, T::kTileM);
+    const WorkItem item = work_item(params);
+    if (item.tile * T::kTileM >= item.len_q) {
+        return;
+    }
     const int lane = thread_index() & 31;
     const int tile_row = item.tile * T::kTileM;
     const int warp_row = (thread_index() / 32) * T::kRowsPerWarp;
 
-    // What the block must visit, and the part in which every row sees every key.
+    // The tiles that any row sees, and those that every row sees whole: [whole_begin, whole_end).
     const int last_row = (tile_row + T::kTileM < item.len_q ? tile_row + T::kTileM : item.len_q) - 1;
     const Interval of_first = visible_keys(params, item, tile_row);
     const Interval of_last = visible_keys(params, item, last_row);
     const Interval visit = {of_first.start, of_last.stop};
-    const Interval full = {of_last.start, of_first.stop};
     const int tile_begin = visit.start / T::kTileN;
     const int tile_end = visit.stop > visit.start ? (visit.stop + T::kTileN - 1) / T::kTileN
                                                   : tile_begin;
+    const int whole_begin = (of_last.start + T::kTileN - 1) / T::kTileN;
+    const int whole_end = of_first.stop / T::kTileN;
 
-    const int head_kv = item.head / params.group_size;
-    const i64 batch = item.batch;
-    const auto row_of = [](const void* base, i64 element) -> const void* {
+    const i64 batch = item.batch, head_kv = item.head / params.group_size;
+    const auto at = [](const void* base, i64 element) -> const void* {
         return static_cast<const char*>(base) + element * storage_bytes(T::kInput);
     };
-    const void* query = row_of(params.query, batch * params.query_batch +
-                                                 item.head * params.query_head +
-                                                 (static_cast<i64>(item.q_start) + tile_row) *
-                                                     params.query_row);
-    const void* key = row_of(params.key, batch * params.key_batch + head_kv * params.key_head +
-                                             item.kv_start * params.key_row);
-    const void* value =
-        row_of(params.value, batch * params.value_batch + head_kv * params.value_head +
-                                 item.kv_start * params.value_row);
-
+    const Filler<KeyTile, T::kQk, T::kInput, T::kAsyncQk, T::kThreads> keys(
+        at(params.key, batch * params.key_batch + head_kv * params.key_head +
+                           item.kv_start * params.key_row),
+        params.key_row, params.dim_qk);
+    const Filler<ValueTile, T::kPv, T::kInput, T::kAsyncPv, T::kThreads> values(
+        at(params.value, batch * params.value_batch + head_kv * params.value_head +
+                             item.kv_start * params.value_row),
+        params.value_row, params.dim_v);
     const auto fill_key = [&](int tile, int stage) {
-        const int first = tile * T::kTileN;
-        fill_tile<KeyTile, T::kQk, T::kInput, T::kAsyncQk, T::kThreads>(
-            shared + T::kKeyAt + stage * KeyTile::kBytes,
-            {row_of(key, first * params.key_row), params.key_row, visit.start - first,
-             visit.stop - first, params.dim_qk});
+        keys.fill(shared + T::kKeyAt + stage * KeyTile::kBytes, tile * T::kTileN, visit.start,
+                  visit.stop);
     };
     const auto fill_value = [&](int tile, int stage) {
-        const int first = tile * T::kTileN;
-        fill_tile<ValueTile, T::kPv, T::kInput, T::kAsyncPv, T::kThreads>(
-            shared + T::kValueAt + stage * ValueTile::kBytes,
-            {row_of(value, first * params.value_row), params.value_row, visit.start - first,
-             visit.stop - first, params.dim_v});
+        values.fill(shared + T::kValueAt + stage * ValueTile::kBytes, tile * T::kTileN,
+                    visit.start, visit.stop);
     };
 
     Output<T> out;
@@ -145,9 +146,11 @@ ADAATTN_DEVICE void run(const Params& params) {
 
     int tile = tile_end - 1;
     if (tile >= tile_begin) {
-        fill_tile<QueryTile, T::kQk, T::kInput, T::kAsyncQk, T::kThreads>(
-            shared + T::kQueryAt,
-            {query, params.query_row, 0, item.len_q - tile_row, params.dim_qk});
+        const Filler<QueryTile, T::kQk, T::kInput, T::kAsyncQk, T::kThreads> queries(
+            at(params.query, batch * params.query_batch + item.head * params.query_head +
+                                 item.q_start * params.query_row),
+            params.query_row, params.dim_qk);
+        queries.fill(shared + T::kQueryAt, tile_row, 0, item.len_q);
         fill_key(tile, 0);
         copy_async_commit();
         if constexpr (T::kStages == 2) {
@@ -155,15 +158,21 @@ ADAATTN_DEVICE void run(const Params& params) {
             copy_async_commit();
         }
     }
-    for (int stage = 0; tile >= tile_begin; --tile) {
+
+    int stage = 0;
+    // One key tile. Where every row sees all of it (not `cut`) there is nothing to mask; kMayCut =
+    // false leaves that code out.
+    const auto visit_tile = [&](auto may_cut, bool cut) {
+        constexpr bool kMayCut = decltype(may_cut)::value;
         const u32 key_tile = shared + T::kKeyAt + stage * KeyTile::kBytes;
         const u32 value_tile = shared + T::kValueAt + stage * ValueTile::kBytes;
         const int first_key = tile * T::kTileN;
-        const bool cut = T::kArrayMask || first_key < full.start || first_key + T::kTileN > full.stop;
         const auto separate = [&] {
-            if (cut && block_sync_or(holds_nonfinite<ValueTile, T::kPv, T::kThreads>(value_tile))) {
-                separate_nonfinite<T>(out, value_tile, params, item, arrays, tile_row + warp_row,
-                                      first_key);
+            if constexpr (kMayCut) {
+                if (cut && block_sync_or(holds_nonfinite<ValueTile, T::kPv, T::kThreads>(value_tile))) {
+                    separate_nonfinite<T>(out, value_tile, params, item, arrays,
+                                          tile_row + warp_row, first_key);
+                }
             }
         };
 
@@ -193,8 +202,10 @@ ADAATTN_DEVICE void run(const Params& params) {
             separate();
         }
 
-        if (cut) {
-            mask_scores<T>(scores, params, item, arrays, tile_row + warp_row, first_key);
+        if constexpr (kMayCut) {
+            if (cut) {
+                mask_scores<T>(scores, params, item, arrays, tile_row + warp_row, first_key);
+            }
         }
         float alpha[T::kRowTiles][2];
         if (state.update(scores, scale, alpha)) {
@@ -207,6 +218,19 @@ ADAATTN_DEVICE void run(const Params& params) {
         }
         if constexpr (T::kStages == 2) {
             stage ^= 1;
+        }
+    };
+    while (tile >= tile_begin) {
+        // The narrow formats are fast enough, and short enough of registers, to earn a loop of
+        // their own for whole tiles.
+        if constexpr (!T::kArrayMask && is_narrow(T::kPv)) {
+            for (; tile >= whole_begin && tile < whole_end; --tile) {
+                visit_tile(Flag<false>{}, false);
+            }
+        }
+        if (tile >= tile_begin) {
+            visit_tile(Flag<true>{}, T::kArrayMask || tile < whole_begin || tile >= whole_end);
+            --tile;
         }
     }
     state.finish();

@@ -60,7 +60,7 @@ ADAATTN_DEVICE void store_rows(const Output<T>& out, const RowState<T::kRowTiles
                                const Params& params, float scale) {
     const int lane = thread_index() & 31;
     // Read again, not kept over the main loop: registers are what the kernel is short of.
-    const WorkItem item = work_item(params, T::kTileM);
+    const WorkItem item = work_item(params);
     const int first_row = item.tile * T::kTileM + thread_index() / 32 * T::kRowsPerWarp;
     constexpr int kBytes = storage_bytes(T::kInput);
     const i64 row_zero = static_cast<i64>(item.q_start);

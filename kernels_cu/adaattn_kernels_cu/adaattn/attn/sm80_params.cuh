@@ -8,11 +8,15 @@ namespace adaattn::sm80 {
 // A window extent that no length reaches; the host limits lengths to 2^29.
 constexpr int kUnlimited = 1 << 30;
 
-// One query tile of one head of one sequence. Rows and keys of a packed (ragged) array begin at
-// q_start and kv_start of the batch entry.
-struct WorkItem {
-    int batch, head, tile, q_start, len_q, kv_start, len_kv, reserved;
+// One sequence (all its heads), or one head of one sequence. Rows and keys of a packed (ragged)
+// array begin at q_start and kv_start of the batch entry.
+struct Unit {
+    int batch, head, q_start, len_q, kv_start, len_kv;
 };
+
+// Units travel in the parameters: no memory to allocate, to fill in time, or to free too early. A
+// longer list takes several launches.
+constexpr int kMaxUnits = 128;
 
 enum class BiasType : int { kNone = 0, kF32 = 1, kF16 = 2, kBf16 = 3 };
 
@@ -25,7 +29,6 @@ struct Params {
     float* lse;                  // (batch, heads_q, len_q), natural log
     const unsigned char* allowed;  // (batch, heads_q, len_q, len_kv) bytes, 0 masks; or null
     const void* bias;            // same shape, added to the scaled scores; or null
-    const WorkItem* items;       // gridDim.x items, or null: every tile of every head
 
     i64 query_batch, query_head, query_row;
     i64 key_batch, key_head, key_row;
@@ -40,28 +43,33 @@ struct Params {
     int bottom_right;      // 1: position = row + len_kv - len_q, 0: position = row
     BiasType bias_type;
     float scale_log2;      // scale * log2(e), > 0
+
+    int tiles;             // query tiles of the longest unit
+    int heads_per_unit;    // heads_q, or 1 where every unit names its head
+    int unit_count;        // 0: every batch entry, whole
+    Unit units[kMaxUnits];
 };
 
-// Item of this block. Without a list, heads run fastest (neighbours share keys in L2) and the last
-// query tile comes first: under a causal mask it is the longest.
-ADAATTN_DEVICE WorkItem work_item(const Params& params, int tile_m) {
-    if (params.items != nullptr) {
-        return params.items[block_index()];
-    }
-    const int heads = params.heads_q;
-    const int tiles = (params.len_q + tile_m - 1) / tile_m;
+// One query tile of one head of one sequence: what a block computes.
+struct WorkItem {
+    int batch, head, tile, q_start, len_q, kv_start, len_kv;
+};
+
+// Item of this block. Heads run fastest (neighbours share keys in L2) and the last query tile comes
+// first: under a causal mask it is the longest. Beyond a shorter unit's end, tile * tile_m >= len_q.
+ADAATTN_DEVICE WorkItem work_item(const Params& params) {
+    const int units = params.unit_count > 0 ? params.unit_count : params.batch;
     const int linear = static_cast<int>(block_index());
-    const int rest = linear / heads;
-    WorkItem item;
-    item.head = linear % heads;
-    item.batch = rest % params.batch;
-    item.tile = tiles - 1 - rest / params.batch;
-    item.q_start = 0;
-    item.len_q = params.len_q;
-    item.kv_start = 0;
-    item.len_kv = params.len_kv;
-    item.reserved = 0;
-    return item;
+    const int rest = linear / params.heads_per_unit;
+    const int head = linear % params.heads_per_unit;
+    const int index = rest % units;
+    const int tile = params.tiles - 1 - rest / units;
+    if (params.unit_count == 0) {
+        return {index, head, tile, 0, params.len_q, 0, params.len_kv};
+    }
+    const Unit& unit = params.units[index];
+    return {unit.batch, unit.head + head, tile,       unit.q_start,
+            unit.len_q, unit.kv_start,    unit.len_kv};
 }
 
 }  // namespace adaattn::sm80

@@ -30,53 +30,65 @@ struct Tile {
     }
 };
 
-// Rows of a global array: row r of the tile is `base + r * stride` elements; rows outside
-// [first, last) and columns at or beyond `dim` are zeros and are never read.
-struct RowSource {
-    const void* base;
-    i64 stride;
-    int first, last, dim;
-};
-
-// Fills a tile. kAsync: 16-byte cp.async, which needs equal types and 16-byte aligned rows; the
-// caller commits and waits. Otherwise element by element, converting: ready after a block barrier.
+// Copies rows of one global array into tiles. kAsync: 16-byte cp.async, which needs equal types and
+// 16-byte aligned rows; the caller commits and waits. Otherwise element by element, converting:
+// ready after a block barrier.
 template <class TileT, Format kFormat, Format kInput, bool kAsync, int kThreads>
-ADAATTN_DEVICE void fill_tile(u32 tile, const RowSource& source) {
-    constexpr int kPerChunk = 16 / TileT::kElementBytes;
-    constexpr int kCopies = TileT::kRows * TileT::kChunks;
-    if constexpr (kAsync && kThreads % TileT::kChunks == 0 && kCopies % kThreads == 0) {
-        // A thread keeps its column and walks down the rows with one addition each.
-        constexpr int kRowStep = kThreads / TileT::kChunks;
-        const int row = thread_index() / TileT::kChunks, chunk = thread_index() % TileT::kChunks;
-        const bool column_valid = chunk * kPerChunk < source.dim;
-        const char* from = static_cast<const char*>(source.base) +
-                           (row * source.stride + chunk * kPerChunk) * TileT::kElementBytes;
+class Filler {
+    static constexpr int kPerChunk = 16 / TileT::kElementBytes;
+    static constexpr int kCopies = TileT::kRows * TileT::kChunks;
+    // A thread then keeps its column and walks down the rows with one addition each.
+    static constexpr bool kWalks =
+        kAsync && kThreads % TileT::kChunks == 0 && kCopies % kThreads == 0;
+    static constexpr int kRowStep = kWalks ? kThreads / TileT::kChunks : 1;
+
+    const char* base_;
+    i64 stride_;
+    int dim_;
+
+  public:
+    // `base` is row 0 of the array, `stride` its row stride in elements, `dim` its columns.
+    ADAATTN_DEVICE Filler(const void* base, i64 stride, int dim)
+        : base_(static_cast<const char*>(base)), stride_(stride), dim_(dim) {}
+
+    // Row r of the tile becomes row first_row + r of the array. Rows outside [valid_begin,
+    // valid_end) and columns at or beyond `dim` become zeros and are never read.
+    ADAATTN_DEVICE void fill(u32 tile, int first_row, int valid_begin, int valid_end) const {
+        const int begin = valid_begin - first_row, end = valid_end - first_row;
+        if constexpr (kWalks) {
+            const int own_row = thread_index() / TileT::kChunks;
+            const int chunk = thread_index() % TileT::kChunks;
+            const bool column_valid = chunk * kPerChunk < dim_;
+            const char* from = base_ + ((first_row + own_row) * stride_ + chunk * kPerChunk) *
+                                           TileT::kElementBytes;
 #pragma unroll
-        for (int i = 0; i < kCopies / kThreads; ++i) {
-            const int at = row + i * kRowStep;
-            copy_async_16(tile + TileT::chunk_offset(at, chunk), from,
-                          column_valid && at >= source.first && at < source.last);
-            from += kRowStep * source.stride * TileT::kElementBytes;
-        }
-        return;
-    }
+            for (int i = 0; i < kCopies / kThreads; ++i) {
+                const int row = own_row + i * kRowStep;
+                copy_async_16(tile + TileT::chunk_offset(row, chunk), from,
+                              column_valid && row >= begin && row < end);
+                from += kRowStep * stride_ * TileT::kElementBytes;
+            }
+        } else {
 #pragma unroll 1
-    for (int i = thread_index(); i < kCopies; i += kThreads) {
-        const int row = i / TileT::kChunks, chunk = i % TileT::kChunks;
-        const bool inside = row >= source.first && row < source.last;
-        const int column = chunk * kPerChunk;
-        const i64 index = row * source.stride + column;
-        const u32 address = tile + TileT::chunk_offset(row, chunk);
+            for (int i = thread_index(); i < kCopies; i += kThreads) {
+                const int row = i / TileT::kChunks, chunk = i % TileT::kChunks;
+                const i64 index = (first_row + row) * stride_ + chunk * kPerChunk;
+                fill_chunk(tile + TileT::chunk_offset(row, chunk), index,
+                           row >= begin && row < end ? dim_ - chunk * kPerChunk : 0);
+            }
+        }
+    }
+
+  private:
+    // The chunk at element `index`, of which the first `count` elements are valid.
+    ADAATTN_DEVICE void fill_chunk(u32 address, i64 index, int count) const {
         if constexpr (kAsync) {
-            copy_async_16(address,
-                          static_cast<const char*>(source.base) + index * TileT::kElementBytes,
-                          inside && column < source.dim);
+            copy_async_16(address, base_ + index * TileT::kElementBytes, count > 0);
         } else {
             float x[kPerChunk];
 #pragma unroll
             for (int e = 0; e < kPerChunk; ++e) {
-                const bool valid = inside && column + e < source.dim;
-                x[e] = valid ? load_element<kInput>(source.base, index + e) : 0.0f;
+                x[e] = e < count ? load_element<kInput>(base_, index + e) : 0.0f;
                 if constexpr (kFormat == Format::f16 && kInput != Format::f16) {
                     x[e] = saturate_f16(x[e]);
                 }
@@ -93,7 +105,7 @@ ADAATTN_DEVICE void fill_tile(u32 tile, const RowSource& source) {
             store_shared_128(address, packed);
         }
     }
-}
+};
 
 // One element of a tile, as float.
 template <Format kFormat>
