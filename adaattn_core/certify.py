@@ -83,7 +83,8 @@ def theorem_certificate(
     confidence : float
         In (0, 1), of the probabilistic bound.
     bias_max_abs : float
-        Largest finite magnitude of an additive mask; its sum with the score is rounded.
+        Largest finite magnitude of an additive mask, for facts that do not state it; the larger
+        of the two counts. Its sum with the score is rounded.
 
     Returns
     -------
@@ -113,6 +114,7 @@ def theorem_certificate(
     cast = dtype == "f64" and not plan.qk == plan.pv == "f64"
     if cast:
         facts = _of_exact_input(facts)
+    bias_max_abs = max(bias_max_abs, facts.bias_max_abs)
     worst = _operand_score_error(facts, scale)
     score_error, proved, sure = worst, "worst_case", 1.0
     if guarantee == "probabilistic" and plan.rounding == "stochastic":
