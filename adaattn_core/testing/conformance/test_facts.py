@@ -27,8 +27,8 @@ from adaattn_core.testing.strategies import ProblemSpec
 WIDE = [name for name, info in FORMATS.items() if not info.is_quantised]
 SLACK = 1e-6
 """Relative allowance for norms computed in float32."""
-RMS_SLACK = 1e-4
-"""The same for the root mean square of many rows."""
+RMS_LOWER = 1e-3
+"""By how much the output's size may be understated, relatively (a larger bound, no wrong one)."""
 
 
 @pytest.mark.parametrize("name", WIDE)
@@ -48,9 +48,7 @@ def test_facts_cover_the_truth(kit: Kit, name: str, data: st.DataObject) -> None
             said = getattr(facts, what)
             assert said >= least * (1 - SLACK), f"head {index}: {what} {said:.6g} < {least:.6g}"
         size = rms_row_norm(rows)
-        assert facts.output_rms <= size * (1 + RMS_SLACK), (
-            f"head {index}: output_rms overstated"
-        )
+        assert facts.output_rms <= size * (1 + SLACK), f"head {index}: output_rms overstated"
 
 
 def _least_facts(
@@ -104,7 +102,8 @@ def test_dense_facts_of_a_plain_problem(kit: Kit) -> None:
     outcome = kit.run(spec.build(kit.home.send), kit.head())
     facts = outcome.facts[0, 0]
     assert (facts.share, facts.dropped_mass_upper, facts.keys_max) == (1.0, 0.0, 64)
-    assert facts.output_rms == pytest.approx(rms_row_norm(outcome.out[0, 0]), rel=RMS_SLACK)
+    size = rms_row_norm(outcome.out[0, 0])
+    assert (1 - RMS_LOWER) * size <= facts.output_rms <= (1 + SLACK) * size
     assert facts.output_rms <= facts.value_norm_upper
 
 
