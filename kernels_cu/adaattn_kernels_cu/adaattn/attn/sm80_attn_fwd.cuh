@@ -22,6 +22,7 @@
 //              | Q    | kQk  | kTileM x kDimQk             | 8 rows  | whole block   |
 //              | K[s] | kQk  | kTileN x kDimQk, s < kStages | 8 rows  | one key tile  |
 //              | V[s] | kPv  | kTileN x kDimV, s < kStages  | 8 rows  | one key tile  |
+//              | source | -  | 32 of 128 bytes             | none    | whole block   |
 //              Nothing is aliased; kSmemBytes is their sum.
 // Registers    O takes kTileM kDimV / (32 kWarps) of them, S kTileM kTileN / (32 kWarps).
 // Barriers     Block barriers only. Two stages: one per key tile, after the wait for its copies: it
@@ -62,7 +63,8 @@ struct Traits {
     static constexpr int kQueryAt = 0;
     static constexpr int kKeyAt = kQueryAt + QueryTile::kBytes;
     static constexpr int kValueAt = kKeyAt + kStages * KeyTile::kBytes;
-    static constexpr int kSmemBytes = kValueAt + kStages * ValueTile::kBytes;
+    static constexpr int kSourceAt = kValueAt + kStages * ValueTile::kBytes;
+    static constexpr int kSmemBytes = kSourceAt + 128;
 
     // A copy needs no conversion when the stored types agree (tf32 and f32 are both stored as f32).
     __host__ __device__ static constexpr bool same_storage(Format operand) {
@@ -119,21 +121,29 @@ ADAATTN_DEVICE void run(const Params& params) {
     const auto at = [](const void* base, i64 element) -> const void* {
         return static_cast<const char*>(base) + element * storage_bytes(T::kInput);
     };
-    const Filler<KeyTile, T::kQk, T::kInput, T::kAsyncQk, T::kThreads> keys(
-        at(params.key, batch * params.key_batch + head_kv * params.key_head +
-                           item.kv_start * params.key_row),
-        params.key_row, params.dim_qk);
-    const Filler<ValueTile, T::kPv, T::kInput, T::kAsyncPv, T::kThreads> values(
-        at(params.value, batch * params.value_batch + head_kv * params.value_head +
-                             item.kv_start * params.value_row),
-        params.value_row, params.dim_v);
+    // What a fill needs rests in shared memory meanwhile: the main loop has no registers to spare.
+    if (thread_index() == 0) {
+        store_fill_source(shared + T::kSourceAt, {
+            at(params.key, batch * params.key_batch + head_kv * params.key_head +
+                               item.kv_start * params.key_row),
+            at(params.value, batch * params.value_batch + head_kv * params.value_head +
+                                 item.kv_start * params.value_row),
+            visit.start, visit.stop});
+    }
+    block_sync();  // the source is there before any thread fills
     const auto fill_key = [&](int tile, int stage) {
-        keys.fill(shared + T::kKeyAt + stage * KeyTile::kBytes, tile * T::kTileN, visit.start,
-                  visit.stop);
+        const FillSource source = load_fill_source(shared + T::kSourceAt);
+        const Filler<KeyTile, T::kQk, T::kInput, T::kAsyncQk, T::kThreads> keys(
+            source.key, params.key_row, params.dim_qk);
+        keys.fill(shared + T::kKeyAt + stage * KeyTile::kBytes, tile * T::kTileN, source.start,
+                  source.stop);
     };
     const auto fill_value = [&](int tile, int stage) {
+        const FillSource source = load_fill_source(shared + T::kSourceAt);
+        const Filler<ValueTile, T::kPv, T::kInput, T::kAsyncPv, T::kThreads> values(
+            source.value, params.value_row, params.dim_v);
         values.fill(shared + T::kValueAt + stage * ValueTile::kBytes, tile * T::kTileN,
-                    visit.start, visit.stop);
+                    source.start, source.stop);
     };
 
     Output<T> out;
@@ -207,9 +217,12 @@ ADAATTN_DEVICE void run(const Params& params) {
                 mask_scores<T>(scores, params, item, arrays, tile_row + warp_row, first_key);
             }
         }
-        float alpha[T::kRowTiles][2];
-        if (state.update(scores, scale, alpha)) {
-            rescale<T>(out, alpha);
+#pragma unroll
+        for (int m = 0; m < T::kRowTiles; ++m) {
+            float alpha[2];
+            if (state.update(m, scores[m], scale, alpha)) {
+                rescale(out[m], alpha);
+            }
         }
         if constexpr (is_narrow(T::kPv)) {
             add_values_narrow<T>(out, scores, row_operand<ValueTile>(value_tile, 0, lane));

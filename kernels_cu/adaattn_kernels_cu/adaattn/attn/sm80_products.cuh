@@ -81,16 +81,14 @@ ADAATTN_DEVICE void compute_scores(Scores<T>& scores, u32 query, u32 key) {
     }
 }
 
-template <class T>
-ADAATTN_DEVICE void rescale(Output<T>& out, const float (&alpha)[T::kRowTiles][2]) {
+// O = alpha O for one row tile.
+template <int kColumnTiles>
+ADAATTN_DEVICE void rescale(float (&out)[kColumnTiles][4], const float (&alpha)[2]) {
 #pragma unroll
-    for (int m = 0; m < T::kRowTiles; ++m) {
+    for (int n = 0; n < kColumnTiles; ++n) {
 #pragma unroll
-        for (int n = 0; n < T::kValueTiles; ++n) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                out[m][n][e] *= alpha[m][e / 2];
-            }
+        for (int e = 0; e < 4; ++e) {
+            out[n][e] *= alpha[e / 2];
         }
     }
 }

@@ -38,55 +38,49 @@ struct RowState {
         }
     }
 
-    // Turns scores into weights in place. Returns whether any row of the warp moved its `top`;
-    // `alpha` is then the factor on what was summed before (1 for rows that did not).
+    // Turns the scores of row tile `m` into weights in place. Returns whether any of its rows moved
+    // its `top`; `alpha` is then the factor on what was summed before (1 for rows that did not).
     template <int kKeyTiles>
-    ADAATTN_DEVICE bool update(Accumulator<kRowTiles, kKeyTiles>& scores, float scale,
-                               float (&alpha)[kRowTiles][2]) {
+    ADAATTN_DEVICE bool update(int m, float (&scores)[kKeyTiles][4], float scale,
+                               float (&alpha)[2]) {
         bool moved_any = false;
         bool large_any = false;
-        float ref[kRowTiles][2];
+        float ref[2];
 #pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
+        for (int half = 0; half < 2; ++half) {
+            float top_new = -infinity();
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                float top_new = -infinity();
-#pragma unroll
-                for (int n = 0; n < kKeyTiles; ++n) {
-                    top_new = max_number(top_new, scores[m][n][2 * half]);
-                    top_new = max_number(top_new, scores[m][n][2 * half + 1]);
-                }
-                top_new = max_number(top_new, shuffle_xor(top_new, 1));
-                top_new = max_number(top_new, shuffle_xor(top_new, 2));
-                const float top_old = top[m][half];
-                // -inf minus -inf is NaN, which compares false: a row without keys stays put.
-                const bool moves = (top_new - top_old) * scale > kSlackLog2;
-                top[m][half] = moves ? top_new : top_old;
-                ref[m][half] = mul_rn(top[m][half], scale);
-                // Nothing was summed yet where top_old is -inf; 1 keeps an Inf added on its own.
-                alpha[m][half] = moves && top_old != -infinity()
-                                     ? exp2_approx(mul_rn(top_old, scale) - ref[m][half])
-                                     : 1.0f;
-                sum[m][half] *= alpha[m][half];
-                moved_any |= moves;
-                large_any |= ref[m][half] > kLargeRef || ref[m][half] < -kLargeRef;
+            for (int n = 0; n < kKeyTiles; ++n) {
+                top_new = max_number(top_new, scores[n][2 * half]);
+                top_new = max_number(top_new, scores[n][2 * half + 1]);
             }
+            top_new = max_number(top_new, shuffle_xor(top_new, 1));
+            top_new = max_number(top_new, shuffle_xor(top_new, 2));
+            const float top_old = top[m][half];
+            // -inf minus -inf is NaN, which compares false: a row without keys stays put.
+            const bool moves = (top_new - top_old) * scale > kSlackLog2;
+            top[m][half] = moves ? top_new : top_old;
+            ref[half] = mul_rn(top[m][half], scale);
+            // Nothing was summed yet where top_old is -inf; 1 keeps an Inf added on its own.
+            alpha[half] = moves && top_old != -infinity()
+                              ? exp2_approx(mul_rn(top_old, scale) - ref[half])
+                              : 1.0f;
+            sum[m][half] *= alpha[half];
+            moved_any |= moves;
+            large_any |= ref[half] > kLargeRef || ref[half] < -kLargeRef;
         }
         if (warp_any(large_any)) {
-            shift_large(scores, ref);
+            shift_large(m, scores, ref);
         }
 #pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
+        for (int half = 0; half < 2; ++half) {
+            const float shift = ref[half] == -infinity() ? 0.0f : -ref[half];
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const float shift = ref[m][half] == -infinity() ? 0.0f : -ref[m][half];
+            for (int n = 0; n < kKeyTiles; ++n) {
 #pragma unroll
-                for (int n = 0; n < kKeyTiles; ++n) {
-#pragma unroll
-                    for (int e = 2 * half; e < 2 * half + 2; ++e) {
-                        scores[m][n][e] = exp2_approx(fma_rn(scores[m][n][e], scale, shift));
-                        sum[m][half] += scores[m][n][e];
-                    }
+                for (int e = 2 * half; e < 2 * half + 2; ++e) {
+                    scores[n][e] = exp2_approx(fma_rn(scores[n][e], scale, shift));
+                    sum[m][half] += scores[n][e];
                 }
             }
         }
@@ -116,22 +110,18 @@ struct RowState {
   private:
     // (s - top) * scale instead of s * scale - ref, for the rows that need it.
     template <int kKeyTiles>
-    ADAATTN_DEVICE void shift_large(Accumulator<kRowTiles, kKeyTiles>& scores,
-                                    float (&ref)[kRowTiles][2]) {
+    ADAATTN_DEVICE void shift_large(int m, float (&scores)[kKeyTiles][4], float (&ref)[2]) {
 #pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
+        for (int half = 0; half < 2; ++half) {
+            const bool large = (ref[half] > kLargeRef && ref[half] < infinity()) ||
+                               (ref[half] < -kLargeRef && ref[half] > -infinity());
+            const float shift = large ? top[m][half] : 0.0f;
+            ref[half] = large ? 0.0f : ref[half];
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const bool large = (ref[m][half] > kLargeRef && ref[m][half] < infinity()) ||
-                                   (ref[m][half] < -kLargeRef && ref[m][half] > -infinity());
-                const float shift = large ? top[m][half] : 0.0f;
-                ref[m][half] = large ? 0.0f : ref[m][half];
+            for (int n = 0; n < kKeyTiles; ++n) {
 #pragma unroll
-                for (int n = 0; n < kKeyTiles; ++n) {
-#pragma unroll
-                    for (int e = 2 * half; e < 2 * half + 2; ++e) {
-                        scores[m][n][e] -= shift;
-                    }
+                for (int e = 2 * half; e < 2 * half + 2; ++e) {
+                    scores[n][e] -= shift;
                 }
             }
         }

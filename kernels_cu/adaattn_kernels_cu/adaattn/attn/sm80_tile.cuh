@@ -107,6 +107,34 @@ class Filler {
     }
 };
 
+// Where a block's K and V tiles come from: row 0 of each, and the rows that may be read.
+struct FillSource {
+    const void* key;
+    const void* value;
+    int start, stop;
+};
+
+ADAATTN_DEVICE void store_fill_source(u32 address, const FillSource& source) {
+    const unsigned long long key = reinterpret_cast<unsigned long long>(source.key);
+    const unsigned long long value = reinterpret_cast<unsigned long long>(source.value);
+    const u32 pointers[4] = {static_cast<u32>(key), static_cast<u32>(key >> 32),
+                             static_cast<u32>(value), static_cast<u32>(value >> 32)};
+    const u32 rows[4] = {static_cast<u32>(source.start), static_cast<u32>(source.stop), 0u, 0u};
+    store_shared_128(address, pointers);
+    store_shared_128(address + 16, rows);
+}
+
+ADAATTN_DEVICE FillSource load_fill_source(u32 address) {
+    u32 pointers[4], rows[4];
+    load_shared_128(pointers, address);
+    load_shared_128(rows, address + 16);
+    const auto join = [](u32 low, u32 high) {
+        return reinterpret_cast<const void*>(static_cast<unsigned long long>(high) << 32 | low);
+    };
+    return {join(pointers[0], pointers[1]), join(pointers[2], pointers[3]),
+            static_cast<int>(rows[0]), static_cast<int>(rows[1])};
+}
+
 // One element of a tile, as float.
 template <Format kFormat>
 ADAATTN_DEVICE float shared_element(u32 address) {

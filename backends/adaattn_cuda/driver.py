@@ -1,0 +1,300 @@
+"""The CUDA driver, called through ctypes: the dozen functions a launch needs.
+
+ctypes, because nothing has to be installed for it and importing it costs nothing: a cold process
+with a warm kernel cache starts in milliseconds. Kernels are loaded as libraries, which belong to no
+context, so one load serves every device and every stream.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from adaattn_core.errors import AdaAttnError, BackendUnavailableError, UnsupportedError
+
+from adaattn_cuda.codegen import ENTRY
+
+__all__ = [
+    "DeviceFacts",
+    "DeviceTable",
+    "Kernel",
+    "current_device",
+    "device_count",
+    "device_facts",
+    "is_capturing",
+    "load_driver",
+]
+
+_SUCCESS = 0
+_OUT_OF_MEMORY = 2
+_NO_BINARY = 209
+_UNSUPPORTED_PTX = 222
+
+_ATTRIBUTE_MULTIPROCESSORS = 16
+_ATTRIBUTE_MAJOR, _ATTRIBUTE_MINOR = 75, 76
+_ATTRIBUTE_SMEM_OPTIN = 97
+_FUNCTION_MAX_DYNAMIC_SMEM = 8
+
+
+@cache
+def load_driver() -> ctypes.CDLL:
+    """The initialised driver library.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If there is no driver, or it does not start.
+    """
+    for name in ("libcuda.so.1", "nvcuda.dll"):
+        try:
+            library = ctypes.CDLL(name)
+            break
+        except OSError:
+            continue
+    else:
+        raise BackendUnavailableError(
+            got="no CUDA driver library on this machine",
+            needed="an NVIDIA GPU with its driver",
+            do='install the NVIDIA driver, or use backend="numpy"',
+            reason="no CUDA driver",
+        )
+    if not hasattr(library, "cuLibraryLoadData"):
+        raise BackendUnavailableError(
+            got="a CUDA driver older than 12.0",
+            needed="a driver of CUDA 12.0 or newer (R525)",
+            do="update the NVIDIA driver",
+            reason="the CUDA driver is too old",
+        )
+    status = library.cuInit(0)
+    if status != _SUCCESS:
+        raise BackendUnavailableError(
+            got=f"the CUDA driver does not start (error {status})",
+            needed="at least one usable NVIDIA GPU",
+            do="look at nvidia-smi and CUDA_VISIBLE_DEVICES",
+            reason=f"cuInit failed with error {status}",
+        )
+    return library
+
+
+def _check(status: int, what: str) -> None:
+    if status == _SUCCESS:
+        return
+    library = load_driver()
+    text = ctypes.c_char_p()
+    library.cuGetErrorString(status, ctypes.byref(text))
+    meaning = (text.value or b"unknown error").decode()
+    if status == _OUT_OF_MEMORY:
+        do = "free device memory, or make the batch smaller"
+    elif status in (_NO_BINARY, _UNSUPPORTED_PTX):
+        do = "update the NVIDIA driver, or install an NVRTC no newer than it (adaattn doctor)"
+    else:
+        do = "if an earlier kernel failed, its error may surface here: run with CUDA_LAUNCH_BLOCKING=1"
+    raise AdaAttnError(
+        got=f"{what}: CUDA error {status}, {meaning}",
+        needed="a successful driver call",
+        do=do,
+        status=status,
+    )
+
+
+def device_count() -> int:
+    """Number of visible devices."""
+    count = ctypes.c_int()
+    _check(load_driver().cuDeviceGetCount(ctypes.byref(count)), "counting devices")
+    return count.value
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What tuning needs to know about a device.
+
+    Attributes
+    ----------
+    arch : str
+        Architecture to compile for: ``sm_90a`` on Hopper, ``sm_<major><minor>`` elsewhere.
+    smem_bytes : int
+        Most dynamic shared memory of one block.
+    """
+
+    name: str
+    arch: str
+    multiprocessors: int
+    smem_bytes: int
+
+
+@cache
+def device_facts(device: int) -> DeviceFacts:
+    """Facts about one device.
+
+    Raises
+    ------
+    UnsupportedError
+        If it is older than Ampere.
+    """
+    library = load_driver()
+
+    def attribute(which: int) -> int:
+        value = ctypes.c_int()
+        _check(library.cuDeviceGetAttribute(ctypes.byref(value), which, device), "device attribute")
+        return value.value
+
+    label = ctypes.create_string_buffer(256)
+    _check(library.cuDeviceGetName(label, 256, device), "device name")
+    name = label.value.decode()
+    major, minor = attribute(_ATTRIBUTE_MAJOR), attribute(_ATTRIBUTE_MINOR)
+    if major < 8:
+        raise UnsupportedError(
+            got=f"{name}, compute capability {major}.{minor}",
+            needed="compute capability 8.0 (Ampere) or newer",
+            do='use backend="numpy" on this machine',
+            arch=f"sm_{major}{minor}",
+        )
+    arch = "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
+    return DeviceFacts(
+        name, arch, attribute(_ATTRIBUTE_MULTIPROCESSORS), attribute(_ATTRIBUTE_SMEM_OPTIN)
+    )
+
+
+def current_device() -> int:
+    """Device of the calling thread's context, or -1 without one."""
+    device = ctypes.c_int()
+    status = load_driver().cuCtxGetDevice(ctypes.byref(device))
+    return device.value if status == _SUCCESS else -1
+
+
+@cache
+def _primary_context(device: int) -> ctypes.c_void_p:
+    context = ctypes.c_void_p()
+    _check(
+        load_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device),
+        "making a context",
+    )
+    return context
+
+
+class OnDevice:
+    """Make a device's primary context current for a while; nothing to do if it already is."""
+
+    def __init__(self, device: int) -> None:
+        self._device = device
+        self._pushed = False
+
+    def __enter__(self) -> None:
+        if current_device() != self._device:
+            _check(
+                load_driver().cuCtxPushCurrent_v2(_primary_context(self._device)),
+                "entering a device",
+            )
+            self._pushed = True
+
+    def __exit__(self, *_: object) -> None:
+        if self._pushed:
+            load_driver().cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+
+
+def is_capturing(stream: int) -> bool:
+    """Whether a stream is recording a CUDA graph."""
+    state = ctypes.c_int()
+    _check(
+        load_driver().cuStreamIsCapturing(ctypes.c_void_p(stream), ctypes.byref(state)),
+        "asking a stream",
+    )
+    return state.value != 0
+
+
+class Kernel:
+    """A loaded kernel, launchable on every device it was compiled for.
+
+    Parameters
+    ----------
+    cubin : bytes
+    smem_bytes : int
+        Dynamic shared memory of every launch.
+    threads : int
+        Threads of a block.
+    """
+
+    def __init__(self, cubin: bytes, smem_bytes: int, threads: int) -> None:
+        self._library = load_driver()
+        self._cubin = cubin  # the driver reads it lazily: it must stay
+        self._smem_bytes = smem_bytes
+        self._threads = threads
+        self._ready: set[int] = set()
+        self._lock = threading.Lock()
+        module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
+        none = ctypes.c_void_p()
+        _check(
+            self._library.cuLibraryLoadData(
+                ctypes.byref(module), cubin, none, none, 0, none, none, 0
+            ),
+            "loading a kernel",
+        )
+        _check(
+            self._library.cuLibraryGetKernel(
+                ctypes.byref(self._function), module, ENTRY.encode()
+            ),
+            "finding the kernel's entry",
+        )
+
+    def prepare(self, device: int) -> None:
+        """Raise the shared-memory limit on one device; once is enough."""
+        if device in self._ready:
+            return
+        with self._lock:
+            _check(
+                self._library.cuKernelSetAttribute(
+                    _FUNCTION_MAX_DYNAMIC_SMEM, self._smem_bytes, self._function, device
+                ),
+                f"reserving {self._smem_bytes} bytes of shared memory",
+            )
+            self._ready.add(device)
+
+    def launch(self, device: int, grid: int, stream: int, params: Any) -> None:
+        """Start ``grid`` blocks on a stream; ``params`` is a ctypes structure or buffer.
+
+        The driver copies the parameters before it returns.
+        """
+        self.prepare(device)
+        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+        with OnDevice(device):
+            status = self._library.cuLaunchKernel(
+                self._function, grid, 1, 1, self._threads, 1, 1, self._smem_bytes,
+                ctypes.c_void_p(stream), arguments, None,
+            )  # fmt: skip
+        _check(status, "launching a kernel")
+
+
+class DeviceTable:
+    """Bytes copied to the device once, in stream order, and freed with this object."""
+
+    def __init__(self, data: bytes, device: int, stream: int) -> None:
+        self._library = load_driver()
+        self._device = device
+        self.size_bytes = len(data)
+        address = ctypes.c_uint64()
+        with OnDevice(device):
+            _check(
+                self._library.cuMemAllocAsync(
+                    ctypes.byref(address), ctypes.c_size_t(len(data)), ctypes.c_void_p(stream)
+                ),
+                "allocating a work list",
+            )
+            self.address = address.value
+            _check(
+                self._library.cuMemcpyHtoDAsync_v2(
+                    ctypes.c_uint64(self.address), data, ctypes.c_size_t(len(data)),
+                    ctypes.c_void_p(stream),
+                ),
+                "copying a work list",
+            )  # fmt: skip
+
+    def __del__(self) -> None:
+        address = getattr(self, "address", 0)
+        if address:
+            with OnDevice(self._device):
+                # The default stream waits for blocking streams; cuMemFree waits for the device,
+                # so no kernel can still be reading the list.
+                self._library.cuMemFree_v2(ctypes.c_uint64(address))
