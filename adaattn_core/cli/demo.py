@@ -9,12 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from adaattn_core.cli.compute import Outcome, compute
-from adaattn_core.cli.figure import can_draw, draw_choices
+from adaattn_core.cli.figure import can_draw, check_figure, draw_choices
 from adaattn_core.cli.inputs import read_inputs
 from adaattn_core.cli.options import parse_budget
-from adaattn_core.cli.outputs import check_writable
 from adaattn_core.cli.summary import HeadRow, Totals, totals
 from adaattn_core.cli.tables import console, head_table, print_json, progress, total_lines
+from adaattn_core.errors import ArgumentError
 from adaattn_core.mask import Mask
 
 DEFAULT_FIGURE = Path("adaattn-demo.png")
@@ -36,19 +36,14 @@ def demo(
 ) -> None:
     """Run on shipped real data and print plans, certificates, true errors and times."""
     error_budget = parse_budget(budget)
-    drawn = None if no_figure else (figure or DEFAULT_FIGURE)
-    if drawn is not None:
-        check_writable(drawn)
+    drawn = _figure_path(figure, no_figure=no_figure)
     outcomes = _run_layers(budget=error_budget, backend=backend)
     rows = [row for outcome in outcomes.values() for row in outcome.rows]
     seconds = sum(outcome.totals.seconds for outcome in outcomes.values())
     dense_seconds = sum(outcome.totals.dense_seconds or 0.0 for outcome in outcomes.values())
     sums = totals(rows, seconds, dense_seconds)
-    # Without matplotlib the default figure is left out, and said so; one asked for is an error.
-    if drawn is not None and (figure is not None or can_draw()):
+    if drawn is not None:
         draw_choices(drawn, rows, "Structure and formats per head; share of scores kept")
-    elif drawn is not None:
-        drawn = None
     if as_json:
         provenance = next(iter(outcomes.values())).result.provenance
         print_json(
@@ -62,6 +57,21 @@ def demo(
         )
         return
     _show(rows, sums, drawn, no_figure=no_figure)
+
+
+def _figure_path(figure: Path | None, *, no_figure: bool) -> Path | None:
+    """Where the figure goes; without matplotlib the default one is left out, and said so."""
+    if no_figure and figure is not None:
+        raise ArgumentError(
+            got=f"--no-figure together with --figure {figure}",
+            needed="one of the two",
+            do="drop one of them",
+        )
+    if no_figure or (figure is None and not can_draw()):
+        return None
+    path = figure or DEFAULT_FIGURE
+    check_figure(path)
+    return path
 
 
 def demo_layers() -> list[str]:

@@ -11,9 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from adaattn_core.cli.outputs import check_writable
 from adaattn_core.cli.summary import HeadRow
-from adaattn_core.errors import UnsupportedError
+from adaattn_core.errors import FileError, UnsupportedError
 from adaattn_core.files import atomic_write
+
+SUFFIXES = (".png", ".pdf", ".svg")
 
 _COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#bbbbbb")
 """Paul Tol's bright scheme: told apart by colour-blind readers and in print."""
@@ -24,23 +27,37 @@ def can_draw() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def draw_choices(path: Path, rows: Sequence[HeadRow], title: str) -> None:
-    """Write a heads x layers map: colour = structure and formats, number = share kept.
+def check_figure(path: Path) -> None:
+    """Raise an error if `path` cannot become a figure; called before anything is computed.
 
     Raises
     ------
+    FileError
+        If the name has no known suffix or the folder cannot be written.
     UnsupportedError
         If matplotlib is not installed.
     """
+    if path.suffix not in SUFFIXES:
+        raise FileError(
+            got=f"{path}: a figure of kind {path.suffix or 'without a suffix'}",
+            needed=f"a name that ends in {', '.join(SUFFIXES)}",
+            do="rename it",
+            path=str(path),
+        )
+    check_writable(path)
     if not can_draw():
         raise UnsupportedError(
             got=f"a figure asked for at {path}",
             needed="matplotlib, which is not installed",
             do="pip install matplotlib, or leave the figure out (--no-figure)",
         )
+
+
+def draw_choices(path: Path, rows: Sequence[HeadRow], title: str) -> None:
+    """Write a heads x layers map: colour = structure and formats, number = share kept."""
     figure = _figure(rows, title)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix.lstrip(".") or "png", dpi=150)
+    figure.savefig(buffer, format=path.suffix.lstrip("."), dpi=150)
     atomic_write(path, lambda stream: _write(stream, buffer.getvalue()))
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from adaattn_core.budget import ErrorBudget
 from adaattn_core.errors import ArgumentError
 from adaattn_core.mask import Mask
+from adaattn_core.policies import CalibratedPolicy, FixedPolicy, Policy
+from adaattn_core.structure import Structure, structure_from_json
 
 
 def parse_budget(
@@ -71,6 +75,69 @@ def parse_mask(causal: bool, alignment: str | None) -> Mask:
             do="leave --alignment out, or use --causal",
         )
     return Mask.none()
+
+
+def parse_policy(
+    name: str | None,
+    *,
+    structure: str | None,
+    qk: str | None,
+    pv: str | None,
+    calibration: Path | None,
+) -> Policy | str | None:
+    """Turn ``--policy`` and the options of single policies into what `attention` takes.
+
+    Raises
+    ------
+    ArgumentError
+        If an option belongs to another policy, or ``calibrated`` comes without its plans.
+    PlanError
+        If the calibration cannot be read, or a structure has unknown fields.
+    """
+    owners = {"structure": "fixed", "qk": "fixed", "pv": "fixed", "calibration": "calibrated"}
+    options = {"structure": structure, "qk": qk, "pv": pv, "calibration": calibration}
+    for option, value in options.items():
+        if value is not None and name != owners[option]:
+            raise ArgumentError(
+                got=f"{_flag(option)} together with --policy {name or 'budget (the default)'}",
+                needed=f"--policy {owners[option]}, the one that reads it",
+                do=f"add --policy {owners[option]}, or leave {_flag(option)} out",
+            )
+    if name == "fixed":
+        formats = {"qk": qk or "f32", "pv": pv or "f32"}
+        return FixedPolicy(structure=parse_structure(structure or "dense"), **formats)
+    if name == "calibrated":
+        if calibration is None:
+            raise ArgumentError(
+                got="--policy calibrated without its plans",
+                needed="--calibration with a plan file, or a folder of <layer>.json files",
+                do="make them with --save-plan",
+            )
+        return CalibratedPolicy(calibration)
+    return name
+
+
+def parse_structure(text: str) -> Structure:
+    """Turn ``"landmark:tau=0.02,band=128"`` into a structure; other fields keep their defaults.
+
+    Raises
+    ------
+    PlanError, ArgumentError
+        If the kind or a field is unknown, or a value is not admissible.
+    """
+    kind, _, rest = text.partition(":")
+    body: dict[str, Any] = {"kind": kind}
+    for item in filter(None, rest.split(",")):
+        field, _, value = item.partition("=")
+        try:
+            body[field] = json.loads(value)
+        except ValueError:
+            raise ArgumentError(
+                got=f"--structure {text}: {item}",
+                needed="field=number, or field=true",
+                do="e.g. --structure landmark:tau=0.02,band=128",
+            ) from None
+    return structure_from_json(body)
 
 
 def _flag(name: str) -> str:

@@ -10,66 +10,73 @@ import typer
 from adaattn_core.arrays import to_numpy
 from adaattn_core.cli.compute import Outcome, compute
 from adaattn_core.cli.inputs import Inputs, read_inputs
-from adaattn_core.cli.options import parse_budget, parse_mask
+from adaattn_core.cli.options import parse_budget, parse_mask, parse_policy
 from adaattn_core.cli.outputs import check_array_output, check_writable, write_output
 from adaattn_core.cli.report import render_report
 from adaattn_core.cli.tables import console, head_table, print_json, progress, total_lines
 from adaattn_core.files import atomic_write_text
 from adaattn_core.plan import Plan
 
-Optional = typer.Option
+Option = typer.Option
 
 
 def run(
     file: Annotated[Path, typer.Argument(help="q, k, v as .npz or .safetensors")],
     budget: Annotated[
-        str, Optional(help="tolerated row error relative to the rms output row, or 'exact'")
+        str, Option(help="tolerated row error relative to the rms output row, or 'exact'")
     ] = "0.1",
     rows: Annotated[
-        float | None, Optional(help="share of rows that must keep the budget [default: 0.95]")
+        float | None, Option(help="share of rows that must keep the budget [default: 0.95]")
     ] = None,
     confidence: Annotated[
-        float | None, Optional(help="confidence of the statement [default: 0.95]")
+        float | None, Option(help="confidence of the statement [default: 0.95]")
     ] = None,
     guarantee: Annotated[
         str | None,
-        Optional(help="sampled, probabilistic or worst_case [default: sampled]"),
+        Option(help="sampled, probabilistic or worst_case [default: sampled]"),
     ] = None,
     on_violation: Annotated[
-        str | None, Optional(help="escalate, raise or report [default: escalate]")
+        str | None, Option(help="escalate, raise or report [default: escalate]")
     ] = None,
-    policy: Annotated[str | None, Optional(help="policy by name [default: budget]")] = None,
+    policy: Annotated[str | None, Option(help="policy by name [default: budget]")] = None,
+    structure: Annotated[
+        str | None, Option(help="for --policy fixed: kind, or kind:field=value,field=value")
+    ] = None,
+    qk: Annotated[str | None, Option(help="for --policy fixed: format of the scores")] = None,
+    pv: Annotated[str | None, Option(help="for --policy fixed: format of P·V")] = None,
+    calibration: Annotated[
+        Path | None, Option(help="for --policy calibrated: plan file, or folder of them")
+    ] = None,
     target: Annotated[
-        str | None, Optional(help="machine to plan for, e.g. sm90 [default: the backend's own]")
+        str | None, Option(help="machine to plan for, e.g. sm90 [default: the backend's own]")
     ] = None,
-    backend: Annotated[str, Optional(help="backend by name")] = "auto",
-    causal: Annotated[bool, Optional("--causal/--full", help="which keys a row sees")] = True,
+    backend: Annotated[str, Option(help="backend by name")] = "auto",
+    causal: Annotated[bool, Option("--causal/--full", help="which keys a row sees")] = True,
     alignment: Annotated[
-        str | None, Optional(help="top_left or bottom_right, where the lengths differ")
+        str | None, Option(help="top_left or bottom_right, where the lengths differ")
     ] = None,
     scale: Annotated[
         float | None,
-        Optional(help="factor on scores [default: the file's, or 1/sqrt(dim)]"),
+        Option(help="factor on scores [default: the file's, or 1/sqrt(dim)]"),
     ] = None,
     measure: Annotated[
-        bool, Optional("--measure", help="also compute the true error and the dense time")
+        bool, Option("--measure", help="also compute the true error and the dense time")
     ] = False,
-    plan: Annotated[
-        Path | None, Optional(help="run this saved plan and decide nothing")
-    ] = None,
-    save_plan: Annotated[Path | None, Optional(help="write the plan that ran")] = None,
+    plan: Annotated[Path | None, Option(help="run this saved plan and decide nothing")] = None,
+    save_plan: Annotated[Path | None, Option(help="write the plan that ran")] = None,
     out: Annotated[
-        Path | None, Optional(help="write out and lse to this .npz or .safetensors")
+        Path | None, Option(help="write out and lse to this .npz or .safetensors")
     ] = None,
-    report: Annotated[Path | None, Optional(help="write a self-contained HTML page")] = None,
-    seed: Annotated[int | None, Optional(help="seed of every random choice")] = None,
-    as_json: Annotated[bool, Optional("--json", help="print JSON instead of tables")] = False,
+    report: Annotated[Path | None, Option(help="write a self-contained HTML page")] = None,
+    seed: Annotated[int | None, Option(min=0, help="seed of every random choice")] = None,
+    as_json: Annotated[bool, Option("--json", help="print JSON instead of tables")] = False,
 ) -> None:
     """Compute the attention of a file to a tolerance; print the plan and the certificates."""
     error_budget = parse_budget(
         budget, rows=rows, confidence=confidence, guarantee=guarantee, on_violation=on_violation
     )
     mask = parse_mask(causal, alignment)
+    deciding = parse_policy(policy, structure=structure, qk=qk, pv=pv, calibration=calibration)
     for path in (save_plan, report):
         if path is not None:
             check_writable(path)
@@ -86,7 +93,7 @@ def run(
             measure=measure,
             layer=file.stem,
             budget=error_budget,
-            policy=policy,
+            policy=deciding,
             plan=None if plan is None else Plan.load(plan),
             backend=backend,
             target=target,

@@ -158,12 +158,39 @@ def test_demo_without_matplotlib_says_so(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for module in ("demo", "figure"):
-        monkeypatch.setattr(f"adaattn_core.cli.{module}.can_draw", lambda: False)
+    monkeypatch.setattr("adaattn_core.cli.demo.can_draw", lambda: False)
     code, out, _ = cli("demo")
     assert code == 0
     assert "no figure: matplotlib is not installed" in out
     assert list(tmp_path.iterdir()) == []
-    code, _, err = cli("demo", "--figure", "choices.png")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--figure", "choices.bmp2"),
+        ("--figure", "no/such/folder/choices.png"),
+        ("--figure", "choices.png", "--no-figure"),
+        ("--budget", "-1"),
+        ("--backend", "no-such-backend"),
+    ],
+    ids=" ".join,
+)
+def test_bad_demo_options_end_in_three_lines(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = cli("demo", *options)
+    assert (code, out) == (2, "")
+    assert three_lines(err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_figure_asked_for_without_matplotlib_is_an_error(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adaattn_core.cli.figure.can_draw", lambda: False)
+    code, _, err = cli("demo", "--figure", tmp_path / "choices.png")
     assert code == 2
     assert three_lines(err)
+    assert "matplotlib" in err

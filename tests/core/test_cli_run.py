@@ -122,6 +122,26 @@ def test_saved_plan_replays_bit_for_bit(cli: Cli, layer: Path, tmp_path: Path) -
     assert Plan.load(plan).layer == "layer07"
 
 
+def test_fixed_policy_runs_what_it_is_told(cli: Cli, layer: Path) -> None:
+    told = ("--structure", "landmark:tau=0.3,band=64,tile=64,group=256", "--qk", "bf16")
+    code, out, _ = cli(
+        "run", layer, "--policy", "fixed", *told, "--on-violation", "report", "--json"
+    )
+    assert code == 0
+    heads = json.loads(out)["heads"]
+    assert {(h["structure"], h["qk"], h["pv"]) for h in heads} == {("landmark", "bf16", "f32")}
+    assert all(head["share"] < 1 for head in heads)
+
+
+def test_calibrated_policy_reads_plans_by_layer(cli: Cli, layer: Path, tmp_path: Path) -> None:
+    plan, again = tmp_path / "layer07.json", tmp_path / "again.json"
+    assert cli("run", layer, "--save-plan", plan)[0] == 0
+    options = ("--policy", "calibrated", "--calibration", tmp_path, "--save-plan", again)
+    assert cli("run", layer, *options)[0] == 0
+    assert Plan.load(again).heads == Plan.load(plan).heads
+    assert Plan.load(again).policy == "calibrated"
+
+
 def test_batch_axis_of_the_file_comes_back(cli: Cli, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((2, 2, 64, 16), dtype=np.float32) for _ in range(3))
@@ -198,6 +218,15 @@ def test_names_are_escaped_in_the_report(cli: Cli, layer: Path, tmp_path: Path) 
         ("--guarantee", "certain"),
         ("--on-violation", "ignore"),
         ("--policy", "no-such-policy"),
+        ("--policy", "calibrated"),
+        ("--policy", "calibrated", "--calibration", "no-such-plan.json"),
+        ("--calibration", "plan.json"),
+        ("--qk", "bf16"),
+        ("--policy", "fixed", "--qk", "half"),
+        ("--policy", "fixed", "--structure", "magic"),
+        ("--policy", "fixed", "--structure", "landmark:tau=big"),
+        ("--policy", "fixed", "--structure", "landmark:tau=2"),
+        ("--policy", "fixed", "--structure", "landmark:colour=2"),
         ("--target", "no-such-machine"),
         ("--backend", "no-such-backend"),
         ("--alignment", "left"),
@@ -205,6 +234,7 @@ def test_names_are_escaped_in_the_report(cli: Cli, layer: Path, tmp_path: Path) 
         ("--scale", "-1"),
         ("--plan", "no-such-plan.json"),
         ("--seed", "one"),
+        ("--seed", "-1"),
         ("--no-such-option",),
         ("--out", "out.txt"),
         ("--out", "no/such/folder/out.npz"),
