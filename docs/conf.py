@@ -15,9 +15,6 @@ release = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build", "examples/**"]
 
-# A section of the index takes in what lies in its folder; an empty folder is no mistake.
-suppress_warnings = ["toc.empty_glob"]
-
 html_theme = "furo"
 html_title = f"AdaAttn {release}"
 
