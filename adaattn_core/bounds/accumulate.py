@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 from adaattn_core.bounds.rounding import add_up, div_up, mul_up, sub_down
 from adaattn_core.bounds.softmax import weight_ratio_as_score_error
@@ -23,8 +24,11 @@ FP8_FRACTION_BITS = 13
 HALF_BLOCK = 16
 """Products that one 16-bit tensor-core step adds at once."""
 HALF_EXTRA_BITS = 2
+_REMEMBERED = 4096
+"""Sums of the same length occur in every head of a problem."""
 
 
+@lru_cache(maxsize=_REMEMBERED)
 def gamma_nearest(operations: int, unit: float = F32_UNIT) -> float:
     """Upper bound of ``|prod (1 + d_i)^(+-1) - 1|`` over n factors with ``|d_i| <= unit``.
 
@@ -59,6 +63,7 @@ def gamma_toward_zero(operations: int, unit: float = F32_UNIT) -> float:
     return gamma_nearest(operations, 2.0 * unit)
 
 
+@lru_cache(maxsize=_REMEMBERED)
 def block_sum_error(products: int, block: int, fraction_bits: int) -> float:
     """Upper bound of a tensor core's sum of products, relative to the sum of their magnitudes.
 
@@ -89,6 +94,7 @@ def block_sum_error(products: int, block: int, fraction_bits: int) -> float:
     return gamma_nearest(steps, per_step)
 
 
+@lru_cache(maxsize=_REMEMBERED)
 def product_sum_error(products: int, format_name: str, flush: int | None = None) -> float:
     """Upper bound of the error of a sum of products, relative to the sum of their magnitudes.
 
@@ -125,6 +131,7 @@ def product_sum_error(products: int, format_name: str, flush: int | None = None)
     return max(plain, float(add_up(tensor_core, stored, mul_up(tensor_core, stored))))
 
 
+@lru_cache(maxsize=_REMEMBERED)
 def exp_score_error(chunks: int, unit: float = F32_UNIT) -> float:
     """Upper bound of the errors of `exp` in a streaming softmax, expressed as a score error.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -57,6 +58,7 @@ class WeightRounding:
     absolute: float
 
 
+@lru_cache(maxsize=256)
 def weight_rounding(format_name: str, p_scale: float = 1.0) -> WeightRounding:
     """Upper bounds of the rounding error of a softmax weight stored in a format.
 

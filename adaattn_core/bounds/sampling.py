@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ _TAIL_SLACK = 1.0 + 1e-9
 _SAMPLE_LIMIT = 1 << 22
 
 
+@lru_cache(maxsize=1024)
 def order_statistic(samples: int, rows: float, confidence: float) -> int | None:
     """Return the order statistic that bounds the error of a share of the rows.
 
@@ -49,6 +51,7 @@ def order_statistic(samples: int, rows: float, confidence: float) -> int | None:
     return k if k <= samples else None
 
 
+@lru_cache(maxsize=1024)
 def minimal_sample_size(rows: float, confidence: float) -> int:
     """Return the fewest samples whose largest error bounds the error of a share of the rows.
 
@@ -64,6 +67,7 @@ def minimal_sample_size(rows: float, confidence: float) -> int:
     return size
 
 
+@lru_cache(maxsize=1024)
 def sample_size(rows: float, confidence: float, tightness: float) -> int:
     """Return the fewest samples that bound a quantile without overstating it by much.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from adaattn_core.bounds.rounding import LIBRARY_ULPS, Real, mul_up, up
+from adaattn_core.bounds.rounding import LIBRARY_ULPS, Real, mul_up, tanh_up, up
 
 
 def total_variation(score_error: ArrayLike) -> Real:
@@ -31,9 +31,7 @@ def total_variation(score_error: ArrayLike) -> Real:
     >>> float(total_variation(0.0)), float(total_variation(np.inf))
     (0.0, 1.0)
     """
-    delta = np.asarray(score_error, dtype=np.float64)
-    raised = np.minimum(up(np.tanh(0.5 * delta), LIBRARY_ULPS), 1.0)
-    return np.where(delta == 0, 0.0, raised)[()]
+    return tanh_up(mul_up(0.5, score_error))
 
 
 def output_error(score_error: ArrayLike, value_diameter: ArrayLike) -> Real:

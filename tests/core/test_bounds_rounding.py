@@ -9,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaattn_core.bounds import compose, relative_terms
-from adaattn_core.bounds.rounding import add_up, div_up, down, mul_up, sqrt_up, sub_down, up
+from adaattn_core.bounds.rounding import (
+    add_up,
+    div_up,
+    down,
+    mul_up,
+    sqrt_up,
+    sub_down,
+    tanh_up,
+    up,
+)
 
 finite = st.floats(0.0, 1e100, allow_subnormal=True)
 positive = st.floats(1e-300, 1e100)
@@ -87,3 +96,22 @@ def test_terms_compose_and_unknowns_are_infinite():
 @pytest.mark.parametrize("unit", [1e-3, 3.0])
 def test_relative_terms_are_rounded_up(unit):
     assert Fraction(relative_terms({"a": 0.7}, unit)["a"]) >= Fraction(0.7) / Fraction(unit)
+
+
+@settings(deadline=None)
+@given(finite | st.just(math.inf), finite | st.just(math.inf))
+def test_scalars_and_arrays_round_alike(a, b):
+    for operation in (add_up, mul_up, div_up, sub_down):
+        if operation is div_up and a == b == math.inf:
+            continue
+        assert operation(a, b) == operation(np.array([a]), np.array([b]))[0]
+    assert up(a, 3) == up(np.array([a]), 3)[0]
+    assert down(a) == down(np.array([a]))[0]
+    # NumPy and the C library round tanh differently, each within what both allow for.
+    assert tanh_up(a) == pytest.approx(tanh_up(np.array([a]))[0], rel=1e-14)
+
+
+def test_numpy_scalars_overflow_in_silence():
+    big = np.float64(1e300)
+    assert mul_up(big, big) == np.inf
+    assert add_up(big * 1e8, big * 1e8) == np.inf
