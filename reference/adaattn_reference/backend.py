@@ -25,8 +25,10 @@ from adaattn_reference.measure import HeadProbe, measure_head
 from adaattn_reference.operands import Operands, max_norm, prepare_operands
 from adaattn_reference.svd import score_factors
 from adaattn_reference.threads import map_heads, thread_count
-from adaattn_reference.view import HeadView, ProblemViews
+from adaattn_reference.view import HeadView, KeyValues, ProblemViews
 
+FORMATS_RUN = ("f64", "f32", "tf32", "f16", "bf16", "i8", "e4m3")
+"""Operand formats that plans may name here."""
 EXACT_ROWS_AT_ONCE = 32
 """Rows per step of the float64 comparison."""
 
@@ -48,10 +50,9 @@ class NumpyBackend:
 
     def capabilities(self) -> Capabilities:
         """Return what this backend can do: everything; only f32 and f64 run natively."""
-        formats = ("f64", "f32", "tf32", "f16", "bf16", "i8", "e4m3")
         return Capabilities(
-            qk_formats=formats,
-            pv_formats=formats,
+            qk_formats=FORMATS_RUN,
+            pv_formats=FORMATS_RUN,
             structures=("dense", "score_skip", "low_rank", "block_sparse", "landmark"),
             array_devices=("cpu",),
             measures=True,
@@ -130,9 +131,9 @@ class NumpyBackend:
 
         def work(index: HeadIndex) -> tuple[HeadIndex, RowErrors]:
             span = problem.sequences[index[0]]
-            view = views[index]
             chosen = np.sort(np.asarray(rows[index], np.int64))
-            exact = exact_rows(view, chosen)
+            view = views.rows(index, chosen)
+            exact = exact_rows(view)
             out = raw.out[span.batch, index[1], span.q_start + chosen].astype(np.float64)
             facts = replace(_input_facts(view), output_rms=1.0)
             oracle = theorem_certificate(
@@ -163,27 +164,28 @@ class NumpyBackend:
         }
 
 
-def exact_rows(view: HeadView, rows: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Exact attention of some rows of a float64 view, shape (rows, dim_v)."""
+def exact_rows(view: HeadView) -> NDArray[np.float64]:
+    """Exact attention of the rows of a float64 view, shape (rows, dim_v)."""
     operands = prepare_operands(view, HeadPlan(qk="f64", pv="f64"), 0)
-    out = np.zeros((len(rows), view.value.shape[1]))
-    for first in range(0, len(rows), EXACT_ROWS_AT_ONCE):
-        part = rows[first : first + EXACT_ROWS_AT_ONCE]
+    out = np.zeros((view.len_q, view.value.shape[1]))
+    for first in range(0, view.len_q, EXACT_ROWS_AT_ONCE):
+        part = slice(first, min(first + EXACT_ROWS_AT_ONCE, view.len_q))
         keys = int(view.stop[part].max(initial=0))
         scores = operands.scores(part, slice(0, keys))
         view.mask_scores(scores, part, 0, keys)
-        bad = view.bad_values[view.bad_values < keys]
+        bad = view.kv.bad_values[view.kv.bad_values < keys]
         bad_scores = scores[:, bad].copy()
         top = scores.max(axis=1, initial=-np.inf)
         shift = np.where(top == -np.inf, 0, top)[:, None]
-        weights = np.exp(np.subtract(scores, shift, out=scores), out=scores)
+        scores -= shift
+        weights = np.exp(scores, out=scores)
         sums = weights @ operands.value[:keys]
         for j, key in enumerate(bad):
             sees = bad_scores[:, j] != -np.inf
             sums[sees] += np.exp(bad_scores[sees, j : j + 1] - shift[sees]) * view.value[key]
         total = weights.sum(axis=1)
         seen = total != 0
-        out[first : first + len(part)][seen] = sums[seen] / total[seen, None]
+        out[part][seen] = sums[seen] / total[seen, None]
     return out
 
 
@@ -197,7 +199,8 @@ def _run_head(
         factors = score_factors(view.query, view.key[view.seen_keys], structure.rank)
         projected = np.zeros((view.len_kv, factors.key_r.shape[1]), view.key.dtype)
         projected[view.seen_keys] = factors.key_r
-        view = replace(view, query=factors.query_r.astype(view.query.dtype), key=projected)
+        query = factors.query_r.astype(view.query.dtype)
+        view = replace(view, query=query, kv=KeyValues(projected, view.value))
         rank = factors.key_r.shape[1]
         facts = replace(
             _input_facts(view), score_residual_upper=factors.score_residual_upper * view.scale
@@ -236,18 +239,16 @@ def _run_head(
 
 def _input_facts(view: HeadView) -> RunFacts:
     """Norms of the visible input vectors, as upper bounds."""
-    seen = view.seen_keys
-    every = bool(seen.all())
-    key = view.key if every else view.key[seen]
-    value = view.value if every else view.value[seen]
-    centre = value.mean(axis=0) if len(value) else 0.0
-    finite = view.bias[np.isfinite(view.bias)] if view.bias is not None else np.zeros(1)
+    bias_max = 0.0
+    if view.bias is not None:
+        finite = np.isfinite(view.bias)
+        bias_max = float(np.abs(view.bias, where=finite, out=np.zeros(view.bias.shape)).max(initial=0.0))
     return RunFacts(
-        query_norm_upper=max_norm(view.query),
-        key_norm_upper=max_norm(key),
-        value_norm_upper=max_norm(value),
-        value_diameter_upper=2 * max_norm(value - centre) * (1 + 1e-6),
-        bias_max_abs=float(np.abs(finite).max(initial=0.0)),
+        query_norm_upper=view.query_norm_upper,
+        key_norm_upper=float(view.seen(view.kv.key_norm).max(initial=0.0)),
+        value_norm_upper=float(view.seen(view.kv.value_norm).max(initial=0.0)),
+        value_diameter_upper=view.kv.value_diameter_upper,
+        bias_max_abs=bias_max,
         keys_max=int((view.stop - view.start).max(initial=0)),
     )
 
@@ -255,13 +256,14 @@ def _input_facts(view: HeadView) -> RunFacts:
 def _with_run_facts(
     facts: RunFacts, view: HeadView, operands: Operands, output: HeadOutput, rank: int
 ) -> RunFacts:
+    key_norm = facts.key_norm_upper
+    if operands.lse_shift is not None:  # the keys as multiplied: smoothed
+        key_norm = max_norm(operands.key[view.seen_keys]) + operands.key_residual_upper
     return replace(
         facts,
         share=output.computed / view.visible if view.visible else 1.0,
         rank=rank or output.rank,
-        key_norm_upper=max(operands.key_norm_upper, facts.key_norm_upper)
-        if operands.lse_shift is None
-        else operands.key_norm_upper + operands.key_residual_upper,
+        key_norm_upper=key_norm,
         query_residual_upper=operands.query_residual_upper,
         key_residual_upper=operands.key_residual_upper,
         value_residual_upper=operands.value_residual_upper,
@@ -272,11 +274,19 @@ def _with_run_facts(
 
 
 def _with_output_facts(facts: RunFacts, out: NDArray[Any]) -> RunFacts:
-    """Add what only the returned rows tell."""
-    rows = out.astype(np.float64)
-    mean_square = float(np.mean(np.einsum("ij,ij->i", rows, rows))) if rows.size else 0.0
+    """Add what only the returned rows tell; the rms is rounded down."""
+    rows = out if out.dtype in (np.float32, np.float64) else out.astype(np.float32)
+    squares = np.einsum("ij,ij->i", rows, rows)
+    largest = float(squares.max(initial=0.0))
+    if not 1e-30 < largest < 1e30 and rows.size:
+        squares = np.einsum("ij,ij->i", rows, rows, dtype=np.float64)
+    mean_square = float(np.mean(squares, dtype=np.float64)) if rows.size else 0.0
     return replace(
-        facts, output_rms=np.sqrt(mean_square), nonfinite=not np.isfinite(mean_square)
+        facts,
+        output_rms=np.sqrt(mean_square) * (1 - 1e-4 if rows.dtype == np.float32 else 1 - 1e-10),
+        nonfinite=bool(rows.size) and not (
+            np.isfinite(mean_square) or bool(np.isfinite(rows).all())
+        ),
     )
 
 
@@ -290,6 +300,12 @@ def _empty_result(problem: AttentionProblem) -> RawResult:
 
 
 def _check_formats(head: HeadPlan) -> None:
+    if not {head.qk, head.pv} <= set(FORMATS_RUN):
+        raise UnsupportedError(
+            got=f"qk={head.qk}, pv={head.pv}",
+            needed=f"formats out of {', '.join(FORMATS_RUN)}",
+            do="use e4m3 where e5m2 was meant",
+        )
     if (head.qk == "f64") != (head.pv == "f64"):
         raise UnsupportedError(
             got=f"qk={head.qk}, pv={head.pv}",
