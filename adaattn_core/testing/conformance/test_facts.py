@@ -28,7 +28,7 @@ WIDE = [name for name, info in FORMATS.items() if not info.is_quantised]
 SLACK = 1e-6
 """Relative allowance for norms computed in float32."""
 RMS_LOWER = 1e-3
-"""By how much the output's size may be understated, relatively (a larger bound, no wrong one)."""
+"""How far the output's size may be understated, relatively: a larger bound, no wrong one."""
 
 
 @pytest.mark.parametrize("name", WIDE)
