@@ -18,8 +18,8 @@ from adaattn_core.files import atomic_write
 
 SUFFIXES = (".png", ".pdf", ".svg")
 
-_COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#bbbbbb")
-"""Paul Tol's bright scheme: told apart by colour-blind readers and in print."""
+_COLOURS = ("#77aadd", "#eedd88", "#44bb99", "#ffaabb", "#99ddff", "#ee8866", "#bbcc33")
+"""Paul Tol's light scheme: legible under black text, and told apart by colour-blind readers."""
 
 
 def can_draw() -> bool:
