@@ -91,3 +91,13 @@ def test_every_option_of_every_command_is_in_its_section(command: str) -> None:
     missing = [option for option in options if f"`{option}`" not in section]
     assert options
     assert not missing
+
+
+def test_every_option_and_file_of_the_kit_is_in_its_page() -> None:
+    page = reference("conformance-kit.md")
+    plugin = ROOT / "adaattn_core" / "testing" / "pytest_plugin.py"
+    options = set(re.findall(r'"(--adaattn-[a-z]+)"', plugin.read_text(encoding="utf-8")))
+    files = {p.name for p in (plugin.parent / "conformance").glob("test_*.py")}
+    assert len(options) >= 2
+    assert len(files) >= 4
+    assert [name for name in options | files if f"| `{name}` |" not in page] == []
