@@ -8,7 +8,7 @@ from typing import Any
 
 from adaattn_core.errors import DTypeError, UnsupportedError
 
-__all__ = ["ArrayView", "view"]
+__all__ = ["ArrayView", "broadcast", "view"]
 
 _NAMES = {
     "float64": "f64",
@@ -51,8 +51,8 @@ class ArrayView:
 def view(array: Any) -> ArrayView:
     """Describe a CUDA array without copying it.
 
-    Torch tensors and CuPy arrays are read through their attributes (a microsecond), anything else
-    through ``__cuda_array_interface__`` or DLPack.
+    Torch tensors and CuPy arrays are read through their attributes (a microsecond), anything
+    else through ``__cuda_array_interface__`` or DLPack.
 
     Raises
     ------
@@ -91,6 +91,9 @@ def _format(text: str) -> str:
         ) from None
 
 
+_torch_dtypes: dict[Any, str] = {}
+
+
 def _torch_view(tensor: Any) -> ArrayView:
     if tensor.requires_grad:
         raise UnsupportedError(
@@ -101,12 +104,11 @@ def _torch_view(tensor: Any) -> ArrayView:
     device = tensor.device
     if device.type != "cuda":
         raise _not_cuda(f"a torch tensor on {device}")
+    dtype = _torch_dtypes.get(tensor.dtype)
+    if dtype is None:
+        dtype = _torch_dtypes[tensor.dtype] = _format(str(tensor.dtype)[6:])  # "torch.float32"
     return ArrayView(
-        tensor.data_ptr(),
-        tuple(tensor.shape),
-        tensor.stride(),
-        _format(str(tensor.dtype)[6:]),  # "torch.float32"
-        device.index or 0,
+        tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), dtype, device.index or 0
     )
 
 
@@ -120,6 +122,15 @@ def _interface_view(array: Any, interface: dict[str, Any]) -> ArrayView:
     device = getattr(getattr(array, "device", None), "id", None)
     pointer = int(interface["data"][0])
     return ArrayView(pointer, shape, steps, dtype, 0 if device is None else int(device))
+
+
+def broadcast(array: ArrayView, shape: tuple[int, ...]) -> ArrayView:
+    """Return ``array`` in a larger shape, by strides of 0; nothing is copied."""
+    missing = len(shape) - len(array.shape)
+    steps = [0] * missing + [
+        0 if have == 1 else step for have, step in zip(array.shape, array.strides, strict=True)
+    ]
+    return ArrayView(array.pointer, shape, tuple(steps), array.dtype, array.device)
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
 """Disk cache of compiled kernels: one folder per key, written aside and renamed into place.
 
 A reader therefore sees a whole entry or none. Two processes that compile the same kernel both
-succeed; the second finds the place taken and drops its copy. An entry whose cubin does not match
-the hash in its ``spec.json`` is a miss and is replaced.
+succeed; the second finds the place taken and drops its copy. An entry whose cubin does not
+match the hash in its ``spec.json`` is a miss and is replaced.
 """
 
 from __future__ import annotations

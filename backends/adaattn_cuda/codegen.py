@@ -11,7 +11,7 @@ ENTRY = "adaattn_entry"
 
 
 def render(spec: KernelSpec) -> str:
-    """Translation unit of ``spec``.
+    """Return the translation unit of ``spec``.
 
     The static assertion makes the compiler check the host's shared-memory arithmetic; the plain
     ``extern "C"`` entry lets a cached cubin be loaded without a name map.
@@ -21,7 +21,7 @@ def render(spec: KernelSpec) -> str:
     return f"""#include "{spec.header}"
 
 using Traits = {namespace}::Traits<{arguments}>;
-static_assert(Traits::kSmemBytes == {spec.smem_bytes}, "host and kernel disagree on smem_bytes");
+static_assert(Traits::kSmemBytes == {spec.smem_bytes}, "host and kernel disagree on smem");
 
 extern "C" __global__ void __launch_bounds__(Traits::kThreads, 1)
 {ENTRY}(const __grid_constant__ {namespace}::Params params) {{

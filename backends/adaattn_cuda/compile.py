@@ -20,7 +20,6 @@ from typing import Any
 
 import adaattn_kernels_cu as kernels
 from adaattn_core.errors import BackendUnavailableError, KernelCompileError
-
 from adaattn_cuda import environment
 from adaattn_cuda.cache import DiskCache, cache_key
 from adaattn_cuda.codegen import render
@@ -59,8 +58,8 @@ class Built:
 class Compiler:
     """A compiling child process, started with the first unit and ended by `close`.
 
-    A child that dies or hangs costs the unit at hand a `KernelCompileError`; the next unit gets a
-    fresh child. Use it as a context manager.
+    A child that dies or hangs costs the unit at hand a `KernelCompileError`; the next unit gets
+    a fresh child. Use it as a context manager.
     """
 
     def __init__(
@@ -101,7 +100,7 @@ class Compiler:
         Raises
         ------
         KernelCompileError
-            If the compiler reports an error, dies or hangs; the source is kept at `source_path`.
+            If the compiler reports an error, dies or hangs; `source_path` keeps the source.
         """
         source = render(spec)
         unit, cubin_path = self._folder / "kernel.cu", self._folder / "kernel.cubin"
@@ -237,16 +236,21 @@ def _announced(spec: KernelSpec) -> Iterator[None]:
     if environment.quiet():
         yield
         return
+    what = f"{spec.name} for {spec.arch}"
     started = time.perf_counter()
-    sys.stderr.write(f"adaattn: compiling {spec.name} for {spec.arch} (first use) ... ")
-    sys.stderr.flush()
-    outcome = "failed"
+    _say(f"compiling {what} (first use)")
     try:
         yield
-        outcome = "done"
-    finally:
-        sys.stderr.write(f"{outcome} in {time.perf_counter() - started:.1f} s\n")
-        sys.stderr.flush()
+    except KernelCompileError:
+        _say(f"gave up on {what} after {time.perf_counter() - started:.1f} s")
+        raise
+    _say(f"compiled {what} in {time.perf_counter() - started:.1f} s")
+
+
+def _say(text: str) -> None:
+    # One write per line: several compilers may report at the same time.
+    sys.stderr.write(f"adaattn: {text}\n")
+    sys.stderr.flush()
 
 
 def _failure(spec: KernelSpec, source: str, log: str) -> KernelCompileError:
@@ -262,13 +266,19 @@ def _failure(spec: KernelSpec, source: str, log: str) -> KernelCompileError:
     else:
         do = f"report it with the source and log kept at {path}"
     return KernelCompileError(
-        got=f"{spec.name} for {spec.arch}: {log.strip() or 'no message'}",
+        got=f"{spec.name} for {spec.arch}: {_first_error(log)}",
         needed="a unit that NVRTC compiles",
         do=do,
         spec=spec,
         log=log,
         source_path=path,
     )
+
+
+def _first_error(log: str) -> str:
+    """Return the line of a compiler's log that names the first error, else its first line."""
+    lines = [line.strip() for line in log.replace("\0", "").splitlines() if line.strip()]
+    return next((line for line in lines if "error" in line), (lines or ["no message"])[0])
 
 
 def _keep(spec: KernelSpec, source: str, cubin: bytes, log: str) -> None:
@@ -283,5 +293,5 @@ def _keep(spec: KernelSpec, source: str, cubin: bytes, log: str) -> None:
 
 
 def _file_stem(spec: KernelSpec, source: str) -> str:
-    """Readable and distinct: stem, arch and the head of the cache key without compiler version."""
+    """Readable and distinct: stem, arch, and a digest of the unit."""
     return f"{spec.stem}.{spec.arch}.{cache_key(spec, source, '', '')[:12]}"

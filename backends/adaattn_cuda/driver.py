@@ -1,8 +1,8 @@
 """The CUDA driver, called through ctypes: the dozen functions a launch needs.
 
-ctypes, because nothing has to be installed for it and importing it costs nothing: a cold process
-with a warm kernel cache starts in milliseconds. Kernels are loaded as libraries, which belong to no
-context, so one load serves every device and every stream.
+ctypes, because nothing has to be installed for it and importing it costs nothing: a cold
+process with a warm kernel cache starts in milliseconds. Kernels are loaded as libraries, which
+belong to no context, so one load serves every device and every stream.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from functools import cache
 from typing import Any
 
 from adaattn_core.errors import AdaAttnError, BackendUnavailableError, UnsupportedError
-
 from adaattn_cuda.codegen import ENTRY
 
 __all__ = [
@@ -41,7 +40,7 @@ _FUNCTION_MAX_DYNAMIC_SMEM = 8
 
 @cache
 def load_driver() -> ctypes.CDLL:
-    """The initialised driver library.
+    """Return the initialised driver library.
 
     Raises
     ------
@@ -91,7 +90,7 @@ def _check(status: int, what: str) -> None:
     elif status in (_NO_BINARY, _UNSUPPORTED_PTX):
         do = "update the NVIDIA driver, or install an NVRTC no newer than it (adaattn doctor)"
     else:
-        do = "if an earlier kernel failed, its error may surface here: run with CUDA_LAUNCH_BLOCKING=1"
+        do = "an earlier kernel's error may surface here: try CUDA_LAUNCH_BLOCKING=1"
     raise AdaAttnError(
         got=f"{what}: CUDA error {status}, {meaning}",
         needed="a successful driver call",
@@ -101,7 +100,7 @@ def _check(status: int, what: str) -> None:
 
 
 def device_count() -> int:
-    """Number of visible devices."""
+    """Return the number of visible devices."""
     count = ctypes.c_int()
     _check(load_driver().cuDeviceGetCount(ctypes.byref(count)), "counting devices")
     return count.value
@@ -127,7 +126,7 @@ class DeviceFacts:
 
 @cache
 def device_facts(device: int) -> DeviceFacts:
-    """Facts about one device.
+    """Return facts about one device.
 
     Raises
     ------
@@ -138,7 +137,8 @@ def device_facts(device: int) -> DeviceFacts:
 
     def attribute(which: int) -> int:
         value = ctypes.c_int()
-        _check(library.cuDeviceGetAttribute(ctypes.byref(value), which, device), "device attribute")
+        status = library.cuDeviceGetAttribute(ctypes.byref(value), which, device)
+        _check(status, "asking for a device attribute")
         return value.value
 
     label = ctypes.create_string_buffer(256)
@@ -159,7 +159,7 @@ def device_facts(device: int) -> DeviceFacts:
 
 
 def current_device() -> int:
-    """Device of the calling thread's context, or -1 without one."""
+    """Return the device of the calling thread's context, or -1 without one."""
     device = ctypes.c_int()
     status = load_driver().cuCtxGetDevice(ctypes.byref(device))
     return device.value if status == _SUCCESS else -1

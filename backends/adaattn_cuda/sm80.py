@@ -12,12 +12,10 @@ from dataclasses import dataclass
 
 from adaattn_core.errors import UnsupportedError
 from adaattn_core.problem import SequenceSpan
-
 from adaattn_cuda.arrays import ArrayView
-from adaattn_cuda.spec import KernelSpec
 from adaattn_cuda.tuning import sm80 as tuning
 
-__all__ = ["DenseTask", "Params", "Unit", "kernel_spec", "launches", "set_pointers", "units"]
+__all__ = ["DenseTask", "Params", "Unit", "launches", "set_pointers", "specialisation", "units"]
 
 UNLIMITED = 1 << 30
 """Window extent that no length reaches: kUnlimited in sm80_params.cuh."""
@@ -42,11 +40,12 @@ class Unit(ctypes.Structure):
 
 
 _POINTERS = ("query", "key", "value", "out", "lse", "allowed", "bias")
+_AXES = ("batch", "head", "row")
 _STRIDES = (
-    *(f"{array}_{axis}" for array in ("query", "key", "value", "out") for axis in ("batch", "head", "row")),
+    *(f"{x}_{axis}" for x in ("query", "key", "value", "out") for axis in _AXES),
     "lse_batch",
     "lse_head",
-    *(f"{array}_{axis}" for array in ("allowed", "bias") for axis in ("batch", "head", "row", "key")),
+    *(f"{x}_{axis}" for x in ("allowed", "bias") for axis in (*_AXES, "key")),
 )  # fmt: skip
 _SIZES = (
     "batch", "heads_q", "group_size", "len_q", "len_kv", "dim_qk", "dim_v",
@@ -112,7 +111,8 @@ class DenseTask:
         """Whether every sequence fills its batch entry, so that no work list is needed."""
         len_q, len_kv = self.query.shape[2], self.key.shape[2]
         return self.heads is None and all(
-            s.index == s.batch and s.len_q == len_q and s.len_kv == len_kv for s in self.sequences
+            s.index == s.batch and s.len_q == len_q and s.len_kv == len_kv
+            for s in self.sequences
         )
 
 
@@ -120,13 +120,13 @@ def is_vectorised(task: DenseTask) -> bool:
     """Whether every row begins on 16 bytes and holds whole 16-byte chunks (8 bytes for out)."""
     for array in (task.query, task.key, task.value, task.out):
         chunk = 16 // array.item_bytes
-        steps = (step for n, step in zip(array.shape[:3], array.strides[:3], strict=True) if n > 1)
+        steps = (s for n, s in zip(array.shape[:3], array.strides[:3], strict=True) if n > 1)
         if array.pointer % 16 or array.shape[3] % chunk or any(s % chunk for s in steps):
             return False
     return True
 
 
-def kernel_spec(task: DenseTask, arch: str) -> KernelSpec:
+def specialisation(task: DenseTask, arch: str) -> tuning.Specialisation:
     """Which specialisation computes the task.
 
     Raises
@@ -162,7 +162,7 @@ def kernel_spec(task: DenseTask, arch: str) -> KernelSpec:
         dim_v,
         array_mask=task.allowed is not None or task.bias is not None,
         vectorised=is_vectorised(task),
-    ).spec(arch)
+    )
 
 
 def units(task: DenseTask) -> list[tuple[int, ...]]:
@@ -176,9 +176,11 @@ def units(task: DenseTask) -> list[tuple[int, ...]]:
     if task.is_uniform:
         return []
     chosen = (
-        [(s.index, 0) for s in task.sequences] if task.heads is None else sorted(set(task.heads))
+        [(s.index, 0) for s in task.sequences]
+        if task.heads is None
+        else sorted(set(task.heads))
     )
-    found = []
+    found: list[tuple[int, ...]] = []
     for index, head in chosen:
         s = task.sequences[index]
         if s.len_q > 0:

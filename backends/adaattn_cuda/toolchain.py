@@ -17,8 +17,8 @@ INSTALL_HINT = "pip install 'adaattn[cuda]' (cuda-core, nvidia-cuda-nvrtc, nvidi
 def nvrtc_version() -> str:
     """Version of the NVRTC that a compile would use; part of every cache key.
 
-    The pip wheel's metadata answers without mapping the 140 MB library; only a system toolkit has
-    to be loaded to be asked.
+    The pip wheel's metadata answers without mapping the 140 MB library; only a system toolkit
+    has to be loaded to be asked.
 
     Raises
     ------
@@ -35,13 +35,14 @@ def nvrtc_version() -> str:
 
 def _bindings_major() -> int:
     try:
+        version("cuda-core")
         return int(version("cuda-bindings").split(".")[0])
-    except PackageNotFoundError:
+    except PackageNotFoundError as error:
         raise BackendUnavailableError(
-            got="no cuda-bindings package",
+            got=f"no {error.name} package",
             needed="cuda-core and cuda-bindings, through which NVRTC is called",
             do=INSTALL_HINT,
-            reason="cuda-bindings is not installed",
+            reason=f"{error.name} is not installed",
         ) from None
 
 

@@ -1,7 +1,7 @@
 """CUDA C++ sources of the kernels, as package data; nothing here runs.
 
-A *name* is a path below :func:`root`, such as ``"adaattn/attn/sm80_attn_fwd.cuh"``: exactly what
-a translation unit writes in its ``#include "..."`` line.
+A *name* is a path below :func:`root`, such as ``"adaattn/attn/sm80_attn_fwd.cuh"``: exactly
+what a translation unit writes in its ``#include "..."`` line.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def source(name: str) -> str:
 
 
 def closure(name: str) -> dict[str, str]:
-    """Sources that ``name`` includes, directly or not, and itself: ``{name: text}``.
+    """Return the sources that ``name`` includes, directly or not, and itself: ``{name: text}``.
 
-    Includes that are not shipped here (``cuda_fp16.h``) belong to the compiler and are left out;
-    whoever keys a cache by :func:`digest` keys it by the compiler's version as well.
+    Includes that are not shipped here (``cuda_fp16.h``) belong to the compiler and are left
+    out; whoever keys a cache by :func:`digest` keys it by the compiler's version as well.
     """
     found: dict[str, str] = {}
     waiting = [name]

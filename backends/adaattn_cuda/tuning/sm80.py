@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cache
 
 from adaattn_core.errors import UnsupportedError
-
 from adaattn_cuda.spec import KernelSpec
 
 __all__ = ["ARCHITECTURES", "DIM_LIMIT", "Specialisation", "shipped", "specialise"]
@@ -32,17 +31,21 @@ ARCHITECTURES = {
     "sm_120": (99, 100),
 }
 """Shared memory in KiB: most of one block, and all of one multiprocessor (1 KiB per block is
-reserved by the driver). Source: CUDA C++ programming guide, table of technical specifications."""
+reserved by the driver). Source: CUDA C++ programming guide, table of technical
+specifications."""
 
 SOURCE_BYTES = 128
 STORAGE_BYTES = {"bf16": 2, "f16": 2, "tf32": 4, "f32": 4}
 ACCUMULATOR_LIMIT = 192
+TIGHT_ACCUMULATOR_LIMIT = 160
+OUTPUT_LIMIT = 128
 SCORE_LIMIT = 96
-"""Registers of S and O together, and of S alone, that compile below 255 without a spill."""
+"""Registers of S and O together, and of each alone, that compile to 255 registers without a spill.
+Array masks (their addresses) and a single stage (its second wait) leave less room."""
 
 WIDE_TILE_N = 64
-"""Most keys of a tile in 32-bit formats: the tensor core truncates within a tile's partial sum, so
-a longer one errs more (measured at dim 64: 0.7e-6 with 64 keys, 1.1e-6 with 128)."""
+"""Most keys of a tile in 32-bit formats: the tensor core truncates within a tile's partial sum,
+so a longer one errs more (measured at dim 64: 0.7e-6 with 64 keys, 1.1e-6 with 128)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +83,17 @@ class Specialisation:
         return self.tile_m // self.warps * self.tile_n // 32
 
     @property
+    def output_registers(self) -> int:
+        """Registers per thread that O takes."""
+        return self.tile_m // self.warps * self.dim_v // 32
+
+    @property
     def accumulators(self) -> int:
-        """Registers per thread that S and O (and the partial sums of 32-bit formats) take."""
-        rows = self.tile_m // self.warps
+        """Registers per thread of S, O, and the partial sums of 32-bit formats."""
         partial_scores = self.score_registers if STORAGE_BYTES[self.qk] == 4 else 0
-        partial_output = rows if STORAGE_BYTES[self.pv] == 4 else 0
-        output = rows * self.dim_v // 32
-        return output + self.score_registers + max(partial_scores, partial_output)
+        partial_output = self.tile_m // self.warps if STORAGE_BYTES[self.pv] == 4 else 0
+        partial = max(partial_scores, partial_output)
+        return self.output_registers + self.score_registers + partial
 
     def blocks_per_multiprocessor(self, arch: str) -> int:
         """How many blocks fit a multiprocessor by shared memory and by registers."""
@@ -95,7 +102,7 @@ class Specialisation:
         return min(by_smem, by_registers)
 
     def spec(self, arch: str) -> KernelSpec:
-        """The kernel to build."""
+        """Return the kernel to build."""
         formats = (f"adaattn::sm80::Format::{name}" for name in (self.input, self.qk, self.pv))
         return KernelSpec(
             STEM,
@@ -158,9 +165,11 @@ def specialise(
 
 def _is_legal(s: Specialisation, arch: str) -> bool:
     narrow = STORAGE_BYTES[s.qk] == 2 and STORAGE_BYTES[s.pv] == 2
+    tight = s.array_mask or s.stages == 1
     return (
-        s.accumulators <= ACCUMULATOR_LIMIT
+        s.accumulators <= (TIGHT_ACCUMULATOR_LIMIT if tight else ACCUMULATOR_LIMIT)
         and s.score_registers <= SCORE_LIMIT
+        and s.output_registers <= OUTPUT_LIMIT
         and (narrow or s.tile_n <= WIDE_TILE_N)
         and s.smem_bytes <= ARCHITECTURES[arch][0] * 1024
         and s.blocks_per_multiprocessor(arch) >= 1
@@ -168,13 +177,19 @@ def _is_legal(s: Specialisation, arch: str) -> bool:
 
 
 def _candidates(
-    input_format: str, qk: str, pv: str, dim_qk: int, dim_v: int, array_mask: bool, vectorised: bool
+    input_format: str,
+    qk: str,
+    pv: str,
+    dim_qk: int,
+    dim_v: int,
+    array_mask: bool,
+    vectorised: bool,
 ) -> Iterator[Specialisation]:
     narrow = STORAGE_BYTES[qk] == 2 and STORAGE_BYTES[pv] == 2
     simple = vectorised and not array_mask and input_format == qk
     for tile_m, warps in ((128, 4), (128, 8), (64, 4), (32, 2)):
-        # 32 rows per warp halve the reads of K and V from shared memory, at twice the registers:
-        # worth it, and possible without a spill, in the plain 16-bit kernels only.
+        # 32 rows per warp halve the reads of K and V from shared memory, at twice the
+        # registers: worth it, and possible without a spill, in the plain 16-bit kernels only.
         if tile_m // warps == 32 and not (narrow and simple):
             continue
         for tile_n in (128, 96, 64, 32, 16):
@@ -188,8 +203,8 @@ def _candidates(
 def _cost(s: Specialisation, arch: str) -> tuple[float, ...]:
     """Relative time per score: shared-memory reads, then what hides latency.
 
-    Per score a warp reads K and V once for its rows; fewer resident warps hide less of the softmax
-    behind other warps' products; a single stage waits twice per key tile.
+    Per score a warp reads K and V once for its rows; fewer resident warps hide less of the
+    softmax behind other warps' products; a single stage waits twice per key tile.
     """
     reads = 1 + 16 / (s.tile_m // s.warps)
     resident_warps = min(s.blocks_per_multiprocessor(arch) * s.warps, 8)
@@ -204,8 +219,8 @@ SHIPPED_DIMS = (64, 128, 256)
 def shipped(arch: str) -> list[KernelSpec]:
     """Specialisations that `adaattn warmup` and `adaattn kernels` build for an architecture.
 
-    The plain kernels of the usual head dimensions, and the variants for array masks and for rows
-    that are not aligned; anything else is compiled when it is first asked for.
+    The plain kernels of the usual head dimensions, and the variants for array masks and for
+    rows that are not aligned; anything else is compiled when it is first asked for.
     """
     plain = [("bf16",) * 3, ("f16",) * 3, ("f32",) * 3, ("f32", "tf32", "tf32")]
     chosen = [specialise(arch, *formats, dim, dim) for formats in plain for dim in SHIPPED_DIMS]

@@ -193,11 +193,17 @@ ADAATTN_DEVICE void run(const Params& params) {
                 fill_key(tile - 1, stage ^ 1);
                 fill_value(tile - 1, stage ^ 1);
             }
-            separate();  // before the scores need their registers
+            copy_async_commit();
+            separate();
         } else {
             fill_value(tile, 0);
+            copy_async_commit();
+            if (kMayCut && cut) {  // V is looked at before the scores need their registers
+                copy_async_wait<0>();
+                block_sync();  // V has arrived for all
+                separate();
+            }
         }
-        copy_async_commit();
 
         Scores<T> scores;
         compute_scores<T>(scores, query_lane, column_operand<KeyTile>(key_tile, lane));
@@ -209,7 +215,6 @@ ADAATTN_DEVICE void run(const Params& params) {
                 fill_key(tile - 1, 0);
             }
             copy_async_commit();
-            separate();
         }
 
         if constexpr (kMayCut) {

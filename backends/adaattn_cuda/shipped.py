@@ -1,0 +1,26 @@
+"""Which specialisations are compiled ahead, by `adaattn warmup` and by CI for their budgets."""
+
+from __future__ import annotations
+
+import adaattn_kernels_cu as kernels
+from adaattn_cuda.resources import Budget, parse_budget
+from adaattn_cuda.spec import KernelSpec
+from adaattn_cuda.tuning import sm80
+
+__all__ = ["budget", "specs"]
+
+
+def specs(arch: str) -> list[KernelSpec]:
+    """Every shipped specialisation for an architecture, in a fixed order.
+
+    Raises
+    ------
+    UnsupportedError
+        If the architecture is older than Ampere or unknown.
+    """
+    return sm80.shipped(arch)
+
+
+def budget(spec: KernelSpec) -> Budget:
+    """Budget stated in the kernel's header."""
+    return parse_budget(kernels.source(spec.header))
