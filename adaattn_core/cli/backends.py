@@ -19,7 +19,7 @@ def backends(
         bool, typer.Option("--json", help="print JSON instead of a table")
     ] = False,
 ) -> None:
-    """List backends, and plugins that failed to load with the reason."""
+    """List backends, and plugins that failed to load."""
     found = [_describe(info) for info in list_backends()]
     if as_json:
         print_json({"backends": found})

@@ -34,7 +34,7 @@ def demo(
         bool, typer.Option("--json", help="print JSON instead of tables")
     ] = False,
 ) -> None:
-    """Run on shipped real data and print plans, certificates, true errors and times."""
+    """Show plans, certificates and true errors on shipped real data."""
     error_budget = parse_budget(budget)
     drawn = _figure_path(figure, no_figure=no_figure)
     outcomes = _run_layers(budget=error_budget, backend=backend)

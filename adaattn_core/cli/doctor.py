@@ -49,7 +49,7 @@ def doctor(
         bool, typer.Option("--json", help="print JSON instead of a table")
     ] = False,
 ) -> None:
-    """Check the installation; exit code 1 if something is broken."""
+    """Check the installation (exit code 1 if broken)."""
     findings = [*_machine(), *_packages(), *_variables(), *_backends()]
     broken = any(finding.state == "broken" for finding in findings)
     if as_json:

@@ -17,7 +17,7 @@ def explain(
         bool, typer.Option("--json", help="print JSON instead of a table")
     ] = False,
 ) -> None:
-    """Print which heads run how, and what bound each choice."""
+    """Print a saved plan: which heads run how, and why."""
     plan = Plan.load(planfile)
     if as_json:
         print_json(plan.to_json())

@@ -71,7 +71,7 @@ def run(
     seed: Annotated[int | None, Option(min=0, help="seed of every random choice")] = None,
     as_json: Annotated[bool, Option("--json", help="print JSON instead of tables")] = False,
 ) -> None:
-    """Compute the attention of a file to a tolerance; print the plan and the certificates."""
+    """Compute attention of a file of q, k, v to a tolerance."""
     error_budget = parse_budget(
         budget, rows=rows, confidence=confidence, guarantee=guarantee, on_violation=on_violation
     )

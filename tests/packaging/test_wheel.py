@@ -81,6 +81,7 @@ def test_entry_points_are_declared(wheel: Path) -> None:
         declared = configparser.ConfigParser()
         declared.read_string(archive.read(name).decode())
     assert declared["adaattn"]["numpy"] == "adaattn_reference.plugin"
+    assert declared["adaattn"]["cuda"] == "adaattn_cuda.plugin"
     assert declared["console_scripts"]["adaattn"] == "adaattn_core.cli.app:main"
 
 
