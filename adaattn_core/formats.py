@@ -1,7 +1,7 @@
 """Number formats as data, and rounding to them.
 
-A format is a row in a table; everything else is derived from that row. The names here are the only
-spellings used anywhere in the project (Python, CUDA, file names, documentation).
+A format is a row in a table; everything else is derived from that row. The names here are the
+only spellings used anywhere in the project (Python, CUDA, file names, documentation).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class FormatInfo:
 
     @property
     def unit_roundoff(self) -> float:
-        """Largest relative error of round-to-nearest for normal numbers (step/2 of 1 for i8)."""
+        """Largest relative error of rounding normal numbers to nearest (step/2 of 1 for i8)."""
         return 0.5 if not self.is_float else 2.0**-self.significand_bits
 
     @property
@@ -67,13 +67,13 @@ def _table() -> dict[str, FormatInfo]:
             "f64", 64, 53, float(np.finfo(np.float64).max), 2.0**-1022, np.dtype("f8"), True, 53
         ),
         FormatInfo("f32", 32, 24, float(np.finfo(np.float32).max), 2.0**-126, np.dtype("f4")),
-        FormatInfo("tf32", 32, 11, float(np.finfo(np.float32).max), 2.0**-126, None),
+        FormatInfo("tf32", 32, 11, (2 - 2.0**-10) * 2.0**127, 2.0**-126, None),
         FormatInfo("f16", 16, 11, 65504.0, 2.0**-14, np.dtype("f2")),
         FormatInfo(
             "bf16",
             16,
             8,
-            float(ml_dtypes.finfo(ml_dtypes.bfloat16).max),
+            (2 - 2.0**-7) * 2.0**127,
             2.0**-126,
             np.dtype(ml_dtypes.bfloat16),
         ),
@@ -121,33 +121,54 @@ def round_to_format(x: NDArray[np.floating[Any]], name: str) -> NDArray[np.float
     Parameters
     ----------
     x : ndarray of float
-        Any shape. NaN and Inf pass unchanged: a format never hides them. For ``i8`` the values are rounded to integers in [-127, 127];
-        scaling is the caller's (see the backend's quantiser).
+        Any shape. NaN and Inf pass unchanged: a format never hides them. For ``i8`` the values
+        are rounded to integers in [-127, 127]; scaling is the caller's (see the backend's
+        quantiser). ``f32`` is a plain cast: what overflows there becomes Inf.
     name : str
         A name in `FORMATS`.
 
     Returns
     -------
     ndarray of float32
-        The rounded values; for ``f64`` the cast to float32 is *not* made and float64 is returned.
+        The rounded values; for ``f64`` no cast is made and float64 is returned.
     """
     info = get_format(name)
     if name == "f64":
-        return x.astype(np.float64)  # type: ignore[return-value]
+        return x.astype(np.float64)
     if name == "f32":
         return x.astype(np.float32, copy=False)
     if name == "tf32":
-        return _round_tf32(x.astype(np.float32, copy=False))
+        return _round_tf32(_to_float32(x))
+    rounded: NDArray[np.float32]
     if name == "i8":
         rounded = np.clip(np.rint(x), -127.0, 127.0).astype(np.float32)
     else:
         assert info.dtype is not None
-        finite = np.clip(x, -info.max_finite, info.max_finite)
-        rounded = finite.astype(np.float32).astype(info.dtype).astype(np.float32)
+        finite = _to_float32(np.clip(x, -info.max_finite, info.max_finite))
+        rounded = np.asarray(finite.astype(info.dtype), np.float32)
     infinite = np.isinf(x)
     if infinite.any():
         rounded[infinite] = x[infinite]
     return rounded
+
+
+def _to_float32(x: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+    """Cast on the way to a narrower format, so that rounding twice equals rounding once.
+
+    A float64 that float32 cannot hold becomes its neighbour with an odd last bit, which is no
+    tie and lies on the same side of every tie of the narrower format (rounding to odd).
+    """
+    if x.dtype != np.float64:
+        return x.astype(np.float32, copy=False)
+    largest = FORMATS["f32"].max_finite
+    finite = np.isfinite(x)
+    near = np.where(finite, np.clip(x, -largest, largest), x).astype(np.float32)
+    bits = near.view(np.uint32)
+    inexact = finite & (near != x)
+    towards_zero = bits - (inexact & (np.abs(near) > np.abs(x)))
+    return (
+        np.where(inexact, towards_zero | np.uint32(1), bits).astype(np.uint32).view(np.float32)
+    )
 
 
 def _round_tf32(x: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -157,7 +178,8 @@ def _round_tf32(x: NDArray[np.float32]) -> NDArray[np.float32]:
     half = np.uint32((1 << 12) - 1)
     rounded = bits + half + ((bits >> np.uint32(13)) & np.uint32(1))
     rounded &= ~(lowest - np.uint32(1))
-    return np.where(np.isfinite(x), rounded.view(np.float32), x)
+    limit = np.float32(FORMATS["tf32"].max_finite)
+    return np.where(np.isfinite(x), np.clip(rounded.view(np.float32), -limit, limit), x)
 
 
 def stochastic_round(
@@ -165,14 +187,14 @@ def stochastic_round(
 ) -> NDArray[np.float32]:
     """Round `x` up or down to a neighbour in the format, at random and without bias.
 
-    Each rounding error is independent of the others, has mean zero and lies in an interval whose
-    length is the local spacing: the hypothesis of the probabilistic bounds (docs/math, theorem 9)
-    is then true by construction, not assumed.
+    Each rounding error is independent of the others, has mean zero and lies in an interval
+    whose length is the local spacing: the hypothesis of the probabilistic bounds (docs/math,
+    theorem 9) is then true by construction, not assumed.
 
     Parameters
     ----------
     x : ndarray of float
-        Values within the format's range.
+        Values within the format's range; larger ones saturate, NaN and Inf pass unchanged.
     name : str
         ``i8``, ``e4m3``, ``e5m2``, ``bf16`` or ``f16``.
     rng : numpy.random.Generator
@@ -180,10 +202,11 @@ def stochastic_round(
     """
     spacing = format_spacing(x, name)
     low = np.floor(x / spacing) * spacing
-    up = rng.random(x.shape, dtype=np.float32) < (x - low) / spacing
-    rounded = low + up * spacing
+    # 53 random bits: the chance to go up is met to 2**-53, whatever the value.
+    up = rng.random(x.shape) < (x - low) / spacing
     limit = get_format(name).max_finite
-    return np.clip(rounded, -limit, limit).astype(np.float32)
+    rounded = np.clip(low + up * spacing, -limit, limit)
+    return np.where(np.isfinite(x), rounded, x).astype(np.float32)
 
 
 def format_spacing(x: NDArray[np.floating[Any]], name: str) -> NDArray[np.float64]:
@@ -192,5 +215,5 @@ def format_spacing(x: NDArray[np.floating[Any]], name: str) -> NDArray[np.float6
     if not info.is_float:
         return np.ones(x.shape)
     magnitude = np.maximum(np.abs(x.astype(np.float64)), info.smallest_normal)
-    exponent = np.floor(np.log2(magnitude))
-    return np.asarray(np.exp2(exponent - (info.significand_bits - 1)), dtype=np.float64)
+    _, exponent = np.frexp(magnitude)
+    return np.asarray(np.ldexp(1.0, exponent - info.significand_bits), np.float64)
