@@ -47,10 +47,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register and load the Hypothesis profile."""
-    settings.register_profile("adaattn-dev", max_examples=15, **_COMMON)  # type: ignore[arg-type]
+    settings.register_profile("adaattn-dev", max_examples=20, **_COMMON)  # type: ignore[arg-type]
     settings.register_profile(
         "adaattn-ci",
-        max_examples=20,
+        max_examples=40,
         derandomize=True,
         database=None,
         print_blob=True,
