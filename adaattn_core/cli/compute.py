@@ -11,6 +11,7 @@ from adaattn_core.cli.inputs import Inputs
 from adaattn_core.cli.summary import HeadRow, Totals, head_rows, totals, true_errors
 from adaattn_core.mask import Mask
 from adaattn_core.problem import AttentionProblem
+from adaattn_core.registry import get_backend
 from adaattn_core.result import AttentionResult
 
 
@@ -24,7 +25,13 @@ class Outcome:
 
 
 def compute(
-    inputs: Inputs, *, mask: Mask, measure: bool, layer: str = "", **choices: Any
+    inputs: Inputs,
+    *,
+    mask: Mask,
+    measure: bool,
+    backend: str = "auto",
+    layer: str = "",
+    **choices: Any,
 ) -> Outcome:
     """Run attention and time it.
 
@@ -35,22 +42,25 @@ def compute(
     measure : bool
         Also compute every row exactly (float64) and time the same backend on the exact problem.
         Both come after the timed run, so they cannot warm anything up for it.
+    backend : str
+        By name. It is imported before the clock starts.
     layer : str
         Name of the layer, kept in the plan and in tables.
     **choices
-        Passed on to `adaattn_core.attention`: budget, policy, plan, backend, target, seed.
+        Passed on to `adaattn_core.attention`: budget, policy, plan, target, seed.
     """
     q, k, v = inputs.query, inputs.key, inputs.value
+    problem = AttentionProblem.from_arrays(q, k, v, mask=mask, scale=inputs.scale)
+    chosen = get_backend(backend, problem.device)
+    shared: dict[str, Any] = {"mask": mask, "scale": inputs.scale, "backend": chosen}
     start = time.perf_counter()
-    result = attention(q, k, v, mask=mask, scale=inputs.scale, layer=layer, **choices)
+    result = attention(q, k, v, **shared, layer=layer, **choices)
     seconds = time.perf_counter() - start
     errors, dense_seconds = None, None
     if measure:
-        problem = AttentionProblem.from_arrays(q, k, v, mask=mask, scale=inputs.scale)
         errors = true_errors(problem, result)
-        backend = choices.get("backend", "auto")
         start = time.perf_counter()
-        attention(q, k, v, mask=mask, scale=inputs.scale, backend=backend)
+        attention(q, k, v, **shared)
         dense_seconds = time.perf_counter() - start
     rows = head_rows(result, errors, layer)
     return Outcome(result, rows, totals(rows, seconds, dense_seconds))
