@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -18,6 +19,9 @@ from adaattn_core.errors import AdaAttnError, ArgumentError, FileError
 from adaattn_core.registry import default_registry
 
 EXIT_BAD_INPUT = 2
+EXIT_BUG = 70
+"""EX_SOFTWARE of sysexits.h."""
+TRACEBACK_VARIABLE = "ADAATTN_TRACEBACK"
 
 
 def build_app() -> typer.Typer:
@@ -77,10 +81,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 do="run fewer heads or batch entries at a time",
             )
         )
+    except Exception as error:  # a bug of ours or of a plugin: say so, and how to see where
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        bug = AdaAttnError(
+            got=f"an internal error, {type(error).__name__}: {' '.join(str(error).split())}",
+            needed="no error at all: this is a bug, not your input",
+            do=f"report it with the output of {TRACEBACK_VARIABLE}=1 adaattn ...",
+        )
+        _fail(bug, EXIT_BUG)
     else:
         sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(error: AdaAttnError) -> None:
+def _fail(error: AdaAttnError, code: int = EXIT_BAD_INPUT) -> None:
     sys.stderr.write(f"{error}\n")
-    sys.exit(EXIT_BAD_INPUT)
+    sys.exit(code)

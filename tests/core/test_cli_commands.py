@@ -13,6 +13,7 @@ import typer
 
 from adaattn_core import __version__, registry
 from adaattn_core.cli import doctor
+from adaattn_core.cli.app import main
 from adaattn_core.hookspecs import hookimpl
 from adaattn_core.plan import Plan
 
@@ -194,3 +195,17 @@ def test_a_figure_asked_for_without_matplotlib_is_an_error(
     assert code == 2
     assert three_lines(err)
     assert "matplotlib" in err
+
+
+def test_a_bug_says_that_it_is_one(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def buggy() -> None:
+        raise ZeroDivisionError("one by none")
+
+    monkeypatch.setattr("adaattn_core.cli.backends.list_backends", buggy)
+    code, out, err = cli("backends")
+    assert (code, out) == (70, "")
+    assert three_lines(err)
+    assert "ZeroDivisionError: one by none" in err
+    monkeypatch.setenv("ADAATTN_TRACEBACK", "1")
+    with pytest.raises(ZeroDivisionError):
+        main(["backends"])
