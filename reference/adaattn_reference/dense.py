@@ -169,7 +169,7 @@ def _add_chunk(
     selection: slice | NDArray[np.int64],
 ) -> None:
     """Add masked scores of some keys; non-finite values reach only the rows that see them."""
-    positions = np.flatnonzero(np.isin(keys, view.bad_values)) if len(view.bad_values) else ()
+    positions = np.flatnonzero(np.isin(keys, view.kv.bad_values)) if len(view.kv.bad_values) else ()
     bad_scores = scores[:, positions].copy() if len(positions) else None
     accumulator.add(scores, operands.value[selection])
     if bad_scores is not None:

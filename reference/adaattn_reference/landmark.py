@@ -410,13 +410,14 @@ def _mask_near(
 ) -> int:
     """Mask the near columns (tiles, size, width) that a row may not see; count the others."""
     tiles, size, width = scores.shape
-    low = (near_start - window)[:, None]
+    low = near_start - window
     high = view.stop[rows].reshape(tiles, size) - window[:, None]
-    first = int(high.min()) if not low.any() else 0
+    alike = not low.any() and bool((high == high[0]).all())
+    first = 0 if low.any() else int(high.min())
     columns = np.arange(first, width)
-    hidden = columns >= high[:, :, None]
+    hidden = columns >= (high[:1] if alike else high)[:, :, None]
     if low.any():
-        hidden |= columns < low[:, :, None]
+        hidden |= columns < low[:, None, None]
     np.copyto(scores[:, :, first:], -np.inf, where=hidden)
     return int(np.clip(high, 0, width).sum() - low.sum() * size)
 

@@ -32,7 +32,7 @@ Float = NDArray[np.floating[Any]]
 
 JUDGE_ROWS = 64
 """Held-out rows per head on which candidates are judged."""
-JUDGE_PARTS = 4
+JUDGE_PARTS = 3
 """Stretches of the sequence that these rows come from."""
 CURVE = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
 """Unrepresented masses at which the landmark curve is read off."""
@@ -63,9 +63,9 @@ def measure_head(view: HeadView, request: MeasureRequest) -> tuple[HeadStats, He
         "dim_v": view.value.shape[1],
         "visible": view.visible,
         "nonfinite": view.nonfinite,
-        "query_norm_upper": _norm(view.query),
-        "key_norm_upper": _norm(view.key),
-        "value_norm_upper": _norm(view.value),
+        "query_norm_upper": view.query_norm_upper,
+        "key_norm_upper": float(view.seen(view.kv.key_norm).max(initial=0.0)),
+        "value_norm_upper": float(view.seen(view.kv.value_norm).max(initial=0.0)),
     }
     if not view.visible or view.nonfinite:
         return HeadStats(**facts), HeadProbe(None, [])
@@ -326,8 +326,3 @@ def _spectral_facts(view: HeadView, ranks: list[int]) -> dict[str, Any]:
         },
     }
 
-
-def _norm(x: Float) -> float:
-    """Largest Euclidean norm of a row among the finite ones, rounded up."""
-    squares = np.einsum("ij,ij->i", x, x)
-    return float(np.sqrt(squares[np.isfinite(squares)].max(initial=0.0))) * (1 + 1e-5)

@@ -21,7 +21,7 @@ from adaattn_core.formats import (
 )
 from adaattn_core.plan import HeadPlan
 from adaattn_reference.scratch import scratch
-from adaattn_reference.view import HeadView
+from adaattn_reference.view import HeadView, row_norms
 
 Float = NDArray[np.floating[Any]]
 
@@ -64,7 +64,6 @@ class Operands:
     value_residual_upper: float = 0.0
     query_step_upper: float = 0.0
     key_step_upper: float = 0.0
-    key_norm_upper: float = 0.0
 
     def scores(self, rows: slice | NDArray[np.int64], keys: slice | NDArray[np.int64]) -> Float:
         """Scaled scores of some rows and keys, in this thread's buffer, masks not applied."""
@@ -122,11 +121,11 @@ def prepare_operands(view: HeadView, plan: HeadPlan, seed: int) -> Operands:
             query_residual_upper=max_norm(exact_query - query),
             key_residual_upper=max_norm((exact_key - key)[view.seen_keys]),
         )
-    value = view.clean_value
+    value = view.kv.clean_value
     value_residual = 0.0
     if plan.pv not in ("f32", "f64"):
-        value = _round_values(view.clean_value, plan)
-        value_residual = max_norm((view.clean_value - value)[view.seen_keys])
+        value = _round_values(view.kv.clean_value, plan)
+        value_residual = max_norm((view.kv.clean_value - value)[view.seen_keys])
     scale = query.dtype.type(view.scale)
     return Operands(
         query=query * scale,
@@ -135,8 +134,7 @@ def prepare_operands(view: HeadView, plan: HeadPlan, seed: int) -> Operands:
         lse_shift=lse_shift,
         plan=plan,
         value_residual_upper=value_residual,
-        key_norm_upper=max_norm(key[view.seen_keys]),
-        **residuals,
+            **residuals,
     )
 
 
@@ -200,8 +198,4 @@ def _finite_mean(key: Float, seen: NDArray[np.bool_]) -> Float:
 
 def max_norm(x: Float) -> float:
     """Largest Euclidean norm of a row, rounded up; Inf or NaN rows give inf."""
-    if not x.size:
-        return 0.0
-    squares = np.einsum("ij,ij->i", x, x, dtype=np.float64)
-    largest = float(np.sqrt(squares.max()))
-    return float(np.nextafter(largest * (1 + 1e-12), np.inf)) if largest == largest else np.inf
+    return float(row_norms(x).max(initial=0.0))

@@ -1,4 +1,4 @@
-"""One head of a problem as plain NumPy arrays, with the facts that executors need about its mask."""
+"""One head of a problem as plain NumPy arrays, with what executors need about its mask."""
 
 from __future__ import annotations
 
@@ -17,13 +17,68 @@ Float = NDArray[np.floating[Any]]
 
 
 @dataclass(eq=False)
+class KeyValues:
+    """Keys and values of one (sequence, head_kv), and facts that its query heads share.
+
+    Attributes
+    ----------
+    key, value : ndarray, shapes (len_kv, dim_qk), (len_kv, dim_v)
+        In the working dtype; keys that no row's interval reaches are cut off.
+    """
+
+    key: Float
+    value: Float
+
+    @cached_property
+    def key_norm(self) -> Float:
+        """Euclidean norm of every key, rounded up."""
+        return row_norms(self.key)
+
+    @cached_property
+    def value_norm(self) -> Float:
+        """Euclidean norm of every value, rounded up."""
+        return row_norms(self.value)
+
+    @cached_property
+    def value_diameter_upper(self) -> float:
+        """Upper bound of the distance between two values (masked ones may loosen it)."""
+        if not len(self.value):
+            return 0.0
+        centre = self.clean_value.mean(axis=0)
+        return 2 * float(row_norms(self.value - centre).max()) * (1 + 1e-6)
+
+    @cached_property
+    def bad_values(self) -> NDArray[np.int64]:
+        """Keys whose value vector holds NaN or Inf."""
+        return np.flatnonzero(~np.isfinite(self.value).all(axis=1))
+
+    @cached_property
+    def clean_value(self) -> Float:
+        """Values with non-finite vectors replaced by zeros."""
+        if not len(self.bad_values):
+            return self.value
+        clean = self.value.copy()
+        clean[self.bad_values] = 0
+        return clean
+
+    @cached_property
+    def bad(self) -> NDArray[np.bool_]:
+        """Whether a key or its value holds NaN or Inf, shape (len_kv,)."""
+        bad = ~np.isfinite(self.key).all(axis=1)
+        bad[self.bad_values] = True
+        return bad
+
+
+@dataclass(eq=False)
 class HeadView:
     """One (sequence, head): contiguous operands and the visible interval of every row.
 
     Attributes
     ----------
-    query, key, value : ndarray, shapes (len_q, dim_qk), (len_kv, dim_qk), (len_kv, dim_v)
-        In the working dtype; keys that no row's interval reaches are cut off.
+    query : ndarray, shape (len_q, dim_qk)
+        In the working dtype.
+    kv : KeyValues
+        What the head attends to, shared with the other heads of its group.
     start, stop : ndarray of int64, shape (len_q,)
         Visible keys of each row, counted from the first key kept here.
     allowed, bias : ndarray or None, shape (len_q, len_kv)
@@ -32,13 +87,22 @@ class HeadView:
     """
 
     query: Float
-    key: Float
-    value: Float
+    kv: KeyValues
     start: NDArray[np.int64]
     stop: NDArray[np.int64]
     allowed: NDArray[np.bool_] | None
     bias: Float | None
     scale: float
+
+    @property
+    def key(self) -> Float:
+        """Keys, shape (len_kv, dim_qk)."""
+        return self.kv.key
+
+    @property
+    def value(self) -> Float:
+        """Values, shape (len_kv, dim_v)."""
+        return self.kv.value
 
     @property
     def len_q(self) -> int:
@@ -61,26 +125,20 @@ class HeadView:
         return int((self.stop - self.start).sum())
 
     @cached_property
-    def bad_values(self) -> NDArray[np.int64]:
-        """Keys whose value vector holds NaN or Inf."""
-        return np.flatnonzero(~np.isfinite(self.value).all(axis=1))
-
-    @cached_property
-    def clean_value(self) -> Float:
-        """Values with non-finite vectors replaced by zeros."""
-        if not len(self.bad_values):
-            return self.value
-        clean = self.value.copy()
-        clean[self.bad_values] = 0
-        return clean
+    def query_norm_upper(self) -> float:
+        """Largest Euclidean norm of a query row."""
+        return float(row_norms(self.query).max(initial=0.0))
 
     @cached_property
     def nonfinite(self) -> bool:
         """Whether a query, or a key or value that some row may see, holds NaN or Inf."""
-        bad = ~(np.isfinite(self.key).all(axis=1) & np.isfinite(self.value).all(axis=1))
-        if not np.isfinite(self.query).all():
+        if not np.isfinite(self.query_norm_upper) and not np.isfinite(self.query).all():
             return True
-        return bool(bad.any()) and bool((bad & self.seen_keys).any())
+        return bool(self.kv.bad.any()) and bool((self.kv.bad & self.seen_keys).any())
+
+    def seen(self, per_key: Float) -> Float:
+        """Entries of a per-key array that belong to keys some row sees."""
+        return per_key if self.seen_keys.all() else per_key[self.seen_keys]
 
     @cached_property
     def seen_keys(self) -> NDArray[np.bool_]:
@@ -93,8 +151,8 @@ class HeadView:
             return np.asarray(np.cumsum(edges[:-1]) > 0)
         seen = np.zeros(self.len_kv, bool)
         for first in range(0, self.len_q, 256):
-            rows = np.arange(first, min(first + 256, self.len_q))
-            seen |= self.visible_block(rows, 0, self.len_kv).any(axis=0)
+            part = np.arange(first, min(first + 256, self.len_q))
+            seen |= self.visible_block(part, 0, self.len_kv).any(axis=0)
         return seen
 
     def visible_block(
@@ -148,7 +206,7 @@ class HeadView:
 
 
 class ProblemViews:
-    """Views of every head of a problem; keys and values are converted once per key/value head."""
+    """Views of every head of a problem, converted once; keys and values per key/value head."""
 
     def __init__(self, problem: AttentionProblem, dtype: Any = np.float32) -> None:
         self.problem = problem
@@ -158,7 +216,8 @@ class ProblemViews:
         self._value = to_numpy(problem.value)
         self._allowed = self._mask_array(problem.mask.allowed)
         self._bias = self._mask_array(problem.mask.bias)
-        self._kv: dict[tuple[int, int], tuple[Float, Float]] = {}
+        self._kv: dict[tuple[int, int], KeyValues] = {}
+        self._views: dict[HeadIndex, HeadView] = {}
         self._lock = Lock()
 
     def _mask_array(self, mask: Any) -> NDArray[Any] | None:
@@ -170,36 +229,40 @@ class ProblemViews:
         return np.broadcast_to(array, (p.batch, p.heads_q, p.len_q, p.len_kv))
 
     def __getitem__(self, index: HeadIndex) -> HeadView:
+        if index not in self._views:
+            self._views[index] = self.rows(index, slice(None))
+        return self._views[index]
+
+    def rows(self, index: HeadIndex, rows: slice | NDArray[np.int64]) -> HeadView:
+        """View of some rows of a head; keys and values are those of the whole head."""
         p, (sequence, head) = self.problem, index
         span = p.sequences[sequence]
         start, stop = p.intervals(sequence)
         seen = stop > start
         low = int(start[seen].min()) if seen.any() else 0
         high = int(stop[seen].max()) if seen.any() else 0
-        key, value = self._keys(sequence, head // p.group_size)
-        rows = slice(span.q_start, span.q_stop)
+        whole = slice(span.q_start, span.q_stop)
         columns = slice(span.kv_start + low, span.kv_start + high)
         allowed, bias = (
-            None if m is None else m[span.batch, head, rows, columns]
+            None if m is None else m[span.batch, head, whole, columns][rows]
             for m in (self._allowed, self._bias)
         )
         return HeadView(
-            query=self._convert(self._query[span.batch, head, rows]),
-            key=key[low:high],
-            value=value[low:high],
-            start=np.clip(start - low, 0, high - low),
-            stop=np.clip(stop - low, 0, high - low),
+            query=self._convert(self._query[span.batch, head, whole][rows]),
+            kv=self._key_values(sequence, head // p.group_size, low, high),
+            start=np.clip(start[rows] - low, 0, high - low),
+            stop=np.clip(stop[rows] - low, 0, high - low),
             allowed=allowed,
             bias=bias,
             scale=p.scale,
         )
 
-    def _keys(self, sequence: int, head_kv: int) -> tuple[Float, Float]:
+    def _key_values(self, sequence: int, head_kv: int, low: int, high: int) -> KeyValues:
         with self._lock:
             if (sequence, head_kv) not in self._kv:
                 span = self.problem.sequences[sequence]
-                rows = slice(span.kv_start, span.kv_stop)
-                self._kv[sequence, head_kv] = (
+                rows = slice(span.kv_start + low, span.kv_start + high)
+                self._kv[sequence, head_kv] = KeyValues(
                     self._convert(self._key[span.batch, head_kv, rows]),
                     self._convert(self._value[span.batch, head_kv, rows]),
                 )
@@ -208,3 +271,16 @@ class ProblemViews:
     def _convert(self, x: NDArray[Any]) -> Float:
         with np.errstate(over="ignore"):  # f64 beyond f32: becomes Inf and is reported
             return np.ascontiguousarray(x, dtype=self.dtype)
+
+
+def row_norms(x: Float) -> Float:
+    """Euclidean norms of rows, rounded up; Inf or NaN in a row gives inf.
+
+    Squares are taken in the working dtype where they neither overflow nor underflow.
+    """
+    norms = np.sqrt(np.einsum("ij,ij->i", x, x))
+    largest = norms.max(initial=0.0)
+    if not 1e-15 < largest < 1e15:
+        norms = np.sqrt(np.einsum("ij,ij->i", x, x, dtype=np.float64))
+        norms[np.isnan(norms)] = np.inf
+    return np.asarray(norms * (1 + 1e-4 if norms.dtype == np.float32 else 1 + 1e-10))
