@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -40,6 +41,17 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = ("--no-deps", "--no-index", "--quiet", "--target", str(folder))
     python("-m", "pip", "install", *options, str(wheel), cwd=folder)
     return folder
+
+
+def test_the_source_archive_holds_the_project_and_nothing_else(tmp_path: Path) -> None:
+    python("-m", "hatchling", "build", "-t", "sdist", "-d", str(tmp_path), cwd=ROOT)
+    (path,) = tmp_path.glob("adaattn-*.tar.gz")
+    with tarfile.open(path) as archive:
+        tops = {name.split("/")[1] for name in archive.getnames()}
+    folders = {"adaattn_core", "reference", "backends", "kernels_cu", "tests", "docs"}
+    folders |= {"benchmarks", ".ci"}
+    files = {"README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml", "PKG-INFO", ".gitignore"}
+    assert tops == folders | files
 
 
 def names(wheel: Path) -> list[str]:
