@@ -40,7 +40,7 @@ ACCUMULATOR_LIMIT = 192
 TIGHT_ACCUMULATOR_LIMIT = 160
 OUTPUT_LIMIT = 128
 SCORE_LIMIT = 96
-"""Registers of S and O together, and of each alone, that compile to 255 registers without a spill.
+"""Registers of S and O together, and of each alone, that compile to 255 without a spill.
 Array masks (their addresses) and a single stage (its second wait) leave less room."""
 
 WIDE_TILE_N = 64

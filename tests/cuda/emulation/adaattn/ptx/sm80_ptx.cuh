@@ -29,7 +29,7 @@ using u16 = unsigned short;
 namespace emulation {
 
 constexpr int kSmemLimit = 232448;
-constexpr size_t kStack = 256 * 1024;
+constexpr size_t kStack = 64 * 1024;
 
 struct Copy {
     u32 address;
@@ -103,16 +103,19 @@ inline void start_fiber() {
 // Runs one block of `threads` threads to its end.
 inline void run_block(u32 block, int threads, int smem_bytes, void (*body)()) {
     Machine& m = machine;
-    memset(m.smem, 0xff, sizeof m.smem);
+    memset(m.smem, 0xff, smem_bytes);
     m.block = block;
     m.threads = threads;
     m.smem_bytes = smem_bytes;
     m.body = body;
-    m.fibers = std::vector<Fiber>(threads);
+    m.fibers.resize(threads);
     m.warps = std::vector<Meeting>(threads / 32);
     m.everyone = Meeting();
     for (Fiber& fiber : m.fibers) {
         fiber.stack.resize(kStack);
+        fiber.groups.clear();
+        fiber.open.clear();
+        fiber.done = false;
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.data();
         fiber.context.uc_stack.ss_size = kStack;

@@ -1,0 +1,60 @@
+"""Skips with a reason where NVRTC, g++ or a GPU is missing; a cache of its own per test."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+
+from adaattn_core.errors import BackendUnavailableError
+from adaattn_cuda import driver, plugin
+from adaattn_cuda.toolchain import nvrtc_version
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = {"nvrtc": _no_nvrtc(), "gpu": plugin.probe()}
+    for item in items:
+        for marker, reason in missing.items():
+            if reason is not None and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=f"{marker}: {reason}"))
+
+
+def _no_nvrtc() -> str | None:
+    try:
+        nvrtc_version()
+    except BackendUnavailableError as error:
+        return error.got
+    return None
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No test reads or writes the user's cache."""
+    monkeypatch.setenv("ADAATTN_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+    for name in ("ADAATTN_NO_JIT", "ADAATTN_KEEP", "ADAATTN_QUIET"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def cxx() -> str:
+    """Path of a C++ compiler."""
+    found = shutil.which("g++")
+    if found is None:
+        pytest.skip("no g++ on this machine: kernels cannot be emulated")
+    return found
+
+
+@pytest.fixture
+def no_driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Pretend that no driver library is installed."""
+
+    def fail(name: str) -> None:
+        raise OSError(name)
+
+    driver.load_driver.cache_clear()
+    monkeypatch.setattr(driver.ctypes, "CDLL", fail)
+    yield
+    driver.load_driver.cache_clear()

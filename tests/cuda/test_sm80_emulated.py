@@ -1,0 +1,314 @@
+"""The sm80 kernel's own source, run on a CPU: layouts, masks, pipeline, rows without a key.
+
+Only the instruction header is replaced (by emulation/adaattn/ptx/sm80_ptx.cuh); everything else
+is what a GPU runs. The tolerance is one rounding of each operand and of the output.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import adaattn_kernels_cu as kernels
+from adaattn_core.mask import Mask
+from adaattn_core.problem import AttentionProblem, HeadIndex
+from adaattn_core.testing.oracles import exact_attention
+from adaattn_cuda import sm80
+from adaattn_cuda.arrays import ArrayView, broadcast
+from adaattn_cuda.spec import cpp
+from adaattn_cuda.tuning.sm80 import Specialisation
+
+DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype("f2"), "f32": np.dtype("f4")}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {np.dtype(bool): "bool"}
+_UNIT = """\
+#include "adaattn/attn/sm80_attn_fwd.cuh"
+
+using Traits = adaattn::sm80_attn_fwd::Traits<{arguments}>;
+static_assert(Traits::kSmemBytes == {smem_bytes}, "host and kernel disagree on smem");
+
+namespace {{
+adaattn::sm80::Params shared_params;
+}}
+
+extern "C" int params_bytes() {{ return sizeof(adaattn::sm80::Params); }}
+extern "C" void run(const adaattn::sm80::Params* params, int blocks) {{
+    shared_params = *params;
+    for (int block = 0; block < blocks; ++block) {{
+        adaattn::sm80::emulation::run_block(
+            block, Traits::kThreads, Traits::kSmemBytes,
+            [] {{ adaattn::sm80_attn_fwd::run<Traits>(shared_params); }});
+    }}
+}}
+"""
+UNIT = {"bf16": 2.0**-8, "f16": 2.0**-11, "tf32": 2.0**-11, "f32": 2.0**-22}
+"""Relative error of one operand, the tensor core's three-product f32 included."""
+
+
+class Emulator:
+    """The kernel compiled for the CPU, one library per specialisation, kept in a folder."""
+
+    def __init__(self, cxx: str, folder: Path) -> None:
+        self._cxx, self._folder = cxx, folder
+
+    def library(self, chosen: Specialisation) -> ctypes.CDLL:
+        """Compile one specialisation, once."""
+        traits = chosen.spec("sm_80").traits
+        unit = _UNIT.format(
+            arguments=", ".join(cpp(t) for t in traits), smem_bytes=chosen.smem_bytes
+        )
+        stem = self._folder / hashlib.sha256(unit.encode()).hexdigest()[:16]
+        built = stem.with_suffix(".so")
+        if not built.exists():
+            stem.with_suffix(".cpp").write_text(unit)
+            emulation = Path(__file__).parent / "emulation"
+            # The emulation shadows the shipped instruction header: it must come first.
+            paths = ["-I", str(emulation), "-I", str(kernels.root())]
+            warnings = ["-Wall", "-Werror", "-Wno-unknown-pragmas"]
+            flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=off", *warnings]
+            command = [
+                self._cxx,
+                *flags,
+                *paths,
+                str(stem.with_suffix(".cpp")),
+                "-o",
+                str(built),
+            ]
+            subprocess.run(command, check=True, timeout=120)
+        return ctypes.CDLL(str(built))
+
+    def run(
+        self,
+        problem: AttentionProblem,
+        qk: str,
+        pv: str,
+        *,
+        arch: str = "sm_90a",
+        heads: tuple[HeadIndex, ...] | None = None,
+    ) -> tuple[NDArray[Any], NDArray[np.float32], Specialisation]:
+        """Outputs (where nothing was written: the poison 7) and the specialisation that ran."""
+        rows = (problem.batch, problem.heads_q, problem.len_q)
+        out = np.full((*rows, problem.dim_v), 7, problem.query.dtype)
+        lse = np.full(rows, 7, np.float32)
+        mask, shape = problem.mask, (*rows, problem.len_kv)
+        task = sm80.DenseTask(
+            *(describe(x) for x in (problem.query, problem.key, problem.value, out, lse)),
+            *(x if x is None else broadcast(describe(x), shape)
+              for x in (mask.allowed, mask.bias)),
+            problem.sequences, mask.left, mask.right, mask.alignment == "bottom_right",
+            problem.scale, qk, pv, heads,
+        )  # fmt: skip
+        chosen = sm80.specialisation(task, arch)
+        library = self.library(chosen)
+        assert library.params_bytes() == ctypes.sizeof(sm80.Params)
+        arrays = (task.query, task.key, task.value, task.out, task.lse, task.allowed, task.bias)
+        for params, blocks in sm80.launches(task, chosen.tile_m):
+            sm80.set_pointers(params, [a.pointer if a else 0 for a in arrays])
+            library.run(ctypes.byref(params), blocks)
+        return out, lse, chosen
+
+
+def describe(x: NDArray[Any]) -> ArrayView:
+    """View of a host array, as the kernel sees a device one."""
+    strides = tuple(s // x.dtype.itemsize for s in x.strides)
+    return ArrayView(x.ctypes.data, x.shape, strides, _NAMES[x.dtype], -1)
+
+
+def aligned(x: NDArray[Any]) -> NDArray[Any]:
+    """Copy that begins on a 16-byte boundary."""
+    room = np.zeros(x.nbytes + 16, np.uint8)
+    first = -room.ctypes.data % 16
+    copy = room[first : first + x.nbytes].view(x.dtype).reshape(x.shape)
+    copy[...] = x
+    return copy
+
+
+@pytest.fixture(scope="session")
+def emulator(cxx: str, tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    return Emulator(cxx, tmp_path_factory.mktemp("emulated"))
+
+
+def problem(
+    dtype: str,
+    lens: tuple[int, int],
+    dims: tuple[int, int] = (64, 64),
+    heads: tuple[int, int] = (1, 1),
+    batch: int = 1,
+    mask: Mask | None = None,
+    seed: int = 0,
+) -> AttentionProblem:
+    rng = np.random.default_rng(seed)
+    shapes = (
+        (batch, heads[0], lens[0], dims[0]),
+        (batch, heads[1], lens[1], dims[0]),
+        (batch, heads[1], lens[1], dims[1]),
+    )
+    arrays = [aligned(rng.standard_normal(s).astype(DTYPES[dtype])) for s in shapes]
+    return AttentionProblem.from_arrays(*arrays, mask=mask)
+
+
+def check(
+    emulator: Emulator, p: AttentionProblem, qk: str, pv: str | None = None, **choices: Any
+) -> None:
+    pv = pv or qk
+    out, lse, _ = emulator.run(p, qk, pv, **choices)
+    exact = exact_attention(p)
+    assert_close(out, exact.out, UNIT[qk] + UNIT[pv] + UNIT[p.dtype])
+    reached = np.isfinite(exact.lse)
+    np.testing.assert_array_equal(np.isfinite(lse), reached)
+    np.testing.assert_array_equal(lse[~reached], exact.lse[~reached])
+    spread = np.abs(lse[reached] - exact.lse[reached])
+    size = np.maximum(np.abs(exact.lse[reached]), 1.0)
+    assert (spread <= 8 * (UNIT[qk] if qk != p.dtype else 2.0**-20) * size).all()
+
+
+def assert_close(out: NDArray[Any], exact: NDArray[np.float64], unit: float) -> None:
+    got = out.astype(np.float64)
+    finite = np.isfinite(exact)
+    np.testing.assert_array_equal(np.isfinite(got), finite)
+    error = np.linalg.norm(got[finite] - exact[finite])
+    assert error <= unit * np.linalg.norm(exact[finite]), (error, unit)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "qk", "pv"),
+    [
+        ("bf16", "bf16", "bf16"),
+        ("f16", "f16", "f16"),
+        ("f32", "f32", "f32"),
+        ("f32", "tf32", "tf32"),
+        ("f32", "bf16", "tf32"),
+        ("f32", "f32", "f16"),
+        ("bf16", "f32", "f32"),
+        ("bf16", "f16", "bf16"),
+    ],
+)
+def test_formats(emulator: Emulator, dtype: str, qk: str, pv: str) -> None:
+    check(emulator, problem(dtype, (40, 201)), qk, pv)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dims"),
+    [("bf16", (128, 128)), ("bf16", (96, 160)), ("bf16", (256, 256)), ("f32", (32, 256))],
+)
+def test_dims(emulator: Emulator, dtype: str, dims: tuple[int, int]) -> None:
+    check(emulator, problem(dtype, (30, 150), dims), dtype)
+
+
+@pytest.mark.parametrize("dims", [(40, 40), (37, 51), (1, 1)])
+def test_padded_and_unaligned_dims(emulator: Emulator, dims: tuple[int, int]) -> None:
+    check(emulator, problem("bf16", (30, 150), dims), "bf16")
+
+
+MASKS = {
+    "causal top left": (Mask.causal("top_left"), (150, 70)),
+    "causal bottom right": (Mask.causal("bottom_right"), (140, 200)),
+    "causal, first rows see nothing": (Mask.causal("bottom_right"), (150, 9)),
+    "window": (Mask.sliding_window(40, 20, "bottom_right"), (255, 191)),
+    "window, one side": (Mask.sliding_window(None, 3, "top_left"), (70, 300)),
+    "no key at all": (Mask.key_lengths([0]), (20, 70)),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_interval_masks(emulator: Emulator, name: str) -> None:
+    mask, lens = MASKS[name]
+    check(emulator, problem("bf16", lens, mask=mask), "bf16")
+
+
+def test_grouped_heads_lengths_and_batches(emulator: Emulator) -> None:
+    mask = Mask.key_lengths([70, 0, 33]) & Mask.causal("bottom_right")
+    check(emulator, problem("bf16", (60, 70), heads=(4, 2), batch=3, mask=mask), "bf16")
+
+
+def test_ragged(emulator: Emulator) -> None:
+    mask = Mask.ragged([0, 30, 30, 100], [0, 20, 50, 90]) & Mask.sliding_window(
+        5, 2, "bottom_right"
+    )
+    check(emulator, problem("bf16", (100, 90), heads=(2, 2), mask=mask), "bf16")
+
+
+def test_more_sequences_than_one_launch_takes(emulator: Emulator) -> None:
+    cu = list(range(0, 2 * 140 + 1, 2))
+    p = problem("bf16", (cu[-1], cu[-1]), (32, 32), mask=Mask.ragged(cu, cu))
+    check(emulator, p, "bf16")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+def test_array_masks(emulator: Emulator, dtype: str) -> None:
+    rng = np.random.default_rng(1)
+    allowed = rng.random((1, 2, 40, 70)) < 0.3
+    allowed[0, 0, 3] = False
+    check(emulator, problem(dtype, (40, 70), heads=(2, 2), mask=Mask.boolean(allowed)), dtype)
+    bias = rng.standard_normal((2, 1, 1, 70)).astype(np.float32)
+    bias[..., :5] = -np.inf
+    mask = Mask.additive(bias) & Mask.causal("top_left")
+    check(emulator, problem(dtype, (40, 70), heads=(2, 1), batch=2, mask=mask), dtype)
+    both = Mask.additive(bias[:1].astype(DTYPES[dtype])) & Mask.boolean(allowed)
+    check(emulator, problem(dtype, (40, 70), heads=(2, 1), mask=both), dtype)
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_86"])
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+def test_nonfinite_values_reach_the_rows_that_see_them(
+    emulator: Emulator, dtype: str, arch: str
+) -> None:
+    """On sm_86 a single stage holds K and V, so V arrives at another time."""
+    p = problem(dtype, (50, 300), (128, 128), mask=Mask.causal("bottom_right"))
+    p.value[0, 0, 270, 3] = np.nan
+    p.value[0, 0, 280, 5] = np.inf
+    p.key[0, 0, 290] = np.nan
+    check(emulator, p, dtype, arch=arch)
+
+
+@pytest.mark.parametrize("masked", ["lengths", "boolean"])
+def test_nothing_leaks_from_masked_keys(emulator: Emulator, masked: str) -> None:
+    allowed = np.ones((1, 1, 50, 90), bool)
+    allowed[..., 60:] = False
+    mask = Mask.key_lengths([60]) if masked == "lengths" else Mask.boolean(allowed)
+    p = problem("bf16", (50, 90), mask=mask)
+    p.value[:, :, 60:], p.key[:, :, 60:] = np.nan, np.inf
+    check(emulator, p, "bf16")
+
+
+def test_huge_scores_stay_one_hot(emulator: Emulator) -> None:
+    """Scores beyond float32's integers: no overflow, and the largest key takes the row."""
+    p = problem("f32", (50, 90))
+    huge = AttentionProblem.from_arrays(
+        p.query * np.float32(1e15), p.key * np.float32(1e4), p.value
+    )
+    out, _, _ = emulator.run(huge, "f32", "f32")
+    assert_close(out, exact_attention(huge).out, 1e-6)
+
+
+def test_only_the_asked_heads_are_written(emulator: Emulator) -> None:
+    p = problem("bf16", (40, 70), heads=(4, 2))
+    out, lse, _ = emulator.run(p, "bf16", "bf16", heads=((0, 1), (0, 3)))
+    assert (out[0, [0, 2]] == 7).all()
+    assert (lse[0, [0, 2]] == 7).all()
+    exact = exact_attention(p).out[:, [1, 3]]
+    assert_close(out[:, [1, 3]], exact, 3 * UNIT["bf16"])
+
+
+def test_strided_layouts(emulator: Emulator) -> None:
+    rng = np.random.default_rng(2)
+    shape = (1, 80, 2, 64)
+    q, k, v = (aligned(rng.standard_normal(shape).astype(DTYPES["bf16"])) for _ in range(3))
+    check(emulator, AttentionProblem.from_arrays(q, k, v, layout="bshd"), "bf16")
+    wide = aligned(rng.standard_normal((1, 2, 80, 65)).astype(DTYPES["bf16"]))[..., :64]
+    check(emulator, AttentionProblem.from_arrays(wide, wide, wide), "bf16")
+
+
+def test_result_does_not_depend_on_the_batch(emulator: Emulator) -> None:
+    p = problem("bf16", (70, 90), batch=2, mask=Mask.causal("bottom_right"))
+    one = AttentionProblem.from_arrays(p.query[1:], p.key[1:], p.value[1:], mask=p.mask)
+    both, _, _ = emulator.run(p, "bf16", "bf16")
+    alone, _, _ = emulator.run(one, "bf16", "bf16")
+    np.testing.assert_array_equal(both[1:], alone)
