@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, get_args
 
 from adaattn_core.errors import ArgumentError
@@ -15,8 +16,8 @@ OnViolation = Literal["escalate", "raise", "report"]
 class ErrorBudget:
     """Error that the caller tolerates, per head.
 
-    The sentence: with confidence `confidence`, at least a share `rows` of each head's query rows
-    satisfy ``|out_i - exact_i| <= rel * rms_i |out_i|``.
+    The sentence: with confidence `confidence`, at least a share `rows` of each head's query
+    rows satisfy ``|out_i - exact_i| <= rel * rms_i |out_i|``.
 
     Parameters
     ----------
@@ -44,6 +45,13 @@ class ErrorBudget:
     on_violation: OnViolation = "escalate"
 
     def __post_init__(self) -> None:
+        for name in ("rel", "rows", "confidence"):
+            if not isinstance(getattr(self, name), Real):
+                raise ArgumentError(
+                    got=f"{name}={getattr(self, name)!r}",
+                    needed="a number",
+                    do="pass a float, e.g. 0.05",
+                )
         if not 0 < self.rel < float("inf"):
             raise ArgumentError(
                 got=f"rel={self.rel}",

@@ -1,14 +1,17 @@
 """Masks: which keys a query row may see.
 
-Every structural mask (causal, window, key lengths, ragged batches) lets a row see one *interval* of
-keys, so executors work with two integers per row. Boolean and additive masks are kept as arrays
-with broadcast strides and are read tile by tile.
+Every structural mask (causal, window, key lengths, ragged batches) lets a row see one *interval*
+of keys, so executors work with two integers per row. Boolean and additive masks are kept as
+arrays with broadcast strides and are read tile by tile.
 """
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -21,13 +24,13 @@ CausalAlignment = Literal["top_left", "bottom_right"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Mask:
-    """What each query row may attend to; build it with the class methods and combine with ``&``.
+    """What each query row may attend to; built by the class methods, combined with ``&``.
 
     Attributes
     ----------
     alignment : {"top_left", "bottom_right", "equal", None}
-        How query positions map to key positions for causal and window masks. ``"equal"`` demands
-        ``len_q == len_kv``; nothing is guessed otherwise.
+        How query positions map to key positions for causal and window masks. ``"equal"``
+        demands ``len_q == len_kv``; nothing is guessed otherwise.
     left, right : int or None
         Row at aligned position p sees keys ``p - left .. p + right``; None means unlimited.
         Causal is ``right = 0``.
@@ -50,7 +53,7 @@ class Mask:
     allowed: Any = field(default=None, repr=False)
     bias: Any = field(default=None, repr=False)
 
-    # -- constructors ---------------------------------------------------------------------------
+    # -- constructors -------------------------------------------------------------------------
     @classmethod
     def none(cls) -> Mask:
         """Every row sees every key."""
@@ -75,10 +78,10 @@ class Mask:
     ) -> Mask:
         """Window mask: a row at aligned position p sees keys ``p - left .. p + right``."""
         for name, value in (("left", left), ("right", right)):
-            if value is not None and value < 0:
+            if value is not None and (not isinstance(value, Integral) or value < 0):
                 raise ArgumentError(
-                    got=f"{name}={value}",
-                    needed="a window extent of at least 0, or None for unlimited",
+                    got=f"{name}={value!r}",
+                    needed="a whole number of at least 0, or None for unlimited",
                     do="count the keys to each side, the row's own position not included",
                 )
         return cls(alignment=_alignment(alignment), left=left, right=right)
@@ -86,21 +89,18 @@ class Mask:
     @classmethod
     def key_lengths(cls, lengths: Sequence[int]) -> Mask:
         """Keys at or beyond ``lengths[b]`` of batch entry b are padding."""
-        return cls(lengths=tuple(int(n) for n in lengths))
+        return cls(lengths=_whole_numbers("lengths", lengths))
 
     @classmethod
     def ragged(cls, cu_seqlens_q: Sequence[int], cu_seqlens_kv: Sequence[int]) -> Mask:
         """Packed sequences of different lengths: arrays of batch 1, rows back to back."""
-        cu_q, cu_kv = (tuple(int(n) for n in cu) for cu in (cu_seqlens_q, cu_seqlens_kv))
+        cu_q = _whole_numbers("cu_seqlens_q", cu_seqlens_q)
+        cu_kv = _whole_numbers("cu_seqlens_kv", cu_seqlens_kv)
         for name, cu in (("cu_seqlens_q", cu_q), ("cu_seqlens_kv", cu_kv)):
-            if (
-                len(cu) < 2
-                or cu[0] != 0
-                or any(b < a for a, b in zip(cu, cu[1:], strict=False))
-            ):
+            if len(cu) < 2 or cu[0] != 0 or any(b < a for a, b in itertools.pairwise(cu)):
                 raise ShapeError(
                     got=f"{name}={cu}",
-                    needed="a nondecreasing sequence that starts at 0 with one entry more than sequences",
+                    needed="a nondecreasing sequence from 0, one entry longer than the sequences",
                     do="pass the exclusive prefix sum of the sequence lengths",
                 )
         if len(cu_q) != len(cu_kv):
@@ -144,7 +144,7 @@ class Mask:
             merged.update({name: getattr(source, name) for name in group})
         return replace(self, **merged)
 
-    # -- facts ----------------------------------------------------------------------------------
+    # -- facts --------------------------------------------------------------------------------
     @property
     def is_causal(self) -> bool:
         """Whether rows see no key after their own aligned position."""
@@ -198,6 +198,18 @@ class Mask:
         if self.bias is not None:
             parts.append("additive")
         return " & ".join(parts) or "none"
+
+
+def _whole_numbers(name: str, values: Sequence[int]) -> tuple[int, ...]:
+    """Integers of any library as ints; nothing is rounded to become one."""
+    try:
+        return tuple(operator.index(n) for n in values)
+    except TypeError:
+        raise ArgumentError(
+            got=f"{name}={values!r}",
+            needed="a sequence of whole numbers",
+            do="pass a list of integers, e.g. lengths.tolist()",
+        ) from None
 
 
 def _alignment(alignment: str | None) -> str:

@@ -1,15 +1,17 @@
-"""Plan: what was chosen for every head, and why; printable, hashable, saved as versioned JSON."""
+"""Plan: what was chosen for every head, and why; printable, hashable, saved as JSON."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from adaattn_core.errors import PlanError
+from adaattn_core.errors import AdaAttnError, PlanError
 from adaattn_core.files import atomic_write_text
 from adaattn_core.formats import get_format
 from adaattn_core.problem import AttentionProblem, HeadIndex
@@ -70,6 +72,12 @@ class HeadPlan:
                 needed='scales "token" or "block", rounding "nearest" or "stochastic"',
                 do="correct the plan",
             )
+        if not 0 < self.p_scale < math.inf or self.flush_keys < 0:
+            raise PlanError(
+                got=f"p_scale={self.p_scale}, flush_keys={self.flush_keys}",
+                needed="a positive finite factor, and a number of keys of at least 0",
+                do="correct the plan",
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dictionary."""
@@ -88,21 +96,29 @@ class HeadPlan:
                 needed=f"fields {list(_HEAD_FIELDS)}",
                 do="save the plan again with this version",
             )
+        for name, value in fields.items():
+            kind = _HEAD_FIELDS[name]
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+                raise PlanError(
+                    got=f"{name}={value!r}",
+                    needed=f"a {name} that is a {kind.__name__.lower()}",
+                    do="save the plan again with this version",
+                )
         return cls(structure=structure, **fields)
 
 
-_HEAD_FIELDS = (
-    "qk",
-    "pv",
-    "scales",
-    "smooth_k",
-    "rounding",
-    "p_scale",
-    "flush_keys",
-    "reason",
-    "cost_estimate",
-    "error_estimate",
-)
+_HEAD_FIELDS: dict[str, type] = {
+    "qk": str,
+    "pv": str,
+    "scales": str,
+    "smooth_k": bool,
+    "rounding": str,
+    "p_scale": Real,
+    "flush_keys": int,
+    "reason": str,
+    "cost_estimate": Real,
+    "error_estimate": Real,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +129,8 @@ class Plan:
     ----------
     heads : mapping of (sequence, head) to HeadPlan
     seed : int
-        Seed of every random choice that the run makes (probe rows, stochastic rounding); running
-        the same plan again reproduces the output bit for bit on the same backend.
+        Seed of every random choice that the run makes (probe rows, stochastic rounding);
+        running the same plan again reproduces the output bit for bit on the same backend.
     policy : str
         Name of the policy that decided.
     target : str
@@ -136,7 +152,7 @@ class Plan:
         return iter(self.heads)
 
     def __hash__(self) -> int:
-        return hash((tuple(self.heads.items()), self.seed))
+        return hash((frozenset(self.heads.items()), self.seed))
 
     @classmethod
     def uniform(cls, problem: AttentionProblem, head: HeadPlan, **facts: Any) -> Plan:
@@ -213,9 +229,13 @@ class Plan:
                 index = (int(fields.pop("sequence")), int(fields.pop("head")))
                 heads[index] = HeadPlan.from_json(fields)
             return cls(heads, int(body["seed"]), body["policy"], body["target"], body["layer"])
+        except PlanError:
+            raise
+        except AdaAttnError as error:
+            raise PlanError(
+                got=error.got, needed=error.needed, do="save the plan again"
+            ) from error
         except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, PlanError):
-                raise
             raise PlanError(
                 got=f"a damaged plan ({type(error).__name__}: {error})",
                 needed="every field that Plan.save writes",

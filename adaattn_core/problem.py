@@ -139,12 +139,18 @@ class AttentionProblem:
                 needed="a positive finite number",
                 do="leave scale out for 1/sqrt(dim_qk); fold a sign into the queries",
             )
-        mask = mask or Mask.none()
+        mask = Mask.none() if mask is None else mask
+        if not isinstance(mask, Mask):
+            raise ArgumentError(
+                got=f"mask of type {type(mask).__name__}",
+                needed="a Mask",
+                do="wrap the array: Mask.boolean(x) (True = may attend) or Mask.additive(x)",
+            )
         sequences = _sequences(mask, query.shape, key.shape)
         _check_mask(mask, query.shape, key.shape, sequences)
         return cls(query, key, value, mask, scale, sequences, dtypes["query"], devices["query"])
 
-    # -- sizes ----------------------------------------------------------------------------------
+    # -- sizes --------------------------------------------------------------------------------
     @property
     def batch(self) -> int:
         """Batch entries of the arrays (1 for packed sequences)."""
@@ -197,7 +203,7 @@ class AttentionProblem:
         return self.mask.intervals(span.len_q, span.len_kv)
 
     def visible_scores(self, sequence: int) -> int:
-        """Number of scores that the structural mask leaves in one head of the sequence."""
+        """Count the scores that the structural mask leaves in one head of the sequence."""
         start, stop = self.intervals(sequence)
         return int((stop - start).sum())
 
@@ -225,7 +231,7 @@ def _check_shapes(q: Any, k: Any, v: Any) -> None:
         raise ShapeError(
             got=f"{q[1]} query heads for {k[1]} key/value heads",
             needed="heads_q a positive multiple of heads_kv",
-            do="query head h reads key/value head h // (heads_q / heads_kv); do not repeat keys",
+            do="query head h reads key head h // (heads_q / heads_kv); do not repeat keys",
         )
 
 
@@ -260,7 +266,11 @@ def _check_mask(mask: Mask, q: Any, k: Any, sequences: tuple[SequenceSpan, ...])
             needed="one of the two",
             do="state the lengths through cu_seqlens_kv",
         )
-    if mask.alignment == "equal" and any(s.len_q != s.len_kv for s in sequences):
+    if (
+        mask.alignment == "equal"
+        and mask.has_window
+        and any(s.len_q != s.len_kv for s in sequences)
+    ):
         worst = next(s for s in sequences if s.len_q != s.len_kv)
         raise ShapeError(
             got=f"a causal or window mask without alignment for len_q={worst.len_q},"
@@ -272,6 +282,12 @@ def _check_mask(mask: Mask, q: Any, k: Any, sequences: tuple[SequenceSpan, ...])
     for name, array in (("boolean", mask.allowed), ("additive", mask.bias)):
         if array is None:
             continue
+        if not hasattr(array, "shape"):
+            raise DTypeError(
+                got=f"a {name} mask of type {type(array).__name__}",
+                needed="an array",
+                do="convert it, e.g. numpy.asarray(mask)",
+            )
         shape = tuple(array.shape)
         try:
             fits = np.broadcast_shapes(shape, full) == full

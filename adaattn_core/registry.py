@@ -1,4 +1,4 @@
-"""Discovery: plugins found by entry point, loaded one by one, each failure recorded and isolated."""
+"""Discovery: plugins found by entry point, loaded one by one, each failure isolated."""
 
 from __future__ import annotations
 
@@ -74,8 +74,9 @@ class Registration:
             except AdaAttnError:
                 raise
             except Exception as error:
+                what = f"{type(error).__name__}: {error}"
                 raise PluginError(
-                    got=f"{self.factory} of plugin {self.plugin!r}: {type(error).__name__}: {error}",
+                    got=f"{self.factory} of plugin {self.plugin!r}: {what}",
                     needed="an importable factory without arguments",
                     do="reinstall or report the plugin; the other backends still work",
                     plugin=self.plugin,
@@ -108,7 +109,7 @@ class Registry:
                     register=_collector(name, table, known)
                 )
         except Exception as error:  # isolation is this function's purpose
-            if self.manager.is_registered(module):
+            if self.manager.get_plugin(name) is module:
                 self.manager.unregister(module)
             self.failures[name] = f"{type(error).__name__}: {error}"
             return
@@ -149,8 +150,8 @@ def load_registry(points: list[EntryPoint] | None = None) -> Registry:
     Parameters
     ----------
     points : list of EntryPoint, optional
-        Default: the installed entry points of group ``adaattn``, restricted to the comma-separated
-        names in ``ADAATTN_LOAD_PLUGINS`` if that variable is set.
+        Default: the installed entry points of group ``adaattn``, restricted to the
+        comma-separated names in ``ADAATTN_LOAD_PLUGINS`` if that variable is set.
     """
     registry = Registry()
     registry.manager.add_hookspecs(hookspecs)
@@ -204,7 +205,8 @@ def get_backend(name: str = "auto", device: str = "cpu") -> Backend:
     Parameters
     ----------
     name : str
-        A registered name, or ``"auto"``: the first available backend that takes arrays on `device`.
+        A registered name, or ``"auto"``: the first available backend that takes arrays on
+        `device`.
     device : str
         Where the arrays live (used by ``"auto"`` only).
 
@@ -217,9 +219,10 @@ def get_backend(name: str = "auto", device: str = "cpu") -> Backend:
     if name == "auto":
         return _auto(registry, device)
     if name not in registry.backends:
+        known = ", ".join(sorted(registry.backends)) or "none installed"
         raise BackendUnavailableError(
             got=f"backend {name!r}",
-            needed=f"one of {', '.join(sorted(registry.backends)) or 'none installed'}, or auto",
+            needed=f"one of {known}, or auto",
             do=_broken_hint(registry),
             reason="unknown name",
         )
@@ -271,6 +274,6 @@ def get_policy(name: str) -> Any:
         raise ArgumentError(
             got=f"policy {name!r}",
             needed=f"one of {', '.join(sorted(registry.policies))}",
-            do="policies that need arguments (fixed, calibrated) are built in Python or by the CLI",
+            do="build policies that need arguments (fixed, calibrated) in Python or by the CLI",
         )
     return registry.policies[name].load()

@@ -1,0 +1,214 @@
+"""Plan: what was chosen survives saving, and a damaged file is refused in three lines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adaattn_core.errors import ArgumentError, FileError, PlanError
+from adaattn_core.formats import FORMATS
+from adaattn_core.mask import Mask
+from adaattn_core.plan import PLAN_VERSION, HeadPlan, Plan
+from adaattn_core.problem import AttentionProblem
+from adaattn_core.structure import (
+    STRUCTURES,
+    BlockSparse,
+    Dense,
+    Landmark,
+    LowRank,
+    ScoreSkip,
+    block_mask,
+    structure_from_json,
+)
+
+MANY = st.integers(1, 512)
+STRUCTURE = st.one_of(
+    st.just(Dense()),
+    st.builds(ScoreSkip, lam=st.floats(1e-12, 0.9), tile_q=MANY, tile_kv=MANY),
+    st.builds(LowRank, rank=MANY),
+    st.builds(BlockSparse, tau=st.floats(0, 0.9), band=MANY, samples=MANY),
+    st.builds(BlockSparse, blocks=st.lists(st.lists(MANY).map(tuple), max_size=4).map(tuple)),
+    st.builds(Landmark, tau=st.floats(0, 0.9), samples=MANY, exact_tail=st.booleans()),
+)
+HEAD = st.builds(
+    HeadPlan,
+    structure=STRUCTURE,
+    qk=st.sampled_from(list(FORMATS)),
+    pv=st.sampled_from(list(FORMATS)),
+    scales=st.sampled_from(("token", "block")),
+    smooth_k=st.booleans(),
+    rounding=st.sampled_from(("nearest", "stochastic")),
+    p_scale=st.floats(1.0, 448.0),
+    flush_keys=st.integers(0, 1024),
+    reason=st.text(max_size=20),
+    cost_estimate=st.floats(0, 10),
+    error_estimate=st.floats(0, 10),
+)
+PLAN = st.builds(
+    Plan,
+    heads=st.dictionaries(st.tuples(st.integers(0, 9), st.integers(0, 9)), HEAD, max_size=5),
+    seed=st.integers(0, 2**60),
+    policy=st.text(max_size=8),
+    target=st.text(max_size=8),
+    layer=st.text(max_size=8),
+)
+
+
+def _problem(heads: int = 2) -> AttentionProblem:
+    x = np.zeros((1, heads, 4, 8), np.float32)
+    return AttentionProblem.from_arrays(x, x, x, mask=Mask.causal())
+
+
+@given(plan=PLAN)
+def test_json_round_trip(plan: Plan) -> None:
+    again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
+    assert again == plan
+    assert hash(again) == hash(plan)
+
+
+@given(plan=PLAN)
+def test_equal_plans_hash_alike_in_any_order(plan: Plan) -> None:
+    turned = Plan(
+        dict(reversed(plan.heads.items())), plan.seed, plan.policy, plan.target, plan.layer
+    )
+    assert turned == plan
+    assert hash(turned) == hash(plan)
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    head = HeadPlan(LowRank(3), "i8", "e4m3", reason="because", rounding="stochastic")
+    plan = Plan.uniform(_problem(), head, seed=5, policy="fixed", target="cpu", layer="L0")
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_saving_nowhere_leaves_nothing(tmp_path: Path) -> None:
+    plan = Plan.uniform(_problem(), HeadPlan())
+    with pytest.raises(FileError, match="a folder that exists"):
+        plan.save(tmp_path / "missing" / "plan.json")
+    assert not list(tmp_path.iterdir())
+
+
+def _document(**changed: Any) -> dict[str, Any]:
+    return Plan.uniform(_problem(1), HeadPlan()).to_json() | changed
+
+
+def _with_head(**changed: Any) -> dict[str, Any]:
+    document = _document()
+    document["heads"][0] |= changed
+    return document
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        None,
+        [],
+        {},
+        _document(adaattn_plan=PLAN_VERSION + 1),
+        {k: v for k, v in _document().items() if k != "seed"},
+        _document(heads=3),
+        _document(heads=[3]),
+        _document(seed="x"),
+        _with_head(qk="fp8"),
+        _with_head(qk=8),
+        _with_head(colour="red"),
+        _with_head(scales="tensor"),
+        _with_head(p_scale="448"),
+        _with_head(p_scale=0.0),
+        _with_head(flush_keys=-1),
+        _with_head(flush_keys=True),
+        _with_head(cost_estimate=None),
+        _with_head(sequence="first"),
+        _with_head(structure={"kind": "sparse"}),
+        _with_head(structure={"kind": ["dense"]}),
+        _with_head(structure={"kind": "low_rank", "rank": 0}),
+        _with_head(structure={"kind": "low_rank", "depth": 3}),
+        _with_head(structure={"kind": "score_skip", "lam": "small"}),
+        _with_head(structure=None),
+    ],
+)
+def test_damaged_documents_are_refused(document: Any, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(document))
+    with pytest.raises(PlanError) as caught:
+        Plan.load(path)
+    assert str(caught.value).count("\n") == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"null"])
+def test_files_that_are_no_plan(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_bytes(content)
+    with pytest.raises(PlanError):
+        Plan.load(path)
+    with pytest.raises(PlanError, match="check the path"):
+        Plan.load(tmp_path / "none.json")
+
+
+def test_fits_exactly_its_heads() -> None:
+    plan = Plan.uniform(_problem(2), HeadPlan())
+    plan.check_fits(_problem(2))
+    for other in (1, 3):
+        with pytest.raises(PlanError, match=f"x {other} heads"):
+            plan.check_fits(_problem(other))
+
+
+def test_with_heads_replaces_some() -> None:
+    plan = Plan.uniform(_problem(2), HeadPlan())
+    wide = HeadPlan(qk="f64", pv="f64")
+    changed = plan.with_heads({(0, 1): wide})
+    assert (changed[0, 0], changed[0, 1]) == (HeadPlan(), wide)
+    assert plan[0, 1] == HeadPlan()
+
+
+def test_explain_names_every_head_and_why() -> None:
+    heads = {
+        (0, 0): HeadPlan(reason="qk_rounding"),
+        (0, 1): HeadPlan(Landmark(), "bf16", "bf16"),
+    }
+    lines = Plan(heads, policy="budget", target="cpu", layer="L3").explain().splitlines()
+    assert lines[0] == "plan by budget for cpu, layer L3"
+    assert "qk_rounding" in lines[2]
+    assert "landmark" in lines[3]
+    assert lines[-1] == "in all: 1 x dense f32/f32, 1 x landmark bf16/bf16"
+
+
+@pytest.mark.parametrize("fields", [{"qk": "half"}, {"pv": "fp8"}])
+def test_formats_have_one_spelling(fields: dict[str, str]) -> None:
+    with pytest.raises(ArgumentError):
+        HeadPlan(**fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("score_skip", {"lam": 0.0}),
+        ("score_skip", {"tile_q": 0}),
+        ("low_rank", {"rank": 0}),
+        ("block_sparse", {"tau": 1.0}),
+        ("block_sparse", {"group": 100}),
+        ("block_sparse", {"band": -1}),
+        ("landmark", {"band": 100}),
+        ("landmark", {"group": 1000}),
+        ("landmark", {"screen_theta": 0.0}),
+        ("landmark", {"samples": 0}),
+    ],
+)
+def test_structures_check_their_ranges(kind: str, fields: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError):
+        STRUCTURES[kind](**fields)
+
+
+def test_structures_round_trip_with_blocks() -> None:
+    blocks = block_mask([[True, False, True], [False, False, False]])
+    assert blocks == ((0, 2), ())
+    structure = BlockSparse(blocks=blocks)
+    assert structure_from_json(json.loads(json.dumps(structure.to_json()))) == structure
