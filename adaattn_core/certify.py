@@ -128,7 +128,8 @@ def theorem_certificate(
             pairs=len_q * facts.keys_max,
             confidence=confidence,
         )
-        if _rounded_at_random(facts) and likely < worst:
+        better = bounds.total_variation(likely) < bounds.total_variation(worst)
+        if _rounded_at_random(facts) and better:
             score_error, proved, sure = likely, "probabilistic", confidence
 
     diameter = float(bounds.value_diameter(facts.value_norm_upper, facts.value_diameter_upper))

@@ -187,9 +187,27 @@ def test_probabilistic_certificates_are_covered(arrays, qk, seed):
     assert_covers(certificate, facts, out, exact_rows(problem))
     worst = certify(problem, plan, facts)
     assert certificate.upper <= worst.upper
-    assert certificate.guarantee == (
-        "probabilistic" if certificate.upper < worst.upper else "worst_case"
+    if certificate.upper < worst.upper:
+        assert (certificate.guarantee, certificate.confidence) == ("probabilistic", 1 - 1e-9)
+    if certificate.guarantee == "worst_case":
+        assert (certificate.upper, certificate.confidence) == (worst.upper, 1.0)
+
+
+def test_a_probabilistic_bound_that_says_nothing_gives_way_to_the_worst_case():
+    """Both score errors saturate theorem 1: the sentence without a confidence is stronger."""
+    facts = replace(
+        FACTS,
+        query_norm_upper=1e6,
+        query_residual_upper=1e4,
+        key_residual_upper=1e4,
+        query_step_upper=10.0,
+        key_step_upper=10.0,
     )
+    plan = HeadPlan(qk="i8", rounding="stochastic")
+    certificate = theorem_certificate(
+        facts, plan, **SIZES, guarantee="probabilistic", confidence=0.95
+    )
+    assert (certificate.guarantee, certificate.confidence) == ("worst_case", 1.0)
 
 
 def typical_head(len_kv=512, dim=64):
