@@ -1,8 +1,8 @@
 """Masks: which keys a query row may see.
 
-Every structural mask (causal, window, key lengths, ragged batches) lets a row see one *interval*
-of keys, so executors work with two integers per row. Boolean and additive masks are kept as
-arrays with broadcast strides and are read tile by tile.
+Every structural mask (causal, window, key lengths, ragged batches) lets a row see one
+*interval* of keys, so executors work with two integers per row. Boolean and additive masks are
+kept as arrays with broadcast strides and are read tile by tile.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Mask:
             if len(cu) < 2 or cu[0] != 0 or any(b < a for a, b in itertools.pairwise(cu)):
                 raise ShapeError(
                     got=f"{name}={cu}",
-                    needed="a nondecreasing sequence from 0, one entry longer than the sequences",
+                    needed="a nondecreasing sequence from 0, one entry more than sequences",
                     do="pass the exclusive prefix sum of the sequence lengths",
                 )
         if len(cu_q) != len(cu_kv):
