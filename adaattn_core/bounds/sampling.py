@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binom
+from scipy.special import bdtrc, bdtrik
 
 from adaattn_core.bounds.rounding import down
 from adaattn_core.errors import ArgumentError
@@ -101,7 +101,7 @@ def sample_size(rows: float, confidence: float, tightness: float) -> int:
     while start <= _SAMPLE_LIMIT:
         sizes = np.arange(start, start + 2048)
         k = _order_statistics(sizes, rows, confidence)
-        enough = binom.sf(k - 1, sizes, rows_above) >= confidence
+        enough = bdtrc(k - 1, sizes, rows_above) >= confidence
         hits = sizes[(k <= sizes) & enough]
         if hits.size:
             return int(hits[0])
@@ -118,10 +118,12 @@ def _order_statistics(
 ) -> NDArray[np.int64]:
     """Least k with P(Binomial(m, rows) >= k) <= 1 - confidence, for every m; m + 1 = none."""
     allowed = float(down(1.0 - confidence, 2))
-    k: NDArray[Any] = binom.ppf(confidence, samples, rows).astype(np.int64) + 1
+    # The real root of the tail, cut down, never exceeds the least k. (scipy.stats has a
+    # function for it, but importing that would take longer than all of this package.)
+    k: NDArray[Any] = np.nan_to_num(bdtrik(confidence, samples, rows)).astype(np.int64)
     k = np.maximum(k, 1)
     while True:
-        failing = (k <= samples) & (binom.sf(k - 1, samples, rows) * _TAIL_SLACK > allowed)
+        failing = (k <= samples) & (bdtrc(k - 1, samples, rows) * _TAIL_SLACK > allowed)
         if not failing.any():
             return np.asarray(np.minimum(k, samples + 1), dtype=np.int64)
         k = k + failing
