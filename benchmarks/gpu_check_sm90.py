@@ -11,18 +11,21 @@ import json
 import math
 import pickle
 import queue
+import random
 import statistics
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from sm90_direct import DTYPES, Kernel, Launch, compile_all
+from sm90_direct import DTYPES, Kernel, Launch, compile_all, compile_cubin
+
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adaattn_cuda.sm90 import plan_launch
 from adaattn_cuda.sm90_work import Geometry, Span
@@ -199,24 +202,37 @@ def cells(dim: int) -> Iterator[tuple[int, int, bool]]:
             yield length, 2048 // dim, causal
 
 
-def time_kernel(kernel: Kernel, dtype: str, length: int, heads: int, causal: bool, blocks: int, grid: int | None) -> list[float]:
-    """Milliseconds of single launches on rotating random inputs."""
-    batch, dim = TOKENS // length, kernel.tile.dim_qk
+def inputs(length: int, heads: int, dim: int, dtype: str) -> list[list[torch.Tensor]]:
+    """Two sets of random (q, k, v) of 16,384 tokens, to be used in turn."""
+    shape = (TOKENS // length, heads, length, dim)
+    return [[torch.randn(shape, device="cuda", dtype=DTYPES[dtype]) for _ in range(3)] for _ in range(2)]
+
+
+def launches(kernel: Kernel, dtype: str, sets: list[list[torch.Tensor]], causal: bool, blocks: int) -> list[Launch]:
+    """One launch for each input set."""
+    batch, heads, length, dim = sets[0][0].shape
     spans = tuple(Span(b, 0, length, 0, length) for b in range(batch))
-    geometry = Geometry(spans, heads, heads, dim, kernel.tile.dim_v, right=0 if causal else None)
-    plan = plan_launch(geometry, dtype, grid or blocks, kernel.tile)
-    launches = []
-    for _ in range(2):
-        q, k, v = (torch.randn(batch, heads, length, dim, device="cuda", dtype=DTYPES[dtype]) for _ in range(3))
-        launches.append(Launch.prepare(kernel, plan, q, [k], [v], dim**-0.5))
-    return time_events(launches)
+    geometry = Geometry(spans, heads, heads, dim, dim, right=0 if causal else None)
+    plan = plan_launch(geometry, dtype, blocks, kernel.tile)
+    return [Launch.prepare(kernel, plan, q, [k], [v], dim**-0.5) for q, k, v in sets]
 
 
-def time_events(calls: list[Any], repeats: int = 16) -> list[float]:
-    """Milliseconds of single calls, by events, after warm-up."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
+def time_side_by_side(contenders: dict[str, list[Any]], rounds: int = 4, burst_ms: float = 40.0) -> dict[str, float]:
+    """Median milliseconds of a call. Contenders take turns in random order, in bursts long enough for the clocks to settle."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    single = {name: statistics.median(time_events(calls, 4)) for name, calls in contenders.items()}
+    for _ in range(rounds):
+        for name in random.sample(sorted(contenders), len(contenders)):
+            calls = contenders[name]
+            count = max(4, int(burst_ms / single[name]))
+            times[name] += time_events(calls, count, warm_up=count // 2)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def time_events(calls: list[Any], repeats: int, warm_up: int = 2) -> list[float]:
+    """Milliseconds of single calls, by events."""
+    for i in range(warm_up):
+        calls[i % len(calls)]()
     marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for i, (start, stop) in enumerate(marks):
         start.record()
@@ -232,14 +248,14 @@ def time_matmul(n: int = 8192) -> float:
     return 2 * n**3 / statistics.median(time_events([lambda: a @ b], 20)) / 1e9
 
 
-def time_cudnn(length: int, heads: int, dim: int, causal: bool) -> list[float]:
-    """Milliseconds of torch's cuDNN attention."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+def torch_attention(backend: str, sets: list[list[torch.Tensor]], causal: bool) -> list[Any]:
+    """Calls of torch's attention on one backend, one for each input set."""
 
-    batch = TOKENS // length
-    inputs = [[torch.randn(batch, heads, length, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3)] for _ in range(2)]
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return time_events([lambda x=x: torch.nn.functional.scaled_dot_product_attention(*x, is_causal=causal) for x in inputs])
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    return [lambda x=x: call(*x) for x in sets]
 
 
 def tflops(length: int, heads: int, dim: int, causal: bool, milliseconds: float) -> float:
@@ -249,22 +265,14 @@ def tflops(length: int, heads: int, dim: int, causal: bool, milliseconds: float)
 
 def variants() -> Iterator[tuple[str, str, Tile, bool]]:
     """(name, dtype, tile, whether to time it in all cells)."""
+    for tile in (
+        Tile(128, 128, 2, 128), Tile(128, 128, 2, 160, query_stages=2), Tile(128, 128, 2, 176),
+        Tile(64, 64, 3, 128, 2, 2), Tile(64, 64, 2, 128, 2, 2), Tile(256, 256, 2, 80),
+    ):  # fmt: skip
+        yield f"{tile.dim_qk} {tile.consumers}x{tile.tile_n}", "bf16", tile, True
     base = Tile(128, 128, 2, 128)
-    yield "v1 simple", "bf16", replace(base, ping_pong=False, overlap=False, lazy=False), True
-    yield "v2 ping-pong", "bf16", replace(base, overlap=False, lazy=False), True
-    yield "v3 overlap", "bf16", replace(base, lazy=False), True
-    yield "v3b overlap, no ping-pong", "bf16", replace(base, ping_pong=False), True
-    yield "v4 lazy", "bf16", base, True
-    for consumers, tile_n in ((2, 176), (2, 160), (2, 144), (2, 112), (3, 80), (3, 64)):
-        yield f"128 {consumers}x{tile_n}", "bf16", Tile(128, 128, consumers, tile_n), True
-    yield "128 3x80 turns off", "bf16", Tile(128, 128, 3, 80, ping_pong=False), True
-    for consumers, tile_n, stages in ((3, 128, 3), (2, 192, 2), (2, 176, 2), (2, 128, 3), (3, 112, 3), (3, 96, 3), (3, 80, 3), (4, 64, 4)):
-        for turns in (True, False):
-            yield f"64 {consumers}x{tile_n} turns {int(turns)}", "bf16", Tile(64, 64, consumers, tile_n, stages, ping_pong=turns), True
-    for tile_n, turns in ((80, True), (80, False), (64, True)):
-        yield f"256 2x{tile_n} turns {int(turns)}", "bf16", Tile(256, 256, 2, tile_n, ping_pong=turns), True
     yield "f16 128", "f16", base, False
-    yield "f16 64", "f16", Tile(64, 64, 3, 128, 3), False
+    yield "f16 64", "f16", Tile(64, 64, 3, 128, 2, 2), False
     yield "192/128", "bf16", Tile(192, 128, 2, 112), False
     yield "sources", "bf16", replace(base, bias=True, max_sources=3), False
 
@@ -298,15 +306,27 @@ def child(work: Path, skip: set[str]) -> None:
     say(kind="ceiling", matmul=time_matmul())
     for dim in (128, 64, 256):
         for length, heads, causal in cells(dim):
-            ms = statistics.median(time_cudnn(length, heads, dim, causal))
-            say(kind="time", name="cudnn", dim=dim, length=length, causal=causal, ms=ms, tflops=tflops(length, heads, dim, causal, ms))
+            sets = inputs(length, heads, dim, "bf16")
+            contenders = {"cudnn": torch_attention("CUDNN_ATTENTION", sets, causal)}
             for name, dtype, tile, timed, kernel in good:
                 if timed and tile.dim_qk == dim:
-                    say(kind="at", name=name)
-                    ms = statistics.median(time_kernel(kernel, dtype, length, heads, causal, blocks, None))
-                    say(kind="time", name=name, dim=dim, length=length, causal=causal, ms=ms, tflops=tflops(length, heads, dim, causal, ms), tile=asdict(tile))
+                    contenders[name] = launches(kernel, dtype, sets, causal, blocks)
+            say(kind="at", name=f"timing {dim} {length} {causal}")
+            for name, ms in time_side_by_side(contenders).items():
+                say(kind="time", name=name, dim=dim, length=length, causal=causal, ms=ms, tflops=tflops(length, heads, dim, causal, ms))
     say(kind="ceiling", matmul=time_matmul())
     say(kind="done")
+
+
+def profile(name: str, length: int, causal: bool) -> None:
+    """Launch one variant three times."""
+    _, dtype, tile, _ = next(v for v in variants() if v[0] == name)
+    torch.zeros(1, device="cuda")
+    kernel = Kernel(compile_cubin((tile, dtype))[0], tile)
+    sets = inputs(length, 2048 // tile.dim_qk, tile.dim_qk, dtype)
+    for launch in launches(kernel, dtype, sets, causal, torch.cuda.get_device_properties(0).multi_processor_count) * 2:
+        launch()
+    torch.cuda.synchronize()
 
 
 def watch(work: Path, out: Path, skip: set[str], log: list[dict[str, Any]]) -> str | None:
@@ -363,7 +383,13 @@ def main() -> None:
     parser.add_argument("--child", type=Path)
     parser.add_argument("--skip", default="[]")
     parser.add_argument("--only", default="")
+    parser.add_argument("--profile", help="only launch this variant a few times, for a profiler to watch")
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--causal", action="store_true")
     options = parser.parse_args()
+    if options.profile:
+        profile(options.profile, options.length, options.causal)
+        return
     if options.child:
         child(options.child, set(json.loads(options.skip)))
         return
@@ -375,7 +401,7 @@ def main() -> None:
     work.write_bytes(pickle.dumps([(n, d, t, timed, cubins[(t, d)][0]) for n, d, t, timed in chosen]))
     log: list[dict[str, Any]] = []
     skip: set[str] = set()
-    for _ in range(6):
+    for _ in range(3):
         stopped = watch(work, options.out, skip, log)
         if stopped is None:
             break

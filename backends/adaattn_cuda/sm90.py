@@ -25,6 +25,8 @@ __all__ = ["STEM", "DeviceMatrix", "LaunchPlan", "pack_params", "plan_launch", "
 STEM = "sm90_attn_fwd_f16"
 
 MAX_DIM = 256
+SLACK_LOG2 = 8.0
+"""How far the running maximum may grow before accumulators are rescaled; softmax/online.cuh says why."""
 MAX_MAPS = 3
 _ALIGNMENT_BYTES = 16
 _PANEL_COLUMNS = 64
@@ -89,12 +91,12 @@ PARAMS = np.dtype(
     {
         "names": [
             "query_map", "key_map", "value_map", "query", "key", "value", "out", "lse",
-            "records", "bias", "scale", "scale_log2", "rounds", "dim_qk", "dim_v", "reserved",
+            "records", "bias", "inverse_scale", "scale_log2", "slack", "rounds", "dim_qk", "dim_v",
         ],
         "formats": [
             (np.void, 128), (np.void, (MAX_MAPS * 128)), (np.void, (MAX_MAPS * 128)),
             _MATRIX, (_MATRIX, (MAX_MAPS,)), (_MATRIX, (MAX_MAPS,)), _MATRIX, _MATRIX,
-            "<u8", "<u8", "<f4", "<f4", "<i4", "<i4", "<i4", "<i4",
+            "<u8", "<u8", "<f4", "<f4", "<f4", "<i4", "<i4", "<i4",
         ],
         "offsets": [0, 128, 512, 896, 928, 1024, 1120, 1152, 1184, 1192, 1200, 1204, 1208, 1212, 1216, 1220],
         "itemsize": 1280,
@@ -230,8 +232,10 @@ def pack_params(
     block["lse"] = _matrix(lse)
     block["records"] = records_pointer
     block["bias"] = bias_pointer
-    block["scale"] = scale
-    block["scale_log2"] = scale * math.log2(math.e)
+    scale_log2 = scale * math.log2(math.e)
+    block["inverse_scale"] = 1.0 / scale
+    block["scale_log2"] = scale_log2
+    block["slack"] = SLACK_LOG2 / scale_log2
     block["rounds"] = plan.rounds
     block["dim_qk"] = query.shape[3]
     block["dim_v"] = out.shape[3]

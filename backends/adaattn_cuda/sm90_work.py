@@ -148,7 +148,8 @@ def _span_tiles(
     last = np.minimum(first + tile_m, span.len_q) - 1
     key_first = np.clip(start_offset + first, 0, span.len_kv)
     key_stop = np.maximum(np.clip(stop_offset + last, 0, span.len_kv), key_first)
-    keys = key_stop - key_first
+    sees_nothing = key_stop == key_first
+    keys = np.where(sees_nothing, 1, key_stop - key_first)
     records = np.zeros((geometry.heads_q, len(first)), record_dtype(1))
     head = np.arange(geometry.heads_q)[:, None]
     records["batch"] = span.batch
@@ -156,7 +157,7 @@ def _span_tiles(
     records["row_first"] = span.q_first + first
     records["rows"] = last - first + 1
     records["tiles"] = -(-keys // tile_n)
-    records["sources"] = keys > 0
+    records["sources"] = 1
     records["key_start"] = 0
     records["key_stop"] = span.len_kv
     records["start_offset"] = start_offset + (first if geometry.left is not None else 0)
@@ -164,7 +165,8 @@ def _span_tiles(
     source = records["source"][..., 0]
     source["batch"] = span.batch
     source["head"] = head // (geometry.heads_q // geometry.heads_kv)
-    source["first"] = span.kv_first + key_first
+    # A tile outside the array arrives as zeros without touching memory.
+    source["first"] = np.where(sees_nothing, UNLIMITED, span.kv_first + key_first)
     source["keys"] = keys
     source["position"] = key_first
     source["masked"] = 1

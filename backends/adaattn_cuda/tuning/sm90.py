@@ -16,7 +16,7 @@ SMEM_LIMIT_BYTES = 232_448
 """Dynamic shared memory one block may ask for on compute capability 9.0."""
 
 _PANEL_COLUMNS = 64
-_RECORD_SLOTS = 3
+_ELEMENT_BYTES = 2
 _WORK_ITEM_BYTES = 48
 _SOURCE_BYTES = 32
 
@@ -39,9 +39,11 @@ class Tile:
     tile_n : int
         Keys of a tile, a multiple of 16.
     stages : int
-        Buffers of key tiles, and as many of value tiles.
-    ping_pong, overlap, lazy : bool
-        Turns at the matrix unit; softmax under the products; rescaling only when needed.
+        Buffers of key tiles, and as many of value tiles; a power of two.
+    query_stages : int
+        Buffers of query tiles: with 2, the next item's queries arrive during this item.
+    ping_pong : bool
+        Consumers take turns at the matrix unit.
     bias : bool
         Per-key addends to the scores.
     max_sources : int
@@ -53,9 +55,8 @@ class Tile:
     consumers: int
     tile_n: int
     stages: int = 2
-    ping_pong: bool = True
-    overlap: bool = True
-    lazy: bool = True
+    query_stages: int = 1
+    ping_pong: bool = False
     bias: bool = False
     max_sources: int = 1
 
@@ -77,11 +78,12 @@ class Tile:
     @property
     def smem_bytes(self) -> int:
         """Dynamic shared memory: queries, key and value stages, records, barriers."""
-        operands = 2 * (
-            self.tile_m * self.dim_qk + self.stages * self.tile_n * (self.dim_qk + self.dim_v)
-        )
-        barriers = 8 * (2 + 4 * self.stages + _RECORD_SLOTS)
-        return math.ceil((operands + _RECORD_SLOTS * self.record_bytes + barriers) / 128) * 128
+        queries = self.query_stages * self.tile_m * self.dim_qk
+        keys_and_values = self.stages * self.tile_n * (self.dim_qk + self.dim_v)
+        slots = 4 if self.query_stages == 1 else 8
+        barriers = 2 * self.query_stages + 4 * self.stages + slots
+        total = _ELEMENT_BYTES * (queries + keys_and_values) + slots * self.record_bytes + 8 * barriers
+        return math.ceil(total / 128) * 128
 
     @property
     def accumulator_registers(self) -> int:
@@ -98,9 +100,8 @@ class Tile:
             self.consumers,
             self.tile_n,
             self.stages,
+            self.query_stages,
             int(self.ping_pong),
-            int(self.overlap),
-            int(self.lazy),
             int(self.bias),
             self.max_sources,
         )

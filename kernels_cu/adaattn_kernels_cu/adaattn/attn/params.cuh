@@ -33,12 +33,12 @@ struct AttentionParams {
     Matrix lse;           // f32, (batch, head, row); dim does not exist
     const void* records;  // (rounds, gridDim.x) work records
     const float* bias;    // per-key addends to the scaled scores, or null
-    float scale;          // > 0
-    float scale_log2;     // scale log2(e)
+    float inverse_scale;  // 1 / scale, to bring biases to the raw scores' units
+    float scale_log2;     // scale log2(e) > 0
+    float slack;          // softmax::kSlackLog2 / scale_log2
     i32 rounds;
     i32 dim_qk;
     i32 dim_v;
-    i32 reserved;
 };
 
 static_assert(sizeof(AttentionParams) == 1280, "mirrored by the host");

@@ -44,7 +44,7 @@ __device__ __forceinline__ void repair_row(const AttentionParams& params, const 
                 for (int k = 0; k < params.dim_qk; ++k) {
                     dot = fmaf(ptx::widen(Element{}, query[k]), ptx::widen(Element{}, key[k]), dot);
                 }
-                if constexpr (kBias) dot += params.bias[source.bias_first + base + lane] / params.scale;
+                if constexpr (kBias) dot += params.bias[source.bias_first + base + lane] * params.inverse_scale;
                 score = dot * params.scale_log2;
             }
             float highest = score;
@@ -77,7 +77,7 @@ __device__ __forceinline__ void repair_row(const AttentionParams& params, const 
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(kFullWarp, sum, offset);
 
-    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+    const float inverse = sum == 0.0f ? 0.0f : ptx::reciprocal_approx(sum);
     u16* out = static_cast<u16*>(const_cast<void*>(params.out.data)) +
                params.out.offset(item.batch, item.head, item.row_first + row);
 #pragma unroll

@@ -20,8 +20,8 @@ using Params = AttentionParams;
 
 enum NamedBarrier : u32 { kTurnOfFirstConsumer = 1 };  // 0 is __syncthreads; one id per consumer warpgroup from here on
 
-template <class ElementT, int kDimQkT, int kDimVT, int kConsumersT, int kTileNT, int kStagesT, int kPingPongT, int kOverlapT,
-          int kLazyT, int kBiasT, int kMaxSourcesT>
+template <class ElementT, int kDimQkT, int kDimVT, int kConsumersT, int kTileNT, int kStagesT, int kQueryStagesT,
+          int kPingPongT, int kBiasT, int kMaxSourcesT>
 struct Traits {
     using Element = ElementT;
     static constexpr int kDimQk = kDimQkT;  // 64, 128, 192 or 256: the arrays' dims padded
@@ -29,15 +29,14 @@ struct Traits {
     static constexpr int kConsumers = kConsumersT;  // warpgroups of 64 query rows
     static constexpr int kTileM = 64 * kConsumers;
     static constexpr int kTileN = kTileNT;
-    static constexpr int kStages = kStagesT;      // of keys, and of values
-    static constexpr bool kPingPong = kPingPongT;  // consumers take turns at the matrix unit
-    static constexpr bool kOverlap = kOverlapT;    // the softmax of one tile runs under the products of its neighbours
-    static constexpr bool kLazy = kLazyT;          // rescale only when the maximum grew beyond the slack
-    static constexpr bool kBias = kBiasT;
+    static constexpr int kStages = kStagesT;             // of keys, and of values
+    static constexpr int kQueryStages = kQueryStagesT;   // 2: the next item's queries arrive during this item
+    static constexpr bool kPingPong = kPingPongT != 0;   // consumers take turns at the matrix unit
+    static constexpr bool kBias = kBiasT != 0;
     static constexpr int kMaxSources = kMaxSourcesT;
 
     static constexpr int kThreads = kWarpgroupThreads * (kConsumers + 1);
-    static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : kConsumers == 3 ? 32 : 24;
+    static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 24;
     static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : kConsumers == 3 ? 160 : 112;
 
     static constexpr int kPanelsQk = kDimQk / ptx::kPanelColumns;
@@ -45,13 +44,15 @@ struct Traits {
     static constexpr int kQueryBytes = kTileM * kDimQk * 2;
     static constexpr int kKeyBytes = kTileN * kDimQk * 2;
     static constexpr int kValueBytes = kTileN * kDimV * 2;
-    static constexpr int kRecordSlots = 3;
+    // Records alive at once: the item whose queries are loaded, those still in the other query stages, one whose queries are
+    // all read but whose output is not yet written, and the one fetched ahead: kQueryStages + 3, as a power of two.
+    static constexpr int kRecordSlots = kQueryStages == 1 ? 4 : 8;
     static constexpr int kRecordBytes = static_cast<int>(sizeof(WorkRecord<kMaxSources>));
-    static constexpr int kBarriers = 2 + 4 * kStages + kRecordSlots;
-    static constexpr int kKeyOffset = kQueryBytes;
+    static constexpr int kKeyOffset = kQueryStages * kQueryBytes;
     static constexpr int kValueOffset = kKeyOffset + kStages * kKeyBytes;
     static constexpr int kRecordOffset = kValueOffset + kStages * kValueBytes;
     static constexpr int kBarrierOffset = kRecordOffset + kRecordSlots * kRecordBytes;
+    static constexpr int kBarriers = 2 * kQueryStages + 4 * kStages + kRecordSlots;
     static constexpr int kSmemBytes = round_up(kBarrierOffset + 8 * kBarriers, 128);
 
     static_assert(kTileN % 16 == 0 && kTileN >= 64 && kTileN <= 256, "one wgmma covers a tile's keys");
@@ -59,21 +60,24 @@ struct Traits {
     static_assert(kSmemBytes <= 232448, "shared memory of one block on sm_90");
 };
 
-// Addresses of the barriers; `full` is signalled by the copy engine, `empty` by one lane of each consumer warp.
+// Addresses of the barriers. `full`: one arrival, by the producer, plus the copy engine's bytes; consumers wait. `empty`: one lane
+// of each consumer warp arrives once the warp's last read is done; the producer waits, else it would overwrite what is being read.
 template <class T>
 struct Barriers {
     u32 base;
-    __device__ __forceinline__ u32 query_full() const { return base; }
-    __device__ __forceinline__ u32 query_empty() const { return base + 8; }
-    __device__ __forceinline__ u32 key_full(int stage) const { return base + 8 * (2 + stage); }
-    __device__ __forceinline__ u32 key_empty(int stage) const { return base + 8 * (2 + T::kStages + stage); }
-    __device__ __forceinline__ u32 value_full(int stage) const { return base + 8 * (2 + 2 * T::kStages + stage); }
-    __device__ __forceinline__ u32 value_empty(int stage) const { return base + 8 * (2 + 3 * T::kStages + stage); }
-    __device__ __forceinline__ u32 record_full(int slot) const { return base + 8 * (2 + 4 * T::kStages + slot); }
+    __device__ __forceinline__ u32 query_full(int stage) const { return base + 8 * stage; }
+    __device__ __forceinline__ u32 query_empty(int stage) const { return query_full(T::kQueryStages + stage); }
+    __device__ __forceinline__ u32 key_full(int stage) const { return query_full(2 * T::kQueryStages + stage); }
+    __device__ __forceinline__ u32 key_empty(int stage) const { return key_full(T::kStages + stage); }
+    __device__ __forceinline__ u32 value_full(int stage) const { return key_full(2 * T::kStages + stage); }
+    __device__ __forceinline__ u32 value_empty(int stage) const { return key_full(3 * T::kStages + stage); }
+    __device__ __forceinline__ u32 record_full(int slot) const { return key_full(4 * T::kStages + slot); }
 
     __device__ __forceinline__ void init() const {
-        ptx::mbarrier_init(query_full(), 1);
-        ptx::mbarrier_init(query_empty(), 4 * T::kConsumers);
+        for (int stage = 0; stage < T::kQueryStages; ++stage) {
+            ptx::mbarrier_init(query_full(stage), 1);
+            ptx::mbarrier_init(query_empty(stage), 4 * T::kConsumers);
+        }
         for (int stage = 0; stage < T::kStages; ++stage) {
             ptx::mbarrier_init(key_full(stage), 1);
             ptx::mbarrier_init(key_empty(stage), 4 * T::kConsumers);
@@ -85,114 +89,115 @@ struct Barriers {
     }
 };
 
-// Position in a ring of buffers: the index, and the parity of the phase that completes its `full` barrier this time round.
+// A ring of buffers used in order: the buffer of the count-th use, and the parity of the phase that its `full` barrier then completes.
 template <int kSize>
 struct Ring {
-    int index = 0;
-    u32 parity = 0;
-    __device__ __forceinline__ void next() {
-        if (++index == kSize) {
-            index = 0;
-            parity ^= 1u;
-        }
-    }
+    static_assert((kSize & (kSize - 1)) == 0, "a power of two, so that one counter serves index and parity");
+    static __device__ __forceinline__ int index(int count) { return count & (kSize - 1); }
+    static __device__ __forceinline__ u32 parity(int count) { return static_cast<u32>(count / kSize) & 1u; }
 };
 
 // ---- producer: one thread starts every copy -----------------------------------------------------------------------------------
 
 template <class T>
-__device__ __forceinline__ void load_tile(u32 destination, const ptx::TensorMap* map, u32 barrier, const Source& source, int row,
-                                          int panels) {
-    for (int panel = 0; panel < panels; ++panel) {
-        ptx::tma_load(destination + panel * T::kTileN * ptx::kPanelRowBytes, map, barrier, ptx::kEvictLast,
-                      panel * ptx::kPanelColumns, row, source.head, source.batch);
-    }
-}
+struct Producer {
+    const Params& params;
+    const Barriers<T> barriers;
+    const u32 smem;
+    const WorkRecord<T::kMaxSources>* records;  // in shared memory
 
-template <class T>
-__device__ __forceinline__ void produce(const Params& params, char* smem, u32 smem_base, Barriers<T> barriers) {
-    using Record = WorkRecord<T::kMaxSources>;
-    const Record* records_s = reinterpret_cast<const Record*>(smem + T::kRecordOffset);
-    const Record* records_g = static_cast<const Record*>(params.records) + blockIdx.x;
-    const auto fetch_record = [&](int round, int slot) {
+    __device__ __forceinline__ void fetch_record(int round) const {
+        const auto* column = static_cast<const WorkRecord<T::kMaxSources>*>(params.records) + blockIdx.x;
+        const int slot = Ring<T::kRecordSlots>::index(round);
         ptx::mbarrier_arrive_expect(barriers.record_full(slot), T::kRecordBytes);
-        ptx::bulk_load(smem_base + T::kRecordOffset + slot * T::kRecordBytes, records_g + static_cast<i64>(round) * gridDim.x,
+        ptx::bulk_load(smem + T::kRecordOffset + slot * T::kRecordBytes, column + static_cast<i64>(round) * gridDim.x,
                        T::kRecordBytes, barriers.record_full(slot));
-    };
-
-    Ring<T::kRecordSlots> slot;
-    Ring<T::kStages> key_stage;
-    Ring<T::kStages> value_stage;
-    fetch_record(0, 0);
-    for (int round = 0; round < params.rounds; ++round) {
-        ptx::mbarrier_wait(barriers.record_full(slot.index), slot.parity);
-        const Record& record = records_s[slot.index];
-        const WorkItem& item = record.item;
-        if (item.rows == 0) return;
-
-        // Consumers have read every query of the previous item, hence finished the item before it: its slot, which is the
-        // one after this, is free.
-        ptx::mbarrier_wait(barriers.query_empty(), (round & 1) ^ 1u);
-        slot.next();
-        if (round + 1 < params.rounds) fetch_record(round + 1, slot.index);
-
-        ptx::mbarrier_arrive_expect(barriers.query_full(), T::kQueryBytes);
-        for (int panel = 0; panel < T::kPanelsQk; ++panel) {
-            ptx::tma_load(smem_base + panel * T::kTileM * ptx::kPanelRowBytes, &params.query_map, barriers.query_full(),
-                          ptx::kEvictFirst, panel * ptx::kPanelColumns, item.row_first, item.head, item.batch);
-        }
-        if (item.tiles == 0) continue;
-
-        const auto load_key = [&](const Source& source, int row) {
-            ptx::mbarrier_wait(barriers.key_empty(key_stage.index), key_stage.parity ^ 1u);
-            const u32 full = barriers.key_full(key_stage.index);
-            ptx::mbarrier_arrive_expect(full, T::kKeyBytes);
-            load_tile<T>(smem_base + T::kKeyOffset + key_stage.index * T::kKeyBytes, &params.key_map[source.map], full, source,
-                         row, T::kPanelsQk);
-            key_stage.next();
-        };
-        const auto load_value = [&](const Source& source, int row) {
-            ptx::mbarrier_wait(barriers.value_empty(value_stage.index), value_stage.parity ^ 1u);
-            const u32 full = barriers.value_full(value_stage.index);
-            ptx::mbarrier_arrive_expect(full, T::kValueBytes);
-            load_tile<T>(smem_base + T::kValueOffset + value_stage.index * T::kValueBytes, &params.value_map[source.map], full,
-                         source, row, T::kPanelsV);
-            value_stage.next();
-        };
-
-        // Keys run one tile ahead of values, as the consumers use them.
-        TileCursor<T::kTileN, T::kMaxSources> keys(record);
-        TileCursor<T::kTileN, T::kMaxSources> values(record);
-        load_key(keys.current(), keys.first_key());
-        for (int tile = 1; tile < item.tiles; ++tile) {
-            keys.next();
-            load_key(keys.current(), keys.first_key());
-            load_value(values.current(), values.first_key());
-            values.next();
-        }
-        load_value(values.current(), values.first_key());
     }
-}
+
+    __device__ __forceinline__ void load_queries(const WorkItem& item, int round) const {
+        const int stage = Ring<T::kQueryStages>::index(round);
+        ptx::mbarrier_wait(barriers.query_empty(stage), Ring<T::kQueryStages>::parity(round) ^ 1u);
+        ptx::mbarrier_arrive_expect(barriers.query_full(stage), T::kQueryBytes);
+        for (int panel = 0; panel < T::kPanelsQk; ++panel) {
+            ptx::tma_load(smem + stage * T::kQueryBytes + panel * T::kTileM * ptx::kPanelRowBytes, &params.query_map,
+                          barriers.query_full(stage), ptx::kEvictFirst, panel * ptx::kPanelColumns, item.row_first, item.head,
+                          item.batch);
+        }
+    }
+
+    template <int kPanels>
+    __device__ __forceinline__ void load_tile(const ptx::TensorMap* maps, const TileCursor<T::kTileN, T::kMaxSources>& cursor,
+                                              u32 destination, u32 full, u32 empty, u32 empty_parity) const {
+        const Source& source = cursor.current();
+        constexpr int kPanelBytes = T::kTileN * ptx::kPanelRowBytes;
+        ptx::mbarrier_wait(empty, empty_parity);
+        ptx::mbarrier_arrive_expect(full, kPanels * kPanelBytes);
+        for (int panel = 0; panel < kPanels; ++panel) {
+            ptx::tma_load(destination + panel * kPanelBytes, &maps[source.map], full, ptx::kEvictLast,
+                          panel * ptx::kPanelColumns, cursor.first_key(), source.head, source.batch);
+        }
+    }
+    __device__ __forceinline__ void load_keys(const TileCursor<T::kTileN, T::kMaxSources>& cursor, int count) const {
+        const int stage = Ring<T::kStages>::index(count);
+        load_tile<T::kPanelsQk>(params.key_map, cursor, smem + T::kKeyOffset + stage * T::kKeyBytes, barriers.key_full(stage),
+                                barriers.key_empty(stage), Ring<T::kStages>::parity(count) ^ 1u);
+    }
+    __device__ __forceinline__ void load_values(const TileCursor<T::kTileN, T::kMaxSources>& cursor, int count) const {
+        const int stage = Ring<T::kStages>::index(count);
+        load_tile<T::kPanelsV>(params.value_map, cursor, smem + T::kValueOffset + stage * T::kValueBytes,
+                               barriers.value_full(stage), barriers.value_empty(stage), Ring<T::kStages>::parity(count) ^ 1u);
+    }
+
+    __device__ __forceinline__ void run() const {
+        int tiles = 0;  // key tiles started, over all items; one more than value tiles
+        fetch_record(0);
+        for (int round = 0; round < params.rounds; ++round) {
+            const int slot = Ring<T::kRecordSlots>::index(round);
+            ptx::mbarrier_wait(barriers.record_full(slot), Ring<T::kRecordSlots>::parity(round));
+            const WorkRecord<T::kMaxSources>& record = records[slot];
+            if (record.item.rows == 0) return;
+            load_queries(record.item, round);
+            if (round + 1 < params.rounds) fetch_record(round + 1);
+
+            // Keys run one tile ahead of values, as the consumers use them.
+            TileCursor<T::kTileN, T::kMaxSources> keys;
+            keys.open(record);
+            load_keys(keys, tiles++);
+            while (!keys.at_last()) {
+                const TileCursor<T::kTileN, T::kMaxSources> values = keys;
+                keys.next();
+                load_keys(keys, tiles);
+                load_values(values, tiles++ - 1);
+            }
+            load_values(keys, tiles - 1);
+        }
+    }
+};
 
 // ---- consumer: 64 query rows a warpgroup --------------------------------------------------------------------------------------
 
 template <class T>
 struct Consumer {
     const Params& params;
-    Barriers<T> barriers;
-    u32 key_base;
-    u32 value_base;
-    u64 query_descriptor;
-    int warpgroup;  // 0 .. kConsumers - 1
-    int lane;
-    int row;  // first of this warp's 16 rows within the tile
-    Ring<T::kStages> key_stage;
-    Ring<T::kStages> value_stage;
-    softmax::Online<T::kLazy> state;
+    const Barriers<T> barriers;
+    const u32 smem;
+    const WorkRecord<T::kMaxSources>* records;  // in shared memory
+    const int warpgroup;                        // 0 .. kConsumers - 1
+    int items;  // opened so far
+    int tiles;  // score tiles finished so far, over all items; one more than output tiles
+    TileCursor<T::kTileN, T::kMaxSources> cursor;
+    softmax::Online state;
 
-    __device__ __forceinline__ void release(u32 empty_barrier) const {
-        if (lane == 0) ptx::mbarrier_arrive(empty_barrier);
+    // Read anew where needed: the main loop has no register to keep them in.
+    __device__ __forceinline__ int lane() const { return static_cast<int>(threadIdx.x) % kWarpThreads; }
+    // First of this warp's 16 rows within the tile.
+    __device__ __forceinline__ int row() const {
+        return 16 * (static_cast<int>(threadIdx.x) / kWarpThreads - kWarpgroupThreads / kWarpThreads);
     }
+    __device__ __forceinline__ void release(u32 empty_barrier) const {
+        if (lane() == 0) ptx::mbarrier_arrive(empty_barrier);
+    }
+    // Turns keep one consumer's products together, so that its softmax falls under another's products.
     __device__ __forceinline__ void wait_turn() const {
         if constexpr (T::kPingPong) ptx::named_barrier_sync(kTurnOfFirstConsumer + warpgroup, 2 * kWarpgroupThreads);
     }
@@ -202,37 +207,56 @@ struct Consumer {
             ptx::named_barrier_arrive(kTurnOfFirstConsumer + next, 2 * kWarpgroupThreads);
         }
     }
-    __device__ __forceinline__ void wait_key() const { ptx::mbarrier_wait(barriers.key_full(key_stage.index), key_stage.parity); }
-    __device__ __forceinline__ void wait_value() const {
-        ptx::mbarrier_wait(barriers.value_full(value_stage.index), value_stage.parity);
+
+    __device__ __forceinline__ const WorkRecord<T::kMaxSources>& record(int item) const {
+        return records[Ring<T::kRecordSlots>::index(item)];
     }
-    __device__ __forceinline__ void release_key() {
-        release(barriers.key_empty(key_stage.index));
-        key_stage.next();
-    }
-    __device__ __forceinline__ void release_value() {
-        release(barriers.value_empty(value_stage.index));
-        value_stage.next();
+
+    // Moves to the next item, if there is one, and waits for its queries.
+    __device__ __forceinline__ bool open_item() {
+        if (items == params.rounds) return false;
+        ptx::mbarrier_wait(barriers.record_full(Ring<T::kRecordSlots>::index(items)), Ring<T::kRecordSlots>::parity(items));
+        if (record(items).item.rows == 0) return false;
+        ptx::mbarrier_wait(barriers.query_full(Ring<T::kQueryStages>::index(items)), Ring<T::kQueryStages>::parity(items));
+        cursor.open(record(items));
+        state.reset();
+        ++items;
+        return true;
     }
 
     // scores = Q K^T, started.
     __device__ __forceinline__ void start_scores(float (&scores)[T::kTileN / 2]) const {
-        const u64 keys = ptx::matrix_descriptor(key_base + key_stage.index * T::kKeyBytes, 0);
+        const int query_stage = Ring<T::kQueryStages>::index(items - 1);
+        const int stage = Ring<T::kStages>::index(tiles);
+        const u64 queries =
+            ptx::matrix_descriptor(smem + query_stage * T::kQueryBytes + warpgroup * 64 * ptx::kPanelRowBytes, 0);
+        const u64 keys = ptx::matrix_descriptor(smem + T::kKeyOffset + stage * T::kKeyBytes, 0);
+        ptx::mbarrier_wait(barriers.key_full(stage), Ring<T::kStages>::parity(tiles));
+        wait_turn();
         ptx::pin(scores);
         ptx::wgmma_fence();
 #pragma unroll
         for (int k = 0; k < T::kDimQk / 16; ++k) {
-            ptx::Wgmma<typename T::Element, T::kTileN>::ss(scores,
-                                                           ptx::advance(query_descriptor, ptx::k_slice_bytes(k, T::kTileM)),
+            ptx::Wgmma<typename T::Element, T::kTileN>::ss(scores, ptx::advance(queries, ptx::k_slice_bytes(k, T::kTileM)),
                                                            ptx::advance(keys, ptx::k_slice_bytes(k, T::kTileN)), k != 0);
         }
         ptx::wgmma_commit();
     }
 
+    // Call when the scores are there: nothing reads this key tile, or after an item's last one its queries, any more.
+    __device__ __forceinline__ void finish_scores(float (&scores)[T::kTileN / 2]) {
+        ptx::pin(scores);
+        release(barriers.key_empty(Ring<T::kStages>::index(tiles)));
+        if (cursor.at_last()) release(barriers.query_empty(Ring<T::kQueryStages>::index(items - 1)));
+        ++tiles;
+    }
+
     // acc += P V, started.
     __device__ __forceinline__ void start_output(float (&acc)[T::kDimV / 2], u32 (&weights)[T::kTileN / 4]) const {
-        const u64 values = ptx::matrix_descriptor(value_base + value_stage.index * T::kValueBytes,
-                                                  T::kTileN * ptx::kPanelRowBytes);
+        const int stage = Ring<T::kStages>::index(tiles - 1);
+        const u64 values =
+            ptx::matrix_descriptor(smem + T::kValueOffset + stage * T::kValueBytes, T::kTileN * ptx::kPanelRowBytes);
+        ptx::mbarrier_wait(barriers.value_full(stage), Ring<T::kStages>::parity(tiles - 1));
         ptx::pin(acc);
         ptx::pin(weights);
         ptx::wgmma_fence();
@@ -244,116 +268,108 @@ struct Consumer {
         ptx::wgmma_commit();
     }
 
-    // Adds biases, masks where this warpgroup's rows need it, and turns scores into probabilities.
-    __device__ __forceinline__ bool soften(float (&scores)[T::kTileN / 2], const WorkItem& item,
-                                           const TileCursor<T::kTileN, T::kMaxSources>& cursor) {
-        const Source& source = cursor.current();
-        const int position = cursor.position();
-        const int left = cursor.keys_left();
-        if constexpr (T::kBias) {
-            const float inverse_scale = 1.0f / params.scale;
-            const float* bias = params.bias + source.bias_first + cursor.tile * T::kTileN + 2 * (lane % 4);
-#pragma unroll
-            for (int i = 0; i < T::kTileN / 2; i += 4) {
-#pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    const float addend = 2 * i + 2 * (lane % 4) + e < left ? bias[2 * i + e] * inverse_scale : 0.0f;
-                    scores[i + e] += addend;
-                    scores[i + 2 + e] += addend;
-                }
-            }
-        }
-        if (mask::needed(item, source, position, left, T::kTileN, 64 * warpgroup, 64 * warpgroup + 63)) {
-            const int own = row + lane / 4;
-            mask::apply(scores, mask::visible(item, source, position, left, own),
-                        mask::visible(item, source, position, left, own + 8), lane);
-        }
-        return state.exponentiate(scores, params.scale_log2);
+    // Call when the product of value tile number `tile` is there.
+    __device__ __forceinline__ void finish_output(float (&acc)[T::kDimV / 2], u32 (&weights)[T::kTileN / 4], int tile) const {
+        ptx::pin(acc);
+        ptx::pin(weights);
+        release(barriers.value_empty(Ring<T::kStages>::index(tile)));
     }
 
-    __device__ __forceinline__ void run_item(const WorkRecord<T::kMaxSources>& record, u32 query_parity) {
-        const WorkItem& item = record.item;
-        float acc[T::kDimV / 2];
+    __device__ __forceinline__ void add_bias(float (&scores)[T::kTileN / 2]) const {
+        const int column = 2 * (lane() % 4);
+        const int left = cursor.keys_left();
+        const float* bias = params.bias + cursor.current().bias_first + cursor.tile * T::kTileN + column;
 #pragma unroll
-        for (int i = 0; i < T::kDimV / 2; ++i) acc[i] = 0.0f;
-        state.reset();
-        ptx::mbarrier_wait(barriers.query_full(), query_parity);
+        for (int i = 0; i < T::kTileN / 2; i += 4) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const float addend = column + 2 * i + e < left ? bias[2 * i + e] * params.inverse_scale : 0.0f;
+                scores[i + e] += addend;
+                scores[i + 2 + e] += addend;
+            }
+        }
+    }
 
-        if (item.tiles > 0) {
-            float scores[T::kTileN / 2];
-            u32 weights[T::kTileN / 4];
-            TileCursor<T::kTileN, T::kMaxSources> cursor(record);
-            wait_key();
-            start_scores(scores);
-            ptx::wgmma_wait<0>();
-            ptx::pin(scores);
-            release_key();
-            soften(scores, item, cursor);  // the accumulators are still 0: nothing to rescale
-            softmax::round_pairs<typename T::Element>(scores, weights);
+    __device__ __forceinline__ bool mask_needed() const {
+        return mask::needed(cursor.item(), cursor.current(), cursor.position(), cursor.keys_left(), T::kTileN, 64 * warpgroup,
+                            64 * warpgroup + 63);
+    }
+
+    // Scores to probabilities. Returns whether the accumulators must be multiplied by `factor`.
+    __device__ __forceinline__ bool soften(float (&scores)[T::kTileN / 2], bool fresh, float (&factor)[2]) {
+        if constexpr (T::kBias) add_bias(scores);
+        if (mask_needed()) {
+            mask::apply(scores, cursor.item(), cursor.current(), cursor.position(), cursor.keys_left(), row() + lane() / 4,
+                        lane());
+        }
+        return state.exponentiate(scores, params.scale_log2, params.slack, fresh, factor);
+    }
+
+    // One loop over the tiles of all items: the scores of a tile and the output of the tile before it are in flight together,
+    // also where the two belong to different items, so that only the block's very first and last products stand alone.
+    __device__ __forceinline__ void run() {
+        using Element = typename T::Element;
+        float acc[T::kDimV / 2];
+        float scores[T::kTileN / 2];
+        u32 weights[T::kTileN / 4];
+        float factor[2];  // what each row of acc is to be multiplied by: to follow the reference, or to be normalised
+        softmax::clear(acc);
+        if (!open_item()) return;
+        start_scores(scores);
+        pass_turn();
+        ptx::wgmma_wait<0>();
+        finish_scores(scores);
+        soften(scores, true, factor);
+        softmax::round_pairs<Element>(scores, weights);
 
 #pragma unroll 1
-            for (int tile = 1; tile < item.tiles; ++tile) {
+        while (true) {
+            const bool boundary = cursor.at_last();
+            if (boundary) {
+                write_lse(params, *cursor.record, state, row(), lane(), factor);
+                if (!open_item()) break;
+            } else {
                 cursor.next();
-                wait_key();
-                if constexpr (T::kOverlap) {
-                    wait_turn();
-                    start_scores(scores);
-                    wait_value();
-                    start_output(acc, weights);
-                    pass_turn();
-                    ptx::wgmma_wait<1>();
-                    ptx::pin(scores);
-                    release_key();
-                    const bool moved = soften(scores, item, cursor);
-                    if (moved) {
-                        ptx::wgmma_wait_all_in_branch();
-                        ptx::pin(acc);
-                        softmax::rescale_rows(acc, state.rescale);
-                    } else {
-                        ptx::wgmma_wait<0>();
-                        ptx::pin(acc);
-                    }
-                    ptx::pin(weights);
-                    release_value();
-                } else {
-                    wait_turn();
-                    wait_value();
-                    start_output(acc, weights);
-                    start_scores(scores);
-                    pass_turn();
-                    ptx::wgmma_wait<0>();
-                    ptx::pin(scores);
-                    ptx::pin(acc);
-                    ptx::pin(weights);
-                    release_key();
-                    release_value();
-                    if (soften(scores, item, cursor)) softmax::rescale_rows(acc, state.rescale);
-                }
-                softmax::round_pairs<typename T::Element>(scores, weights);
             }
-            release(barriers.query_empty());
-            wait_value();
+            start_scores(scores);
             start_output(acc, weights);
-            ptx::wgmma_wait<0>();
-            ptx::pin(acc);
-            release_value();
-        } else {
-            release(barriers.query_empty());
+            pass_turn();
+            ptx::wgmma_wait<1>();
+            finish_scores(scores);
+            const bool moved = soften(scores, boundary, factor);
+            // Each arm waits for itself: a wait above the branch would be scheduled before the exponentials that should hide it.
+            if (boundary) {
+                ptx::wgmma_wait_all_in_branch();
+                finish_output(acc, weights, tiles - 2);
+                write_rows<Element, T::kDimV, T::kBias>(params, record(items - 2), acc, factor, row(), lane());
+                softmax::clear(acc);
+            } else if (moved) {
+                ptx::wgmma_wait_all_in_branch();
+                finish_output(acc, weights, tiles - 2);
+                softmax::rescale_rows(acc, factor);
+            } else {
+                ptx::wgmma_wait<0>();
+                finish_output(acc, weights, tiles - 2);
+            }
+            softmax::round_pairs<Element>(scores, weights);
         }
-        write_rows<typename T::Element, T::kDimV, T::kBias>(params, record, acc, state, row, lane);
+        start_output(acc, weights);
+        ptx::wgmma_wait<0>();
+        finish_output(acc, weights, tiles - 1);
+        write_rows<Element, T::kDimV, T::kBias>(params, record(items - 1), acc, factor, row(), lane());
     }
 };
 
 template <class T>
 __device__ __forceinline__ void run(const Params& params) {
-    extern __shared__ __align__(1024) char smem[];
-    const u32 smem_base = ptx::shared_address(smem);
-    const Barriers<T> barriers{smem_base + T::kBarrierOffset};
+    extern __shared__ __align__(1024) char smem_bytes[];
+    const u32 smem = ptx::shared_address(smem_bytes);
+    const Barriers<T> barriers{smem + T::kBarrierOffset};
+    const auto* records = reinterpret_cast<const WorkRecord<T::kMaxSources>*>(smem_bytes + T::kRecordOffset);
     const int warp = ptx::warp_uniform(static_cast<int>(threadIdx.x) / kWarpThreads);
-    const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
 
     if (threadIdx.x == 0) {
-        if (smem_base % ptx::kSwizzleAtomBytes != 0) __trap();  // the swizzle is a function of the address
+        if (smem % ptx::kSwizzleAtomBytes != 0) __trap();  // the swizzle is a function of the address
         ptx::prefetch_tensor_map(&params.query_map);
         ptx::prefetch_tensor_map(&params.key_map[0]);
         ptx::prefetch_tensor_map(&params.value_map[0]);
@@ -363,28 +379,16 @@ __device__ __forceinline__ void run(const Params& params) {
 
     if (warp < 4) {
         ptx::registers_give<T::kProducerRegisters>();
-        if (threadIdx.x == 0) produce<T>(params, smem, smem_base, barriers);
+        if (threadIdx.x == 0) {
+            Producer<T> producer{params, barriers, smem, records};
+            producer.run();
+        }
     } else {
         ptx::registers_take<T::kConsumerRegisters>();
-        const int warpgroup = warp / 4 - 1;
-        Consumer<T> consumer{params,
-                             barriers,
-                             smem_base + T::kKeyOffset,
-                             smem_base + T::kValueOffset,
-                             ptx::matrix_descriptor(smem_base + warpgroup * 64 * ptx::kPanelRowBytes, 0),
-                             warpgroup,
-                             lane,
-                             16 * (warp - 4)};
+        Consumer<T> consumer{params, barriers, smem, records, warp / 4 - 1};
         // The first consumer's first turn is given here; from then on each passes it to the next.
-        if (warpgroup == T::kConsumers - 1) consumer.pass_turn();
-        const auto* records = reinterpret_cast<const WorkRecord<T::kMaxSources>*>(smem + T::kRecordOffset);
-        Ring<T::kRecordSlots> slot;
-        for (int round = 0; round < params.rounds; ++round) {
-            ptx::mbarrier_wait(barriers.record_full(slot.index), slot.parity);
-            if (records[slot.index].item.rows == 0) break;
-            consumer.run_item(records[slot.index], round & 1);
-            slot.next();
-        }
+        if (consumer.warpgroup == T::kConsumers - 1) consumer.pass_turn();
+        consumer.run();
     }
 }
 

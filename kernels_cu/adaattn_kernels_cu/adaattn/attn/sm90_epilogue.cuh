@@ -23,23 +23,36 @@ __device__ __forceinline__ void transpose_quad(u32 (&words)[4], int lane) {
     }
 }
 
-// `row` is the first of the warp's 16 rows within the tile; accumulators as wgmma leaves them.
-template <class Element, int kDimV, bool kBias, bool kLazy, int kMaxSources>
-__device__ __forceinline__ void write_rows(const AttentionParams& params, const WorkRecord<kMaxSources>& record,
-                                           const float (&acc)[kDimV / 2], const softmax::Online<kLazy>& state, int row,
-                                           int lane) {
+// Writes the lse of a warp's 16 rows, of which `row` is the first within the tile, and leaves the reciprocals of this thread's
+// two row sums; 0 for a row that saw no key, whose output is 0.
+template <int kMaxSources>
+__device__ __forceinline__ void write_lse(const AttentionParams& params, const WorkRecord<kMaxSources>& record,
+                                          const softmax::Online& state, int row, int lane, float (&inverse_sum)[2]) {
     const WorkItem& item = record.item;
-    u32 broken_rows = 0;  // bit i: row i of the 16 is not finite
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int own_row = row + lane / 4 + 8 * r;
+        const float sum = softmax::quad_sum(state.sum[r]);
+        inverse_sum[r] = sum == 0.0f ? 0.0f : ptx::reciprocal_approx(sum);
+        if (lane % 4 == 0 && own_row < item.rows) {
+            float* lse = static_cast<float*>(const_cast<void*>(params.lse.data)) +
+                         params.lse.offset(item.batch, item.head, item.row_first + own_row);
+            *lse = state.lse(r, sum, params.scale_log2);
+        }
+    }
+}
+
+// Normalises and writes the same rows; accumulators as wgmma leaves them.
+template <class Element, int kDimV, bool kBias, int kMaxSources>
+__device__ __forceinline__ void write_rows(const AttentionParams& params, const WorkRecord<kMaxSources>& record,
+                                           const float (&acc)[kDimV / 2], const float (&inverse_sum)[2], int row, int lane) {
+    const WorkItem& item = record.item;
+    u32 broken_quads[2];  // bit 4 q: row q (+ 8) of the 16 is not finite
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const int own_row = row + lane / 4 + 8 * r;
         const bool exists = own_row < item.rows;
-        const float sum = softmax::quad_sum(state.sum[r]);
-        const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-        float poison = 0.0f * inverse;  // NaN as soon as one factor is NaN or Inf
-#pragma unroll
-        for (int i = 0; i < kDimV / 2; i += 4) poison = fmaf(acc[i + 2 * r], 0.0f, fmaf(acc[i + 2 * r + 1], 0.0f, poison));
-
+        float poison = 0.0f * inverse_sum[r];  // NaN as soon as one factor is NaN or Inf
         u16* out = static_cast<u16*>(const_cast<void*>(params.out.data)) +
                    params.out.offset(item.batch, item.head, item.row_first + own_row);
 #pragma unroll
@@ -47,8 +60,10 @@ __device__ __forceinline__ void write_rows(const AttentionParams& params, const 
             u32 words[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const int at = 4 * (block + i) + 2 * r;
-                words[i] = ptx::pack(Element{}, acc[at] * inverse, acc[at + 1] * inverse);
+                const float low = acc[4 * (block + i) + 2 * r];
+                const float high = acc[4 * (block + i) + 2 * r + 1];
+                poison = fmaf(low, 0.0f, fmaf(high, 0.0f, poison));
+                words[i] = ptx::pack(Element{}, low * inverse_sum[r], high * inverse_sum[r]);
             }
             transpose_quad(words, lane);
             const int column = 8 * (block + lane % 4);
@@ -56,22 +71,15 @@ __device__ __forceinline__ void write_rows(const AttentionParams& params, const 
                 *reinterpret_cast<uint4*>(out + column) = make_uint4(words[0], words[1], words[2], words[3]);
             }
         }
-        if (exists && lane % 4 == 0) {
-            float* lse = static_cast<float*>(const_cast<void*>(params.lse.data)) +
-                         params.lse.offset(item.batch, item.head, item.row_first + own_row);
-            *lse = state.lse(r, sum, params.scale_log2);
-        }
-        const u32 quads = __ballot_sync(kFullWarp, exists && !(poison == 0.0f));
-#pragma unroll
-        for (int quad = 0; quad < 8; ++quad) {
-            if (quads >> (4 * quad) & 0xfu) broken_rows |= 1u << (quad + 8 * r);
-        }
+        const u32 lanes = __ballot_sync(kFullWarp, exists && !(poison == 0.0f));
+        broken_quads[r] = (lanes | lanes >> 1 | lanes >> 2 | lanes >> 3) & 0x11111111u;
     }
-    if (broken_rows == 0) return;
+    if ((broken_quads[0] | broken_quads[1]) == 0) return;
     __syncwarp();  // the stores above come before the repaired ones, whichever lane made them
 #pragma unroll 1
     for (int i = 0; i < 16; ++i) {
-        if (broken_rows >> i & 1u) repair_row<Element, kDimV, kBias>(params, record, row + i, lane);
+        const u32 broken = i < 8 ? broken_quads[0] : broken_quads[1];
+        if (broken >> (4 * (i % 8)) & 1u) repair_row<Element, kDimV, kBias>(params, record, row + i, lane);
     }
 }
 

@@ -14,8 +14,8 @@ struct WorkItem {
     i32 head;          // likewise
     i32 row_first;     // first query row of the tile
     i32 rows;          // rows that exist, 1 .. tile_m; 0 marks the end of a block's list
-    i32 tiles;         // key tiles over all sources
-    i32 sources;       // sources used, 0 .. kMaxSources
+    i32 tiles;         // key tiles over all sources, at least 1: rows that see nothing get one tile that is masked throughout
+    i32 sources;       // sources used, 1 .. kMaxSources
     i32 key_start;     // row r of the tile sees the positions p with
     i32 key_stop;      //   max(key_start, start_offset + r) <= p < min(key_stop, stop_offset + r)
     i32 start_offset;  //   (all within +-2^30; half of that stands for "no limit")
@@ -46,24 +46,27 @@ struct alignas(16) WorkRecord {
 // running maximum starts where the scores of a trained model are largest.
 template <int kTileN, int kMaxSources>
 struct TileCursor {
-    const WorkRecord<kMaxSources>& record;
+    const WorkRecord<kMaxSources>* record;
     int source;
     int tile;
 
-    __device__ __forceinline__ explicit TileCursor(const WorkRecord<kMaxSources>& item_record)
-        : record(item_record), source(kMaxSources > 1 ? item_record.item.sources - 1 : 0) {
-        tile = ceil_div(record.sources[source].keys, kTileN) - 1;
+    __device__ __forceinline__ void open(const WorkRecord<kMaxSources>& item_record) {
+        record = &item_record;
+        source = kMaxSources > 1 ? item_record.item.sources - 1 : 0;
+        tile = ceil_div(current().keys, kTileN) - 1;
     }
     __device__ __forceinline__ void next() {
         --tile;
         if constexpr (kMaxSources > 1) {
-            if (tile < 0 && source > 0) {
+            if (tile < 0) {
                 --source;
-                tile = ceil_div(record.sources[source].keys, kTileN) - 1;
+                tile = ceil_div(current().keys, kTileN) - 1;
             }
         }
     }
-    __device__ __forceinline__ const Source& current() const { return record.sources[source]; }
+    __device__ __forceinline__ bool at_last() const { return tile == 0 && source == 0; }
+    __device__ __forceinline__ const WorkItem& item() const { return record->item; }
+    __device__ __forceinline__ const Source& current() const { return record->sources[source]; }
     __device__ __forceinline__ int first_key() const { return current().first + tile * kTileN; }
     __device__ __forceinline__ int position() const { return current().position + tile * kTileN; }
     // Keys of this tile that belong to the source; the rest of a last tile is whatever lies behind it in memory.

@@ -22,26 +22,36 @@ __device__ __forceinline__ Interval visible(const WorkItem& item, const Source& 
 }
 
 // Whether some row of [row_first, row_last] misses a column of a tile of `columns` keys. Limits move one way with the row, so
-// the last row has the latest start and the first row the earliest stop.
+// the last row has the latest start and the first row the earliest stop. Without branches: it runs while products are in flight.
 __device__ __forceinline__ bool needed(const WorkItem& item, const Source& source, int position, int keys_left, int columns,
                                        int row_first, int row_last) {
-    return visible(item, source, position, keys_left, row_last).first > 0 ||
-           visible(item, source, position, keys_left, row_first).stop < columns;
+    const int start = larger(item.key_start, item.start_offset + row_last) - position;
+    const int stop = smaller(item.key_stop, item.stop_offset + row_first) - position;
+    return (keys_left < columns) | ((source.masked != 0) & ((start > 0) | (stop < columns)));
 }
 
-// Replaces scores outside the two rows' intervals by -inf. A replaced score may be NaN: it is selected away, never multiplied.
+// Replaces scores outside the intervals of the thread's two rows, `row` and `row` + 8, by -inf. A replaced score may be NaN: it is
+// selected away, never multiplied. Most masks have no start: theirs is a pass of its own.
 template <int kCount>
-__device__ __forceinline__ void apply(float (&scores)[kCount], Interval upper, Interval lower, int lane) {
-    const int column = 2 * (lane % 4);
-    const u32 upper_width = static_cast<u32>(larger(upper.stop - upper.first, 0));
-    const u32 lower_width = static_cast<u32>(larger(lower.stop - lower.first, 0));
+__device__ __forceinline__ void apply(float (&scores)[kCount], const WorkItem& item, const Source& source, int position,
+                                      int keys_left, int row, int lane) {
+    const int column = 2 * (lane % 4);  // of scores[0]; block j of eight columns holds column + 8 j + {0, 1}
 #pragma unroll
-    for (int i = 0; i < kCount; i += 4) {
+    for (int r = 0; r < 2; ++r) {
+        const Interval seen = visible(item, source, position, keys_left, row + 8 * r);
+        const int first = seen.first - column;
+        const int stop = seen.stop - column;
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            const int here = column + 2 * i + e;
-            if (static_cast<u32>(here - upper.first) >= upper_width) scores[i + e] = negative_infinity();
-            if (static_cast<u32>(here - lower.first) >= lower_width) scores[i + 2 + e] = negative_infinity();
+        for (int i = 2 * r; i < kCount; i += 4) {
+            if (2 * (i - 2 * r) >= stop) scores[i] = negative_infinity();
+            if (2 * (i - 2 * r) + 1 >= stop) scores[i + 1] = negative_infinity();
+        }
+        if (seen.first > 0) {
+#pragma unroll
+            for (int i = 2 * r; i < kCount; i += 4) {
+                if (2 * (i - 2 * r) < first) scores[i] = negative_infinity();
+                if (2 * (i - 2 * r) + 1 < first) scores[i + 1] = negative_infinity();
+            }
         }
     }
 }

@@ -12,6 +12,13 @@ __device__ __forceinline__ float exp2_approx(float x) {
     return y;
 }
 
+// 1 / x within 1 ulp. PTX ISA, "rcp".
+__device__ __forceinline__ float reciprocal_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // Rounds two f32 to nearest even and packs them, `low` in bits 0..15. PTX ISA, "cvt".
 __device__ __forceinline__ u32 pack(Bf16, float low, float high) {
     u32 packed;

@@ -24,11 +24,9 @@ __device__ __forceinline__ float quad_sum(float x) {
 }
 
 // Sums whole rows only at the end: until then `sum` is this thread's share of the columns.
-template <bool kLazy>
 struct Online {
-    float reference[2];
+    float reference[2];  // r, in units of the raw scores; -inf until the row has seen a key
     float sum[2];
-    float rescale[2];  // factor that the accumulators owe after the last `exponentiate`
 
     __device__ __forceinline__ void reset() {
 #pragma unroll
@@ -38,9 +36,13 @@ struct Online {
         }
     }
 
-    // Turns scores into probabilities in place. Returns, alike in all lanes, whether the accumulators must be rescaled.
+    // Turns scores into probabilities in place. Returns, alike in all lanes, whether the accumulators must be multiplied by
+    // `factor`. With `fresh`, just after `reset`, there is nothing to multiply, and `factor` keeps what the caller has in it.
+    // `slack` is kSlackLog2 / scale_log2, divided on the host. No lane needs the row's maximum unless some lane of the warp saw a score above the
+    // slack, so the common path has no shuffle.
     template <int kCount>
-    __device__ __forceinline__ bool exponentiate(float (&scores)[kCount], float scale_log2) {
+    __device__ __forceinline__ bool exponentiate(float (&scores)[kCount], float scale_log2, float slack, bool fresh,
+                                                 float (&factor)[2]) {
         float highest[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -51,24 +53,22 @@ struct Online {
                 even = fmaxf(even, fmaxf(scores[i + 2 * r], scores[i + 2 * r + 1]));
                 odd = fmaxf(odd, fmaxf(scores[i + 2 * r + 4], scores[i + 2 * r + 5]));
             }
-            highest[r] = fmaxf(quad_max(fmaxf(even, odd)), reference[r]);
+            highest[r] = fmaxf(even, odd);
         }
-
-        bool moved = true;
-        if constexpr (kLazy) {
-            const bool grown = (highest[0] - reference[0]) * scale_log2 > kSlackLog2 ||
-                               (highest[1] - reference[1]) * scale_log2 > kSlackLog2;
-            moved = __any_sync(kFullWarp, grown);
-        }
+        const bool grown = highest[0] > reference[0] + slack || highest[1] > reference[1] + slack;
+        const bool moved = __any_sync(kFullWarp, grown);
+        if (moved) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const float next = moved ? highest[r] : reference[r];
-            // Equal references include -inf and -inf, whose difference would be NaN.
-            rescale[r] = next == reference[r] ? 1.0f : ptx::exp2_approx((reference[r] - next) * scale_log2);
-            reference[r] = next;
-            sum[r] *= rescale[r];
+            for (int r = 0; r < 2; ++r) {
+                const float next = fmaxf(quad_max(highest[r]), reference[r]);
+                // Equal references include -inf and -inf, whose difference would be NaN.
+                const float rescale =
+                    next == reference[r] ? 1.0f : ptx::exp2_approx((reference[r] - next) * scale_log2);
+                reference[r] = next;
+                sum[r] *= rescale;
+                if (!fresh) factor[r] = rescale;
+            }
         }
-
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             // A row that has seen no key yet keeps every probability at 2^(-inf - 0) = 0.
@@ -85,6 +85,7 @@ struct Online {
                 odd += second;
             }
             sum[r] += even + odd;
+            asm volatile("" : "+f"(sum[r]));  // added up here, under the products in flight, not where it is next needed
         }
         return moved;
     }
@@ -92,10 +93,15 @@ struct Online {
     // Natural-logarithm lse of row r; -inf where the row saw no key. Call after the quad's sums were added up.
     __device__ __forceinline__ float lse(int r, float row_sum, float scale_log2) const {
         constexpr float kLn2 = 0.6931471805599453f;
-        if (row_sum == 0.0f) return negative_infinity();
-        return kLn2 * (reference[r] * scale_log2 + log2f(row_sum));
+        return row_sum == 0.0f ? negative_infinity() : kLn2 * (reference[r] * scale_log2 + log2f(row_sum));
     }
 };
+
+template <int kCount>
+__device__ __forceinline__ void clear(float (&accumulators)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) accumulators[i] = 0.0f;
+}
 
 template <int kCount>
 __device__ __forceinline__ void rescale_rows(float (&accumulators)[kCount], const float (&factor)[2]) {
