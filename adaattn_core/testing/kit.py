@@ -291,8 +291,15 @@ def assert_certificate_holds(
     result: AttentionResult,
     host: AttentionProblem,
     exact: ExactAttention | None = None,
-) -> None:
-    """Every row errs by at most ``upper * rms|out|``, or its head says nonfinite."""
+) -> float:
+    """Every row errs by at most ``upper * rms|out|``, or its head says nonfinite.
+
+    Returns
+    -------
+    float
+        Largest error as a share of what was certified: what an adversary maximises.
+    """
+    closest = 0.0
     exact = exact_attention(host) if exact is None else exact
     out = kit.home.fetch(result.out).astype(np.float64)
     for index in host.heads():
@@ -313,6 +320,8 @@ def assert_certificate_holds(
             f"head {index}: worst row errs by {worst:.6g}, certified {allowed:.6g}"
             f" (upper {certificate.upper:.6g}, terms {dict(certificate.terms)})"
         )
+        closest = max(closest, worst / allowed if allowed > 0 else 0.0)
+    return closest
 
 
 def assert_same_result(
