@@ -39,6 +39,12 @@ def test_those_laws_pass_on_the_honest_backend(tmp_path: Path) -> None:
     assert "passed" in done.stdout
 
 
+@pytest.mark.slow
+def test_the_numpy_backend_passes_the_whole_kit(tmp_path: Path) -> None:
+    done = run_kit(tmp_path, "numpy")
+    assert done.returncode == pytest.ExitCode.OK, done.stdout
+
+
 def test_an_unknown_backend_is_named(tmp_path: Path) -> None:
     done = run_kit(tmp_path, "nowhere")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR

@@ -10,21 +10,36 @@ from pathlib import Path
 
 import pytest
 
-TOY = Path(__file__).parents[2] / "docs" / "examples" / "adaattn-toy"
+ROOT = Path(__file__).parents[2]
+TOY = ROOT / "docs" / "examples" / "adaattn-toy"
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Environment in which the toy's wheel is installed beside AdaAttn."""
+    """Environment in which the wheels of AdaAttn and of the toy are installed."""
     wheels = tmp_path_factory.mktemp("wheels")
     target = tmp_path_factory.mktemp("site")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     quiet = ["--no-deps", "--no-index"]
-    build = [*pip, "wheel", *quiet, "--no-build-isolation", "-w", str(wheels), str(TOY)]
-    subprocess.run(build, check=True)
-    (wheel,) = wheels.glob("adaattn_toy-*.whl")
-    subprocess.run([*pip, "install", *quiet, "-t", str(target), str(wheel)], check=True)
-    return os.environ | {"PYTHONPATH": str(target)}
+    build = [*pip, "wheel", *quiet, "--no-build-isolation", "-w", str(wheels)]
+    subprocess.run([*build, str(ROOT), str(TOY)], check=True)
+    built = sorted(str(wheel) for wheel in wheels.glob("*.whl"))
+    assert len(built) == 2
+    subprocess.run([*pip, "install", *quiet, "-t", str(target), *built], check=True)
+    return os.environ | {"PYTHONPATH": str(target), "SITE": str(target)}
+
+
+def test_the_kit_comes_from_the_wheel(installed: dict[str, str], tmp_path: Path) -> None:
+    code = "import adaattn_core.testing.kit as k, adaattn_toy; print(k.__file__)"
+    printed = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=installed,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert printed.startswith(installed["SITE"])
 
 
 def test_it_is_found_by_name(installed: dict[str, str]) -> None:
