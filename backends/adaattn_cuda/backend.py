@@ -6,6 +6,7 @@ on the caller's stream, and returns. It neither waits for the device nor copies 
 
 from __future__ import annotations
 
+import importlib
 import threading
 from collections.abc import Collection, Mapping
 from typing import Any, NoReturn, cast
@@ -13,7 +14,7 @@ from typing import Any, NoReturn, cast
 from numpy.typing import NDArray
 
 from adaattn_core.backend import Capabilities, RawResult, RowErrors, RunFacts
-from adaattn_core.errors import DTypeError, ShapeError, UnsupportedError
+from adaattn_core.errors import ShapeError, UnsupportedError
 from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_core.stats import MeasureRequest, ProblemStats
@@ -28,6 +29,11 @@ __all__ = ["CudaBackend"]
 
 _PLANS_REMEMBERED = 32
 _BIAS_FORMATS = tuple(sm80.BIAS_TYPES)
+
+Arrays = tuple[
+    ArrayView, ArrayView, ArrayView, ArrayView, ArrayView, ArrayView | None, ArrayView | None
+]
+"""query, key, value, out, lse, boolean mask, additive mask."""
 
 Groups = dict[tuple[str, str], tuple[HeadIndex, ...] | None]
 """(qk, pv) -> the heads that run so; None stands for all of them."""
@@ -108,7 +114,7 @@ class CudaBackend:
                 do="pass the workspace to the backend that made it",
             )
         if problem.dtype not in sm80.INPUT_FORMATS:
-            raise DTypeError(
+            raise UnsupportedError(
                 got=f"{problem.dtype} arrays",
                 needed=f"one of {', '.join(sm80.INPUT_FORMATS)} on the GPU",
                 do='cast them, or use backend="numpy" for float64',
@@ -149,14 +155,12 @@ class CudaBackend:
     def _start(
         self,
         problem: AttentionProblem,
-        arrays: tuple[ArrayView | None, ...],
+        arrays: Arrays,
         formats: tuple[str, str],
         heads: tuple[HeadIndex, ...] | None,
         stream: int,
     ) -> str:
-        query = arrays[0]
-        assert query is not None
-        mask = problem.mask
+        query, mask = arrays[0], problem.mask
         layout = tuple(
             (a.shape, a.strides, a.dtype, a.pointer % 16) if a else None for a in arrays
         )
@@ -165,22 +169,35 @@ class CudaBackend:
         key = (layout, sides, lengths, problem.scale, formats, heads, query.device)
 
         def make() -> Launch:
-            query, key, value, out, lse, allowed, bias = arrays
-            assert query is not None
-            assert key is not None
-            assert value is not None
-            assert out is not None
-            assert lse is not None
-            task = sm80.DenseTask(
-                query, key, value, out, lse, allowed, bias, problem.sequences,
-                mask.left, mask.right, mask.alignment == "bottom_right", problem.scale,
-                *formats, heads,
-            )  # fmt: skip
-            return Sm80Launch(task, query.device)
+            return self._make(problem, arrays, formats, heads, stream)
 
         launch = self._launches.get(key, make)
         launch.start(tuple(a.pointer if a else 0 for a in arrays), query.device, stream)
         return launch.name
+
+    @staticmethod
+    def _make(
+        problem: AttentionProblem,
+        arrays: Arrays,
+        formats: tuple[str, str],
+        heads: tuple[HeadIndex, ...] | None,
+        stream: int,
+    ) -> Launch:
+        """Choose the kernel: Hopper's own where it takes the task, the sm80 family otherwise."""
+        query, key, value, out, lse, allowed, bias = arrays
+        facts = driver.device_facts(query.device)
+        if facts.arch == "sm_90a" and heads is None and set(formats) == {problem.dtype}:
+            # Imported here: cuda.bindings costs 0.2 s, which only Hopper needs.
+            hopper = importlib.import_module("adaattn_cuda.sm90_launch")
+            if hopper.refusal(problem, arrays) is None:
+                return cast(Launch, hopper.Sm90Launch(problem, arrays, stream))
+        mask = problem.mask
+        task = sm80.DenseTask(
+            query, key, value, out, lse, allowed, bias, problem.sequences,
+            mask.left, mask.right, mask.alignment == "bottom_right", problem.scale,
+            *formats, heads,
+        )  # fmt: skip
+        return Sm80Launch(task, query.device)
 
     def _groups_of(self, plan: Plan) -> Groups:
         """Return the groups of a plan, remembered for as long as the plan is used again."""
@@ -260,7 +277,7 @@ def _mask_views(
                 do="move the mask first: nothing is copied between devices silently",
             )
         if name == "additive" and seen.dtype not in _BIAS_FORMATS:
-            raise DTypeError(
+            raise UnsupportedError(
                 got=f"an additive mask of {seen.dtype}",
                 needed=f"one of {', '.join(_BIAS_FORMATS)}",
                 do="cast the mask to float32",

@@ -36,6 +36,7 @@ _ATTRIBUTE_MULTIPROCESSORS = 16
 _ATTRIBUTE_MAJOR, _ATTRIBUTE_MINOR = 75, 76
 _ATTRIBUTE_SMEM_OPTIN = 97
 _FUNCTION_MAX_DYNAMIC_SMEM = 8
+_EVENT_DISABLE_TIMING = 2
 
 
 @cache
@@ -268,11 +269,16 @@ class Kernel:
 
 
 class DeviceTable:
-    """Bytes copied to the device once, in stream order, and freed with this object."""
+    """Bytes copied to the device once, in stream order, and freed with this object.
+
+    A stream other than the one that made the copy waits for it at its first use.
+    """
 
     def __init__(self, data: bytes, device: int, stream: int) -> None:
         self._library = load_driver()
         self._device = device
+        self._known = {stream}
+        self._copied = ctypes.c_void_p()
         self.size_bytes = len(data)
         address = ctypes.c_uint64()
         with OnDevice(device):
@@ -285,16 +291,36 @@ class DeviceTable:
             self.address = address.value
             _check(
                 self._library.cuMemcpyHtoDAsync_v2(
-                    ctypes.c_uint64(self.address), data, ctypes.c_size_t(len(data)),
+                    ctypes.c_uint64(self.address),
+                    data,
+                    ctypes.c_size_t(len(data)),
                     ctypes.c_void_p(stream),
                 ),
                 "copying a work list",
-            )  # fmt: skip
+            )
+            _check(
+                self._library.cuEventCreate(ctypes.byref(self._copied), _EVENT_DISABLE_TIMING),
+                "making an event",
+            )
+            _check(
+                self._library.cuEventRecord(self._copied, ctypes.c_void_p(stream)),
+                "recording an event",
+            )
+
+    def used_on(self, stream: int) -> None:
+        """Order a stream behind the copy."""
+        if stream not in self._known:
+            with OnDevice(self._device):
+                _check(
+                    self._library.cuStreamWaitEvent(ctypes.c_void_p(stream), self._copied, 0),
+                    "ordering a stream",
+                )
+            self._known.add(stream)
 
     def __del__(self) -> None:
-        address = getattr(self, "address", 0)
-        if address:
+        if getattr(self, "address", 0):
             with OnDevice(self._device):
-                # The default stream waits for blocking streams; cuMemFree waits for the device,
-                # so no kernel can still be reading the list.
-                self._library.cuMemFree_v2(ctypes.c_uint64(address))
+                # cuMemFree waits for the device, so no kernel can still be reading the list.
+                self._library.cuMemFree_v2(ctypes.c_uint64(self.address))
+                if self._copied:
+                    self._library.cuEventDestroy_v2(self._copied)

@@ -127,7 +127,8 @@ ADAATTN_DEVICE void add_values_narrow(Output<T>& out, const Scores<T>& weights, 
 template <class T>
 ADAATTN_DEVICE void add_values_wide(Output<T>& out, const Scores<T>& weights, u32 value) {
     using ValueTile = typename T::ValueTile;
-    constexpr int kBlocks = 4;  // n8 blocks whose short partial sums are held at a time
+    // n8 blocks whose short partial sums are held at a time; a long row of O leaves room for fewer.
+    constexpr int kBlocks = T::kValueTiles > 16 ? 2 : 4;
     const int lane = thread_index() & 31;
 #pragma unroll
     for (int first = 0; first < T::kValueTiles; first += kBlocks) {

@@ -1,0 +1,182 @@
+"""The backend on a real device: streams, captures, libraries, provenance and bad input."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from adaattn_core import ErrorBudget, attention
+from adaattn_core.errors import ShapeError, UnsupportedError
+from adaattn_core.mask import Mask
+from adaattn_core.plan import HeadPlan, Plan
+from adaattn_core.problem import AttentionProblem
+from adaattn_cuda.backend import CudaBackend
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.gpu
+
+UNIT = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-19}
+
+
+@pytest.fixture(scope="module")
+def backend() -> Any:
+    return CudaBackend()
+
+
+def arrays(
+    dtype: str = "bfloat16", length: int = 300, dim: int = 64, heads: int = 4
+) -> list[Any]:
+    shape = (2, heads, length, dim)
+    return [torch.randn(shape, device="cuda", dtype=getattr(torch, dtype)) for _ in range(3)]
+
+
+def exact(q: Any, k: Any, v: Any, causal: bool = False) -> Any:
+    return torch.nn.functional.scaled_dot_product_attention(
+        q.double(), k.double(), v.double(), is_causal=causal
+    )
+
+
+def relative(got: Any, expected: Any) -> float:
+    return float((got.double() - expected).norm() / expected.norm())
+
+
+def plan_of(problem: AttentionProblem) -> Plan:
+    return Plan.uniform(problem, HeadPlan(qk=problem.dtype, pv=problem.dtype))
+
+
+@pytest.mark.parametrize("dtype", UNIT)
+@pytest.mark.parametrize("causal", [False, True])
+def test_front_door(dtype: str, causal: bool) -> None:
+    q, k, v = arrays(dtype)
+    mask = Mask.causal() if causal else None
+    budget = ErrorBudget(rel=1.0, guarantee="worst_case", on_violation="report")
+    result = attention(q, k, v, mask=mask, backend="cuda", budget=budget, policy="exact")
+    expected = exact(q, k, v, causal)
+    assert result.out.dtype == q.dtype
+    assert relative(result.out, expected) <= UNIT[dtype]
+    assert "attn_fwd" in result.provenance["kernels"]
+    rms = result.out.double().square().sum(-1).mean(-1).sqrt().cpu().numpy()
+    worst = (result.out.double() - expected).norm(dim=-1).amax(-1).cpu().numpy()
+    assert (worst <= result.certificate.upper * rms).all()
+
+
+def test_auto_finds_the_backend() -> None:
+    q, k, v = arrays()
+    assert attention(q, k, v).provenance["backend"] == "cuda"
+
+
+def test_stream_is_the_callers(backend) -> None:
+    """Work queued behind a slow kernel on a side stream sees what that kernel writes."""
+    q, k, v = arrays()
+    problem = AttentionProblem.from_arrays(q, k, v)
+    plan = plan_of(problem)
+    backend.run(problem, plan)
+    torch.cuda.synchronize()
+    source, side = torch.randn_like(q), torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(200_000_000)
+        q.copy_(source)
+        started = time.perf_counter()
+        raw = backend.run(problem, plan)
+        took = time.perf_counter() - started
+    assert took < 0.05, "the call waited for the device"
+    side.synchronize()
+    assert relative(raw.out, exact(source, k, v)) <= UNIT["bfloat16"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_graph_capture(backend, dtype: str) -> None:
+    q, k, v = arrays(dtype)
+    problem = AttentionProblem.from_arrays(q, k, v)
+    plan = plan_of(problem)
+    backend.run(problem, plan)  # warm-up: compiles and loads
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        raw = backend.run(problem, plan)
+    q.copy_(torch.randn_like(q))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert relative(raw.out, exact(q, k, v)) <= UNIT[dtype]
+
+
+def test_formats_differ_by_head(backend) -> None:
+    q, k, v = arrays("float32", heads=3)
+    problem = AttentionProblem.from_arrays(q, k, v)
+    names = ("f32", "tf32", "bf16")
+    heads = {(s, h): HeadPlan(qk=names[h], pv=names[h]) for s in range(2) for h in range(3)}
+    raw = backend.run(problem, Plan(heads))
+    expected = exact(q, k, v)
+    errors = [relative(raw.out[:, h], expected[:, h]) for h in range(3)]
+    assert errors[0] < 2e-6 < errors[1] < 1e-3 < errors[2] < 1e-2
+    again = backend.run(problem, Plan(heads).with_heads({(1, 2): HeadPlan()}),
+                        heads=[(1, 2)], into=raw)  # fmt: skip
+    assert relative(again.out[1, 2], expected[1, 2]) < 2e-6
+    assert relative(again.out[0, 2], expected[0, 2]) > 1e-3
+
+
+def test_cupy_and_dlpack(backend) -> None:
+    cupy = pytest.importorskip("cupy")
+    q, k, v = (cupy.asarray(np.random.default_rng(0).standard_normal((1, 2, 100, 64), np.float32))
+               for _ in range(3))  # fmt: skip
+    problem = AttentionProblem.from_arrays(q, k, v)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        raw = backend.run(problem, plan_of(problem))
+    stream.synchronize()
+    assert isinstance(raw.out, cupy.ndarray)
+    got = torch.from_dlpack(raw.out)
+    assert relative(got, exact(*(torch.from_dlpack(x) for x in (q, k, v)))) < 2e-6
+
+
+def test_empty_problems(backend) -> None:
+    q, k, v = arrays()
+    nothing = AttentionProblem.from_arrays(q, k[:, :, :0], v[:, :, :0])
+    raw = backend.run(nothing, plan_of(nothing))
+    assert (raw.out == 0).all()
+    assert torch.isneginf(raw.lse).all()
+    rowless = AttentionProblem.from_arrays(q[:, :, :0], k, v)
+    assert backend.run(rowless, plan_of(rowless)).out.shape == (2, 4, 0, 64)
+
+
+def test_bad_input(backend) -> None:
+    q, k, v = arrays()
+    strided = AttentionProblem.from_arrays(q.mT.contiguous().mT, k, v)
+    with pytest.raises(UnsupportedError, match="stride 1 there"):
+        backend.run(strided, plan_of(strided))
+    host = AttentionProblem.from_arrays(q, k, v, mask=Mask.boolean(torch.ones(300, 300) > 0))
+    with pytest.raises((UnsupportedError, ShapeError), match="CUDA memory|one device"):
+        backend.run(host, plan_of(host))
+    with pytest.raises(UnsupportedError, match='backend="numpy"'):
+        attention(q.double(), k.double(), v.double(), backend="cuda")
+    huge = AttentionProblem.from_arrays(*(x[:, :, :1] for x in arrays(dim=264)))
+    with pytest.raises(UnsupportedError, match="at most 256"):
+        backend.run(huge, plan_of(huge))
+
+
+def test_out_of_memory_says_so(backend) -> None:
+    q = torch.zeros((1, 1, 1, 64), device="cuda", dtype=torch.bfloat16)
+    rows = torch.cuda.mem_get_info()[1] // 64
+    endless = AttentionProblem.from_arrays(
+        q.expand(1, rows // 2**20 + 1, 2**20, 64), q, q, mask=Mask.none()
+    )
+    with pytest.raises(Exception, match="no device memory"):
+        backend.run(endless, plan_of(endless))
+
+
+def test_more_than_2_31_elements(backend) -> None:
+    """Offsets are 64-bit: the last head of a 2.2-billion-element tensor is right."""
+    if torch.cuda.mem_get_info()[0] < 40 << 30:
+        pytest.skip("needs 40 GiB of free device memory")
+    heads, length, dim = 17, 2**20, 128
+    query = torch.zeros((1, heads, length, dim), device="cuda", dtype=torch.bfloat16)
+    query[0, -1, -5:] = torch.randn((5, dim), device="cuda", dtype=torch.bfloat16)
+    key, value = (
+        torch.randn((1, 1, 64, dim), device="cuda", dtype=torch.bfloat16) for _ in "kv"
+    )
+    problem = AttentionProblem.from_arrays(query, key, value)
+    raw = backend.run(problem, plan_of(problem))
+    expected = exact(query[:, -1:, -5:], key, value)
+    assert relative(raw.out[:, -1:, -5:], expected) <= UNIT["bfloat16"]
