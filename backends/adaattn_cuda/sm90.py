@@ -1,38 +1,56 @@
-"""Host side of ``sm90_attn_fwd_f16``: what it takes, its launch plan, its parameter block with tensor maps.
+"""Host side of ``sm90_attn_fwd_f16``: what it takes, its launch plan, its parameters.
 
-A launch needs three steps. ``plan_launch`` depends on shapes only and is meant to be cached by its arguments; its records are
-copied to the device once. ``pack_params`` depends on pointers and strides; its result can be cached by them. The launch itself
-passes that block by value.
+A launch needs three steps. `plan_launch` depends on shapes only and is meant to be cached by
+its arguments; its records are copied to the device once. `pack_params` depends on pointers and
+strides; its result can be cached by them. The launch itself passes that block by value.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from cuda.bindings import driver
 from numpy.typing import NDArray
 
 from adaattn_core.errors import AdaAttnError
 from adaattn_core.problem import AttentionProblem
-from adaattn_cuda.sm90_work import Geometry, work_records
-from adaattn_cuda.tuning.sm90 import Tile, choose
+from adaattn_cuda import driver
+from adaattn_cuda.sm90_work import MAX_LEN, Geometry, work_records
+from adaattn_cuda.tuning.sm90 import STEM, Tile, choose
 
-__all__ = ["STEM", "DeviceMatrix", "LaunchPlan", "pack_params", "plan_launch", "supports"]
-
-STEM = "sm90_attn_fwd_f16"
+__all__ = [
+    "STEM",
+    "DeviceMatrix",
+    "LaunchPlan",
+    "Params",
+    "layout_reason",
+    "pack_params",
+    "plan_launch",
+    "supports",
+]
 
 MAX_DIM = 256
-SLACK_LOG2 = 8.0
-"""How far the running maximum may grow before accumulators are rescaled; softmax/online.cuh says why."""
 MAX_MAPS = 3
+SLACK_LOG2 = 8.0
+"""How far the running maximum may grow before rescaling; softmax/online.cuh says why."""
+
 _ALIGNMENT_BYTES = 16
-_PANEL_COLUMNS = 64
-_MAX_STRIDE_BYTES = 1 << 40
-_MAX_LEN = 1 << 29
 _ELEMENT_BYTES = 2
+_PANEL_COLUMNS = 64
+_MAP_BYTES = 128
+_MAP_ALIGNMENT_BYTES = 64
+_MAX_STRIDE_BYTES = 1 << 40
+
+# CUtensorMap* enumerators of cuda.h.
+_DATA_TYPES = {"f16": 6, "bf16": 9}
+_INTERLEAVE_NONE = 0
+_SWIZZLE_128B = 3
+_L2_PROMOTION_256B = 3
+_OOB_FILL_ZEROS = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +79,7 @@ class LaunchPlan:
     Attributes
     ----------
     tile : Tile
-        The specialisation; ``tile.traits(dtype)`` and ``tile.smem_bytes`` make its KernelSpec.
+        The specialisation; `Tile.spec` makes its KernelSpec.
     dtype : str
         ``bf16`` or ``f16``.
     records : ndarray, shape (rounds, grid)
@@ -83,62 +101,80 @@ class LaunchPlan:
         return int(self.records.shape[0])
 
 
-_MATRIX = np.dtype(
-    [("data", "<u8"), ("stride_row", "<i8"), ("stride_head", "<i8"), ("stride_batch", "<i8")]
-)
+class Matrix(ctypes.Structure):
+    """The twin of ``Matrix`` in params.cuh; strides in elements."""
 
-PARAMS = np.dtype(
-    {
-        "names": [
-            "query_map", "key_map", "value_map", "query", "key", "value", "out", "lse",
-            "records", "bias", "inverse_scale", "scale_log2", "slack", "rounds", "dim_qk", "dim_v",
-        ],
-        "formats": [
-            (np.void, 128), (np.void, (MAX_MAPS * 128)), (np.void, (MAX_MAPS * 128)),
-            _MATRIX, (_MATRIX, (MAX_MAPS,)), (_MATRIX, (MAX_MAPS,)), _MATRIX, _MATRIX,
-            "<u8", "<u8", "<f4", "<f4", "<f4", "<i4", "<i4", "<i4",
-        ],
-        "offsets": [0, 128, 512, 896, 928, 1024, 1120, 1152, 1184, 1192, 1200, 1204, 1208, 1212, 1216, 1220],
-        "itemsize": 1280,
-    }
-)  # fmt: skip
-"""Memory layout of ``AttentionParams`` in ``attn/params.cuh``."""
+    _fields_ = (
+        ("data", ctypes.c_uint64),
+        ("stride_row", ctypes.c_int64),
+        ("stride_head", ctypes.c_int64),
+        ("stride_batch", ctypes.c_int64),
+    )
+
+
+class Params(ctypes.Structure):
+    """The twin of ``AttentionParams`` in params.cuh: 1,280 bytes, passed by value."""
+
+    _fields_ = (
+        ("query_map", ctypes.c_ubyte * _MAP_BYTES),
+        ("key_map", ctypes.c_ubyte * _MAP_BYTES * MAX_MAPS),
+        ("value_map", ctypes.c_ubyte * _MAP_BYTES * MAX_MAPS),
+        ("query", Matrix),
+        ("key", Matrix * MAX_MAPS),
+        ("value", Matrix * MAX_MAPS),
+        ("out", Matrix),
+        ("lse", Matrix),
+        ("records", ctypes.c_uint64),
+        ("bias", ctypes.c_uint64),
+        ("inverse_scale", ctypes.c_float),
+        ("scale_log2", ctypes.c_float),
+        ("slack", ctypes.c_float),
+        ("rounds", ctypes.c_int32),
+        ("dim_qk", ctypes.c_int32),
+        ("dim_v", ctypes.c_int32),
+        ("padding", ctypes.c_ubyte * 56),
+    )
 
 
 def supports(problem: AttentionProblem) -> str | None:
     """Why this kernel does not take a problem, or None if it does.
 
-    The answer depends on dtype, head dims, lengths and the kind of mask; strides and alignment are checked by
-    :func:`layout_reason` once device pointers are known.
+    The answer depends on dtype, head dims, lengths and the kind of mask; strides and alignment
+    are checked by `layout_reason` once device pointers are known.
     """
-    if problem.dtype not in ("bf16", "f16"):
+    if problem.dtype not in _DATA_TYPES:
         return f"dtype {problem.dtype}: only bf16 and f16 run on the 16-bit matrix unit"
     for name, dim in (("dim_qk", problem.dim_qk), ("dim_v", problem.dim_v)):
         if dim % 8 or not 8 <= dim <= MAX_DIM:
             return f"{name} {dim}: needs a multiple of 8 between 8 and {MAX_DIM}"
     if not problem.mask.is_structural:
-        return f"{problem.mask.describe()} mask: only masks of one visible interval per row"
-    if max(problem.len_q, problem.len_kv) > _MAX_LEN:
-        return f"len {max(problem.len_q, problem.len_kv)}: at most {_MAX_LEN} rows"
+        return f"{problem.mask.describe()} mask: only one visible interval per row"
+    longest = max(problem.len_q, problem.len_kv)
+    if longest > MAX_LEN:
+        return f"len {longest}: at most {MAX_LEN} rows"
     return None
 
 
 def layout_reason(name: str, matrix: DeviceMatrix) -> str | None:
-    """Why the copy engine cannot read (or the epilogue not write) an array, or None if it can."""
+    """Why the copy engine cannot address an array, or None if it can.
+
+    The epilogue's 16-byte stores ask the same of the output.
+    """
     if matrix.pointer % _ALIGNMENT_BYTES:
         return f"{name} starts at an address that is no multiple of {_ALIGNMENT_BYTES} bytes"
     for axis, size, stride in zip(
         ("batch", "heads", "len"), matrix.shape, matrix.strides, strict=False
     ):
-        stride_bytes = stride * _ELEMENT_BYTES
-        if size > 1 and (
-            stride_bytes % _ALIGNMENT_BYTES or not 0 < stride_bytes < _MAX_STRIDE_BYTES
-        ):
-            return f"{name} has a stride of {stride_bytes} bytes along {axis}; needs a positive multiple of {_ALIGNMENT_BYTES}"
+        step = stride * _ELEMENT_BYTES
+        if size > 1 and (step % _ALIGNMENT_BYTES or not 0 < step < _MAX_STRIDE_BYTES):
+            needed = f"a positive multiple of {_ALIGNMENT_BYTES}"
+            return f"{name} steps {step} bytes along {axis}; needs {needed}"
     return None
 
 
-def plan_launch(geometry: Geometry, dtype: str, blocks: int, tile: Tile | None = None) -> LaunchPlan:
+def plan_launch(
+    geometry: Geometry, dtype: str, blocks: int, tile: Tile | None = None
+) -> LaunchPlan:
     """Choose the tile and deal the work.
 
     Parameters
@@ -155,60 +191,25 @@ def plan_launch(geometry: Geometry, dtype: str, blocks: int, tile: Tile | None =
     return LaunchPlan(tile, dtype, records)
 
 
-def tensor_map(matrix: DeviceMatrix, rows: int, dtype: str) -> bytes:
-    """Tensor map of a (dim, len, heads, batch) array whose box is `rows` rows of 64 columns, swizzled by 128 bytes.
-
-    Columns and rows outside the array arrive as zeros, which is what pads head dims that are no multiple of 64.
-    """
-    batch, heads, length, dim = matrix.shape
-    packed_stride = dim * _ELEMENT_BYTES  # any legal value: an axis of one entry is never stepped
-    strides = [
-        stride * _ELEMENT_BYTES if size > 1 else packed_stride
-        for size, stride in zip((length, heads, batch), reversed(matrix.strides), strict=True)
-    ]
-    kind = driver.CUtensorMapDataType
-    result, encoded = driver.cuTensorMapEncodeTiled(
-        kind.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if dtype == "bf16" else kind.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-        4,
-        matrix.pointer,
-        [driver.cuuint64_t(n) for n in (dim, max(length, 1), heads, batch)],
-        [driver.cuuint64_t(n) for n in strides],
-        [driver.cuuint32_t(n) for n in (_PANEL_COLUMNS, rows, 1, 1)],
-        [driver.cuuint32_t(1)] * 4,
-        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-    )
-    if result != driver.CUresult.CUDA_SUCCESS:
-        raise AdaAttnError(
-            got=f"{result.name} from cuTensorMapEncodeTiled for shape {matrix.shape}, strides {matrix.strides}",
-            needed="a layout that the copy engine can address",
-            do="copy the array to a contiguous one",
-            matrix=matrix,
-        )
-    return np.array([int(word) for word in encoded.opaque], "<u8").tobytes()
-
-
 def pack_params(
     plan: LaunchPlan,
     query: DeviceMatrix,
-    keys: list[DeviceMatrix],
-    values: list[DeviceMatrix],
+    keys: Sequence[DeviceMatrix],
+    values: Sequence[DeviceMatrix],
     out: DeviceMatrix,
     lse: DeviceMatrix,
     scale: float,
     records_pointer: int,
     bias_pointer: int = 0,
 ) -> bytes:
-    """The kernel's parameter block, 1,280 bytes, to be passed by value.
+    """Pack the kernel's parameter block, 1,280 bytes, to be passed by value.
 
     Parameters
     ----------
     plan : LaunchPlan
     query, out : DeviceMatrix
         Shapes (batch, heads_q, len_q, dim_qk) and (batch, heads_q, len_q, dim_v).
-    keys, values : list of DeviceMatrix
+    keys, values : sequence of DeviceMatrix
         Up to three pairs; a source's ``map`` is its index here.
     lse : DeviceMatrix
         float32, shape (batch, heads_q, len_q, 1).
@@ -217,31 +218,66 @@ def pack_params(
     records_pointer : int
         Device address of ``plan.records``.
     bias_pointer : int
-        Device address of the float32 biases of a tile with ``bias``; added to the scaled scores.
+        Device address of float32 biases, for a tile with ``bias``; added to the scaled scores.
+
+    Raises
+    ------
+    AdaAttnError
+        If the driver refuses a tensor map; `layout_reason` names what it would refuse.
     """
-    tile = plan.tile
-    block = np.zeros((), PARAMS)
-    block["query_map"] = np.void(tensor_map(query, tile.tile_m, plan.dtype))
-    for name, matrices in (("key", keys), ("value", values)):
-        maps = b"".join(tensor_map(m, tile.tile_n, plan.dtype) for m in matrices)
-        block[f"{name}_map"] = np.void(maps.ljust(MAX_MAPS * 128, b"\0"))
-        for index, matrix in enumerate(matrices):
-            block[name][index] = _matrix(matrix)
-    block["query"] = _matrix(query)
-    block["out"] = _matrix(out)
-    block["lse"] = _matrix(lse)
-    block["records"] = records_pointer
-    block["bias"] = bias_pointer
-    scale_log2 = scale * math.log2(math.e)
-    block["inverse_scale"] = 1.0 / scale
-    block["scale_log2"] = scale_log2
-    block["slack"] = SLACK_LOG2 / scale_log2
-    block["rounds"] = plan.rounds
-    block["dim_qk"] = query.shape[3]
-    block["dim_v"] = out.shape[3]
-    return block.tobytes()
+    size = ctypes.sizeof(Params)
+    memory = ctypes.create_string_buffer(size + _MAP_ALIGNMENT_BYTES)
+    params = Params.from_buffer(memory, -ctypes.addressof(memory) % _MAP_ALIGNMENT_BYTES)
+    _encode(params.query_map, query, plan.tile.tile_m, plan.dtype)
+    for index, (key, value) in enumerate(zip(keys, values, strict=True)):
+        _encode(params.key_map[index], key, plan.tile.tile_n, plan.dtype)
+        _encode(params.value_map[index], value, plan.tile.tile_n, plan.dtype)
+        params.key[index], params.value[index] = _matrix(key), _matrix(value)
+    params.query, params.out, params.lse = _matrix(query), _matrix(out), _matrix(lse)
+    params.records, params.bias = records_pointer, bias_pointer
+    params.inverse_scale = 1.0 / scale
+    params.scale_log2 = scale * math.log2(math.e)
+    params.slack = SLACK_LOG2 / params.scale_log2
+    params.rounds = plan.rounds
+    params.dim_qk, params.dim_v = query.shape[3], out.shape[3]
+    return bytes(params)
 
 
-def _matrix(matrix: DeviceMatrix) -> tuple[Any, ...]:
+def _matrix(matrix: DeviceMatrix) -> Matrix:
     batch, head, row = matrix.strides
-    return matrix.pointer, row, head, batch
+    return Matrix(matrix.pointer, row, head, batch)
+
+
+def _encode(place: Any, matrix: DeviceMatrix, rows: int, dtype: str) -> None:
+    """Write the tensor map whose box is `rows` rows of 64 columns, swizzled by 128 bytes.
+
+    Columns and rows outside the array arrive as zeros, which is what pads head dims that are no
+    multiple of 64.
+    """
+    batch, heads, length, dim = matrix.shape
+    any_legal = dim * _ELEMENT_BYTES  # an axis of one entry is never stepped
+    steps = [
+        stride * _ELEMENT_BYTES if size > 1 else any_legal
+        for size, stride in zip((length, heads, batch), matrix.strides[::-1], strict=True)
+    ]
+    status = driver.load_driver().cuTensorMapEncodeTiled(
+        ctypes.byref(place),
+        _DATA_TYPES[dtype],
+        4,
+        ctypes.c_void_p(matrix.pointer),
+        (ctypes.c_uint64 * 4)(dim, max(length, 1), heads, batch),
+        (ctypes.c_uint64 * 3)(*steps),
+        (ctypes.c_uint32 * 4)(_PANEL_COLUMNS, rows, 1, 1),
+        (ctypes.c_uint32 * 4)(1, 1, 1, 1),
+        _INTERLEAVE_NONE,
+        _SWIZZLE_128B,
+        _L2_PROMOTION_256B,
+        _OOB_FILL_ZEROS,
+    )
+    if status:
+        raise AdaAttnError(
+            got=f"CUDA error {status} for shape {matrix.shape}, strides {matrix.strides}",
+            needed="a layout that the copy engine can address",
+            do="copy the array to contiguous memory",
+            status=status,
+        )

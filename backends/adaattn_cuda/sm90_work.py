@@ -1,25 +1,28 @@
 """Work records of ``sm90_attn_fwd_f16``: which block computes which query tile over which keys.
 
-One record is a query tile of one head with the run of keys that its rows may see. Records are dealt to the blocks beforehand,
-longest first and always to the block with the least work, so the kernel needs no counter and the same problem always runs in the
-same order. The layouts mirror ``attn/work_item.cuh``.
+One record is a query tile of one head with the run of keys that its rows may see. Records are
+dealt to the blocks beforehand, longest first and always to the block with the least work, so
+the kernel needs no counter and the same problem always runs in the same order. The layouts
+mirror ``attn/work_item.cuh``.
 """
 
 from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from adaattn_core.mask import Mask
-from adaattn_core.problem import AttentionProblem
+from adaattn_core.problem import AttentionProblem, SequenceSpan
 
-__all__ = ["Geometry", "Span", "record_dtype", "work_records"]
+__all__ = ["MAX_LEN", "Geometry", "record_dtype", "work_records"]
 
 UNLIMITED = 1 << 29
-"""Stands for "no limit" in a row's visible interval; half the range that the kernel adds without overflow."""
+"""Stands for "no limit" in a visible interval: sums of two stay far from overflow."""
+
+MAX_LEN = UNLIMITED
 
 _L2_SECTION_BYTES = 32 << 20
 """Keys and values that neighbouring blocks should find in L2: about half of an H100's."""
@@ -29,24 +32,12 @@ _ITEM_OVERHEAD_TILES = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
-    """Where one sequence lives: batch coordinate, first row and count of queries and of valid keys."""
-
-    batch: int
-    q_first: int
-    len_q: int
-    kv_first: int
-    len_kv: int
-
-
-@dataclass(frozen=True, slots=True)
 class Geometry:
-    """Everything that decides the work list; hashable, so that launch plans can be cached by it.
+    """Everything that decides the work list.
 
     Attributes
     ----------
-    spans : tuple of Span
-        One per sequence.
+    spans : tuple of SequenceSpan
     heads_q, heads_kv, dim_qk, dim_v : int
     bottom_right : bool
         Whether row i is aligned with key i + len_kv - len_q rather than key i.
@@ -54,7 +45,7 @@ class Geometry:
         A row aligned with key p sees keys p - left .. p + right; None: unlimited.
     """
 
-    spans: tuple[Span, ...]
+    spans: tuple[SequenceSpan, ...]
     heads_q: int
     heads_kv: int
     dim_qk: int
@@ -66,11 +57,9 @@ class Geometry:
     @classmethod
     def of(cls, problem: AttentionProblem) -> Geometry:
         """Geometry of a checked problem with a structural mask."""
-        mask: Mask = problem.mask
+        mask = problem.mask
         return cls(
-            spans=tuple(
-                Span(s.batch, s.q_start, s.len_q, s.kv_start, s.len_kv) for s in problem.sequences
-            ),
+            spans=problem.sequences,
             heads_q=problem.heads_q,
             heads_kv=problem.heads_kv,
             dim_qk=problem.dim_qk,
@@ -80,12 +69,22 @@ class Geometry:
             right=mask.right,
         )
 
-    def offsets(self, span: Span) -> tuple[int, int]:
+    def offsets(self, span: SequenceSpan) -> tuple[int, int]:
         """(start, stop) such that row r of the span sees keys start + r <= j < stop + r."""
         shift = span.len_kv - span.len_q if self.bottom_right else 0
         start = -UNLIMITED if self.left is None else shift - min(self.left, UNLIMITED)
         stop = UNLIMITED if self.right is None else shift + min(self.right, UNLIMITED) + 1
         return start, stop
+
+    def key_ranges(
+        self, span: SequenceSpan, tile_m: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Return each query tile's first row, and the keys [first, stop) that it may see."""
+        start, stop = self.offsets(span)
+        first = np.arange(0, span.len_q, tile_m, dtype=np.int64)
+        last = np.minimum(first + tile_m, span.len_q) - 1
+        key_first = np.clip(start + first, 0, span.len_kv)
+        return first, key_first, np.maximum(np.clip(stop + last, 0, span.len_kv), key_first)
 
 
 def record_dtype(max_sources: int) -> np.dtype[np.void]:
@@ -96,14 +95,14 @@ def record_dtype(max_sources: int) -> np.dtype[np.void]:
     ]  # fmt: skip
     source = ["map", "batch", "head", "first", "keys", "position", "masked", "bias_first"]
     source_dtype = np.dtype([(name, "<i4") for name in source])
-    fields: list[tuple[str, object]] = [(name, "<i4") for name in item]
-    return np.dtype([*fields, ("source", source_dtype, (max_sources,))])  # type: ignore[list-item]
+    fields: list[Any] = [(name, "<i4") for name in item]
+    return np.dtype([*fields, ("source", source_dtype, (max_sources,))])
 
 
 def work_records(
     geometry: Geometry, tile_m: int, tile_n: int, blocks: int, max_sources: int = 1
 ) -> NDArray[np.void]:
-    """Records in the order in which the blocks take them.
+    """List the records in the order in which the blocks take them.
 
     Parameters
     ----------
@@ -118,8 +117,8 @@ def work_records(
     Returns
     -------
     ndarray of ``record_dtype(max_sources)``, shape (rounds, grid)
-        Block b takes column b from the top and stops at the first record without rows; grid <= blocks. Empty if there is no
-        query row at all.
+        Block b takes column b from the top and stops at the first record without rows; grid <=
+        blocks. Empty if there is no query row at all.
     """
     parts = [_span_tiles(geometry, span, tile_m, tile_n) for span in geometry.spans]
     tiles = np.concatenate(parts) if parts else np.empty(0, record_dtype(1))
@@ -140,22 +139,19 @@ def work_records(
 
 
 def _span_tiles(
-    geometry: Geometry, span: Span, tile_m: int, tile_n: int
+    geometry: Geometry, span: SequenceSpan, tile_m: int, tile_n: int
 ) -> NDArray[np.void]:
     """All query tiles of one sequence, heads outermost."""
     start_offset, stop_offset = geometry.offsets(span)
-    first = np.arange(0, span.len_q, tile_m, dtype=np.int64)
-    last = np.minimum(first + tile_m, span.len_q) - 1
-    key_first = np.clip(start_offset + first, 0, span.len_kv)
-    key_stop = np.maximum(np.clip(stop_offset + last, 0, span.len_kv), key_first)
+    first, key_first, key_stop = geometry.key_ranges(span, tile_m)
     sees_nothing = key_stop == key_first
     keys = np.where(sees_nothing, 1, key_stop - key_first)
-    records = np.zeros((geometry.heads_q, len(first)), record_dtype(1))
     head = np.arange(geometry.heads_q)[:, None]
+    records = np.zeros((geometry.heads_q, len(first)), record_dtype(1))
     records["batch"] = span.batch
     records["head"] = head
-    records["row_first"] = span.q_first + first
-    records["rows"] = last - first + 1
+    records["row_first"] = span.q_start + first
+    records["rows"] = np.minimum(tile_m, span.len_q - first)
     records["tiles"] = -(-keys // tile_n)
     records["sources"] = 1
     records["key_start"] = 0
@@ -166,7 +162,7 @@ def _span_tiles(
     source["batch"] = span.batch
     source["head"] = head // (geometry.heads_q // geometry.heads_kv)
     # A tile outside the array arrives as zeros without touching memory.
-    source["first"] = np.where(sees_nothing, UNLIMITED, span.kv_first + key_first)
+    source["first"] = np.where(sees_nothing, UNLIMITED, span.kv_start + key_first)
     source["keys"] = keys
     source["position"] = key_first
     source["masked"] = 1

@@ -1,16 +1,33 @@
-"""Tile choice of ``sm90_attn_fwd_f16``: candidates, which are legal, what they cost, the choice.
+"""Tile choice of ``sm90_attn_fwd_f16``: candidates -> legal -> cost -> choose.
 
-The candidates and their rates were measured on an H200 (docs/kernels/sm90_attn_fwd_f16.md); everything else is arithmetic on the
-problem's shape.
+The candidates and their rates were measured on an H200 (docs/kernels/sm90_attn_fwd_f16.md);
+everything else is arithmetic on the problem's shape.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-__all__ = ["SMEM_LIMIT_BYTES", "Tile", "candidates", "choose", "padded_dim"]
+import numpy as np
+
+from adaattn_cuda.sm90_work import Geometry
+from adaattn_cuda.spec import KernelSpec
+
+__all__ = [
+    "SMEM_LIMIT_BYTES",
+    "STEM",
+    "Tile",
+    "candidates",
+    "choose",
+    "cost",
+    "is_legal",
+    "padded_dim",
+    "shipped",
+]
+
+STEM = "sm90_attn_fwd_f16"
+ARCH = "sm_90a"
 
 SMEM_LIMIT_BYTES = 232_448
 """Dynamic shared memory one block may ask for on compute capability 9.0."""
@@ -82,13 +99,17 @@ class Tile:
         keys_and_values = self.stages * self.tile_n * (self.dim_qk + self.dim_v)
         slots = 4 if self.query_stages == 1 else 8
         barriers = 2 * self.query_stages + 4 * self.stages + slots
-        total = _ELEMENT_BYTES * (queries + keys_and_values) + slots * self.record_bytes + 8 * barriers
-        return math.ceil(total / 128) * 128
+        operands = _ELEMENT_BYTES * (queries + keys_and_values)
+        return math.ceil((operands + slots * self.record_bytes + 8 * barriers) / 128) * 128
 
     @property
     def accumulator_registers(self) -> int:
-        """Registers a consumer thread keeps over the main loop: output, scores, probabilities."""
+        """Registers of a consumer thread for output, scores and probabilities."""
         return self.dim_v // 2 + self.tile_n // 2 + self.tile_n // 4
+
+    def spec(self, dtype: str) -> KernelSpec:
+        """KernelSpec for inputs of format ``bf16`` or ``f16``."""
+        return KernelSpec(STEM, self.traits(dtype), self.smem_bytes, ARCH)
 
     def traits(self, dtype: str) -> tuple[str | int, ...]:
         """Template arguments for inputs of format ``bf16`` or ``f16``."""
@@ -107,12 +128,80 @@ class Tile:
         )
 
 
-def candidates(dim_qk: int, dim_v: int) -> Iterator[Tile]:
-    """Specialisations worth considering for padded head dims, legal or not."""
-    for consumers, tile_n in ((2, 176), (2, 128), (2, 80), (3, 128)):
-        yield Tile(dim_qk, dim_v, consumers, tile_n)
+_TUNED = {
+    (64, 64): (
+        (1.00, Tile(64, 64, 3, 128, query_stages=2)),
+        (0.87, Tile(64, 64, 2, 128, query_stages=2)),
+    ),
+    (128, 128): (
+        (1.00, Tile(128, 128, 2, 128)),
+        (1.02, Tile(128, 128, 2, 160, query_stages=2)),
+    ),
+    (256, 256): ((1.00, Tile(256, 256, 2, 80)),),
+}
+"""Measured candidates of a pair of padded dims; their rates on long sequences, relative."""
+
+_TILE_NS = (176, 160, 144, 128, 112, 96, 80, 64)
+_ACCUMULATOR_LIMIT = {2: 200, 3: 128, 4: 80}
+"""By consumers: accumulator registers that leave enough for the rest without a spill."""
+
+_ITEM_OVERHEAD_KEYS = 64
+"""Start and end of an item, in units of one key of every row."""
 
 
-def choose(geometry: object, blocks: int) -> Tile:
-    """Placeholder."""
-    raise NotImplementedError
+def is_legal(tile: Tile) -> bool:
+    """Whether shared memory and registers suffice."""
+    fits = tile.smem_bytes <= SMEM_LIMIT_BYTES
+    return fits and tile.accumulator_registers <= _ACCUMULATOR_LIMIT[tile.consumers]
+
+
+def candidates(dim_qk: int, dim_v: int) -> tuple[tuple[float, Tile], ...]:
+    """(relative rate, tile) of the specialisations worth considering for two padded head dims.
+
+    Pairs of dims that nobody measured get the widest legal tile of two consumers.
+    """
+    if (dim_qk, dim_v) in _TUNED:
+        return _TUNED[dim_qk, dim_v]
+    widest = next(t for n in _TILE_NS if is_legal(t := Tile(dim_qk, dim_v, 2, n)))
+    return ((1.00, widest),)
+
+
+def cost(geometry: Geometry, tile: Tile, rate: float, blocks: int) -> float:
+    """Estimate the time of a tile, in scores of one block, to compare tiles of one geometry.
+
+    The larger of the longest item and the mean load, where the work is uneven; whole rounds,
+    where it is even.
+    """
+    loads = []
+    for span in geometry.spans:
+        _, first, stop = geometry.key_ranges(span, tile.tile_m)
+        tiles = np.maximum(-(-(stop - first) // tile.tile_n), 1)
+        item = tile.tile_m * (tiles * tile.tile_n + _ITEM_OVERHEAD_KEYS) / rate
+        loads.append(np.repeat(item, geometry.heads_q))
+    items = np.concatenate(loads) if loads else np.zeros(0)
+    if not len(items):
+        return 0.0
+    if items.min() == items.max():
+        return float(math.ceil(len(items) / blocks) * items[0])
+    return float(max(items.max(), items.sum() / blocks))
+
+
+def choose(geometry: Geometry, blocks: int) -> Tile:
+    """Return the cheapest candidate for a geometry.
+
+    Parameters
+    ----------
+    geometry : Geometry
+        Head dims from 1 to 256.
+    blocks : int
+        Multiprocessors of the device.
+    """
+    found = candidates(padded_dim(geometry.dim_qk), padded_dim(geometry.dim_v))
+    return min(found, key=lambda c: cost(geometry, c[1], c[0], blocks))[1]
+
+
+def shipped() -> list[KernelSpec]:
+    """Every specialisation that `choose` can return, for both input formats."""
+    dims = (64, 128, 192, 256)
+    tiles = [t for qk in dims for v in dims for _, t in candidates(qk, v)]
+    return [tile.spec(dtype) for tile in tiles for dtype in ("bf16", "f16")]
