@@ -247,7 +247,7 @@ def _group(plan: Plan, heads: Collection[HeadIndex]) -> Groups:
 
 def _check_strides(arrays: tuple[ArrayView, ...]) -> None:
     for name, array in zip(("query", "key", "value"), arrays, strict=True):
-        if array.shape[3] > 1 and array.strides[3] != 1:
+        if min(array.shape) > 0 and array.shape[3] > 1 and array.strides[3] != 1:
             raise UnsupportedError(
                 got=f"{name} with stride {array.strides[3]} along its last axis",
                 needed="stride 1 there; the other strides are free",
