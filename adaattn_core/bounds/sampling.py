@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import bdtrc, bdtrik
+from scipy.special import betainc, ndtri
 
 from adaattn_core.bounds.rounding import down
 from adaattn_core.errors import ArgumentError
@@ -101,7 +101,7 @@ def sample_size(rows: float, confidence: float, tightness: float) -> int:
     while start <= _SAMPLE_LIMIT:
         sizes = np.arange(start, start + 2048)
         k = _order_statistics(sizes, rows, confidence)
-        enough = bdtrc(k - 1, sizes, rows_above) >= confidence
+        enough = _binomial_tail(k, sizes, rows_above) >= confidence
         hits = sizes[(k <= sizes) & enough]
         if hits.size:
             return int(hits[0])
@@ -118,15 +118,32 @@ def _order_statistics(
 ) -> NDArray[np.int64]:
     """Least k with P(Binomial(m, rows) >= k) <= 1 - confidence, for every m; m + 1 = none."""
     allowed = float(down(1.0 - confidence, 2))
-    # The real root of the tail, cut down, never exceeds the least k. (scipy.stats has a
-    # function for it, but importing that would take longer than all of this package.)
-    k: NDArray[Any] = np.nan_to_num(bdtrik(confidence, samples, rows)).astype(np.int64)
-    k = np.maximum(k, 1)
-    while True:
-        failing = (k <= samples) & (bdtrc(k - 1, samples, rows) * _TAIL_SLACK > allowed)
-        if not failing.any():
-            return np.asarray(np.minimum(k, samples + 1), dtype=np.int64)
+
+    def fails(k: NDArray[Any]) -> NDArray[np.bool_]:
+        excess = _binomial_tail(k, samples, rows) * _TAIL_SLACK > allowed
+        return np.asarray((k <= samples) & excess)
+
+    # The normal approximation is off by a step or two; the tail itself decides.
+    spread = np.sqrt(samples * rows * (1.0 - rows))
+    k = np.clip(samples * rows + ndtri(confidence) * spread, 1, samples + 1).astype(np.int64)
+    while (failing := fails(k)).any():
         k = k + failing
+    while (spare := ~fails(k - 1)).any():
+        k = k - spare
+    return np.asarray(k, dtype=np.int64)
+
+
+def _binomial_tail(
+    k: NDArray[np.int64], samples: NDArray[np.int64], rows: float
+) -> NDArray[np.float64]:
+    """P(Binomial(samples, rows) >= k), by the incomplete beta function; 0 for k > samples.
+
+    The same as ``scipy.stats.binom.sf(k - 1, ...)``, whose import would take longer than all of
+    this package.
+    """
+    inner = np.clip(k, 1, samples)
+    tail = betainc(inner, samples - inner + 1, rows)
+    return np.where(k < 1, 1.0, np.where(k > samples, 0.0, tail))
 
 
 def _check(rows: float, confidence: float) -> None:
