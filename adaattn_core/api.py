@@ -52,8 +52,8 @@ def attention(
     scale : float, optional
         Factor on the scores; default 1/sqrt(dim_qk).
     budget : ErrorBudget or float, optional
-        Tolerated error; a float is ``ErrorBudget(rel=budget)``. None asks for exact attention in
-        the input's own format.
+        Tolerated error; a float is ``ErrorBudget(rel=budget)``. None asks for exact attention
+        in the input's own format.
     policy : Policy or str, optional
         Default `BudgetPolicy`; or the name of an installed policy.
     plan : Plan, optional

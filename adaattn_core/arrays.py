@@ -1,4 +1,4 @@
-"""Border crossing: arrays of any library that speaks DLPack or the array API, to NumPy and back."""
+"""Border crossing: arrays of any library (DLPack or the array API) to NumPy and back."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def to_numpy(x: Any) -> NDArray[Any]:
 
 
 def like(values: NDArray[Any], reference: Any, *, keep_dtype: bool = True) -> Any:
-    """Return `values` in the library, on the device and (by default) in the dtype of `reference`."""
+    """Return `values` in the library, on the device and (by default) dtype of `reference`."""
     name = dtype_name(reference)
     if isinstance(reference, np.ndarray):
         return values.astype(reference.dtype, copy=False) if keep_dtype else values

@@ -29,7 +29,8 @@ class HeadCertificate:
     guarantee : {"worst_case", "probabilistic", "sampled", "none"}
         What stands behind `upper`; ``"none"`` means that only the estimate is given.
     upper : float
-        Upper bound of the row error relative to the head's rms output row; inf if nothing is known.
+        Upper bound of the row error relative to the head's rms output row; inf if nothing is
+        known.
     rows, confidence : float
         The quantifiers of the sentence.
     estimate : float

@@ -1,4 +1,4 @@
-"""Cost models: what an operation costs on a machine, as data, so that a laptop can plan for an H100."""
+"""Cost models: what an operation costs on a machine, as data: a laptop can plan for an H100."""
 
 from __future__ import annotations
 

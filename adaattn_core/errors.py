@@ -52,7 +52,7 @@ class ArgumentError(AdaAttnError, ValueError):
 
 
 class BudgetInfeasibleError(AdaAttnError, ValueError):
-    """No format and structure of the backend can keep the budget; ``best_upper`` is attached."""
+    """No format and structure of the backend keeps the budget; ``best_upper`` is attached."""
 
 
 class UnsupportedError(AdaAttnError, NotImplementedError):

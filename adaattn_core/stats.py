@@ -1,6 +1,7 @@
 """HeadStats: what a backend measures about a head before anything is decided.
 
-Facts and estimates only; no decision is taken here. A policy sees these numbers and nothing else.
+Facts and estimates only; no decision is taken here. A policy sees these numbers and nothing
+else.
 """
 
 from __future__ import annotations

@@ -240,16 +240,18 @@ def _run_head(
 def _input_facts(view: HeadView) -> RunFacts:
     """Norms of the visible input vectors, as upper bounds."""
     bias_max = 0.0
+    widest = int((view.stop - view.start).max(initial=0))
     if view.bias is not None:
         finite = np.isfinite(view.bias)
-        bias_max = float(np.abs(view.bias, where=finite, out=np.zeros(view.bias.shape)).max(initial=0.0))
+        magnitude = np.abs(view.bias, where=finite, out=np.zeros(view.bias.shape))
+        bias_max = float(magnitude.max(initial=0.0))
     return RunFacts(
         query_norm_upper=view.query_norm_upper,
         key_norm_upper=float(view.seen(view.kv.key_norm).max(initial=0.0)),
         value_norm_upper=float(view.seen(view.kv.value_norm).max(initial=0.0)),
         value_diameter_upper=view.kv.value_diameter_upper,
         bias_max_abs=bias_max,
-        keys_max=int((view.stop - view.start).max(initial=0)),
+        keys_max=widest if view.seen_keys.any() else 0,
     )
 
 
@@ -284,9 +286,8 @@ def _with_output_facts(facts: RunFacts, out: NDArray[Any]) -> RunFacts:
     return replace(
         facts,
         output_rms=np.sqrt(mean_square) * (1 - 1e-4 if rows.dtype == np.float32 else 1 - 1e-10),
-        nonfinite=bool(rows.size) and not (
-            np.isfinite(mean_square) or bool(np.isfinite(rows).all())
-        ),
+        nonfinite=bool(rows.size)
+        and not (np.isfinite(mean_square) or bool(np.isfinite(rows).all())),
     )
 
 

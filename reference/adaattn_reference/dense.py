@@ -1,7 +1,7 @@
 """Executors that compute exact scores: dense, score-then-skip, and given or chosen key blocks.
 
-All of them stream: a tile of query rows meets chunks of keys, and nothing of size len_q x len_kv is
-ever held.
+All of them stream: a tile of query rows meets chunks of keys, and nothing of size
+len_q x len_kv is ever held.
 """
 
 from __future__ import annotations
@@ -169,7 +169,8 @@ def _add_chunk(
     selection: slice | NDArray[np.int64],
 ) -> None:
     """Add masked scores of some keys; non-finite values reach only the rows that see them."""
-    positions = np.flatnonzero(np.isin(keys, view.kv.bad_values)) if len(view.kv.bad_values) else ()
+    bad = view.kv.bad_values
+    positions = np.flatnonzero(np.isin(keys, bad)) if len(bad) else ()
     bad_scores = scores[:, positions].copy() if len(positions) else None
     accumulator.add(scores, operands.value[selection])
     if bad_scores is not None:

@@ -1,7 +1,7 @@
 """Reusable buffers: one per thread, so that tiles do not allocate.
 
-Fresh megabyte-sized arrays cost page faults, and page faults of several threads wait for each other:
-without this the executor runs no faster on two threads than on one.
+Fresh megabyte-sized arrays cost page faults, and page faults of several threads wait for each
+other: without this the executor runs no faster on two threads than on one.
 """
 
 from __future__ import annotations

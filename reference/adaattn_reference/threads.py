@@ -1,4 +1,4 @@
-"""Running heads on threads: BLAS works single-threaded inside, so that cores are not oversubscribed."""
+"""Running heads on threads, with single-threaded BLAS inside: no core is oversubscribed."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def thread_count() -> int:
 def map_heads(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
     """Apply `work` to every item, in order of results; exceptions propagate.
 
-    Floating-point warnings are silenced inside: overflow and NaN are data here, and are reported
-    in the certificate.
+    Floating-point warnings are silenced inside: overflow and NaN are data here, and are
+    reported in the certificate.
     """
 
     def quiet(item: T) -> R:
