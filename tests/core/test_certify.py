@@ -446,3 +446,15 @@ def test_sampled_coverage_over_draws_is_at_least_the_confidence():
         false += certificate.upper < quantile
     # Hoeffding: more than this many false ones has probability below 1e-6.
     assert false <= trials * (1 - confidence) + math.sqrt(trials * math.log(1e6) / 2)
+
+
+@pytest.mark.parametrize("value", [1e-310, 1e-45, 3e-39, 0.0])
+def test_values_lost_in_the_cast_of_float64_input_are_covered(value):
+    """A float64 too small for float32 becomes zero, and no fact of the run shows it."""
+    ones, values = np.ones((3, 2)), np.full((3, 2), value)
+    problem = problem_of(ones, ones, values, dtype="f64")
+    plan = HeadPlan(qk="f32", pv="f32")
+    out, facts = run(problem, plan)
+    certificate = certify(problem, plan, facts)
+    error = np.abs(out - values).max() * math.sqrt(2)
+    assert certificate.upper == math.inf or error <= certificate.upper * facts.output_rms
