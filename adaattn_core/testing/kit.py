@@ -314,7 +314,9 @@ def assert_certificate_holds(
         if not np.isfinite(errors).all():
             assert certificate.upper == np.inf, f"head {index}: exact rows hold NaN or Inf"
             continue
-        allowed = _product(certificate.upper, rms_row_norm(rows)) + exact.error_upper[index]
+        allowed = (
+            absolute_bound(certificate.upper, rms_row_norm(rows)) + exact.error_upper[index]
+        )
         worst = float(errors.max(initial=0.0))
         assert worst <= allowed, (
             f"head {index}: worst row errs by {worst:.6g}, certified {allowed:.6g}"
@@ -346,7 +348,8 @@ def assert_same_result(
         rows = outs[0][head_rows(host, index)], outs[1][head_rows(other, twin)]
         certificates = first.certificate[index], second.certificate[twin]
         allowed = sum(
-            _product(c.upper, rms_row_norm(x)) for c, x in zip(certificates, rows, strict=True)
+            absolute_bound(c.upper, rms_row_norm(x))
+            for c, x in zip(certificates, rows, strict=True)
         )
         worst = float(row_errors(*rows).max(initial=0.0))
         assert worst <= allowed, (
@@ -354,6 +357,6 @@ def assert_same_result(
         )
 
 
-def _product(upper: float, size: float) -> float:
-    """``upper * size``, where an output of zero allows no error at all unless upper is inf."""
+def absolute_bound(upper: float, size: float) -> float:
+    """Return ``upper * size``: inf where upper is, even for an output of zero."""
     return np.inf if upper == np.inf else upper * size

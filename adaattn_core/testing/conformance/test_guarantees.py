@@ -15,7 +15,12 @@ from adaattn_core.certificate import GUARANTEE_STRENGTH
 from adaattn_core.errors import BudgetInfeasibleError, CertificateViolation
 from adaattn_core.plan import Plan
 from adaattn_core.structure import Landmark
-from adaattn_core.testing.kit import Kit, assert_certificate_holds, head_rows
+from adaattn_core.testing.kit import (
+    Kit,
+    absolute_bound,
+    assert_certificate_holds,
+    head_rows,
+)
 from adaattn_core.testing.oracles import exact_attention, row_quantile
 from adaattn_core.testing.strategies import MaskSpec, ProblemSpec
 
@@ -67,9 +72,7 @@ def test_more_bits_never_certify_less(
     results = [kit.certify(spec.build(kit.home.send), plan) for plan in plans]
     for index in spec.build().heads():
         first, second = (
-            r.certificate[index].upper * r.facts[index].output_rms
-            if r.certificate[index].upper
-            else 0.0
+            absolute_bound(r.certificate[index].upper, r.facts[index].output_rms)
             for r in results
         )
         assert first <= 1.01 * second, (

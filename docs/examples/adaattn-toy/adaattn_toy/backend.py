@@ -106,12 +106,8 @@ def _bias(problem: AttentionProblem, sequence: int, head: int) -> NDArray[np.flo
     keys = np.arange(span.len_kv)
     hidden = (keys < start[:, None]) | (keys >= stop[:, None])
     full = (problem.batch, problem.heads_q, problem.len_q, problem.len_kv)
-    tile = (
-        span.batch,
-        head,
-        slice(span.q_start, span.q_stop),
-        slice(span.kv_start, span.kv_stop),
-    )
+    rows, columns = slice(span.q_start, span.q_stop), slice(span.kv_start, span.kv_stop)
+    tile = span.batch, head, rows, columns
     bias = np.zeros(hidden.shape)
     if problem.mask.bias is not None:
         bias += np.broadcast_to(to_numpy(problem.mask.bias), full)[tile]
@@ -144,7 +140,10 @@ def _attend(
         top = np.where(sees[:, None], top, 0).astype(q.dtype)
         weights = np.where(visible, np.exp(scores - top), 0)
         total = np.where(sees[:, None], weights.sum(axis=1, keepdims=True), 1)
-        out = ((weights.astype(v.dtype) @ v) / total).astype(query.dtype)
+        bad = ~np.isfinite(v).all(axis=1)
+        out = weights.astype(v.dtype) @ np.where(bad[:, None], 0, v) / total
+        out[visible[:, bad].any(axis=1)] = np.nan
+        out = out.astype(query.dtype)
         lse = np.where(sees, (top + np.log(total))[:, 0], -np.inf).astype(np.float32)
         facts = RunFacts(
             query_norm_upper=_norm_upper(q),
