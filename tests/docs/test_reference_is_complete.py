@@ -11,6 +11,7 @@ import typer
 
 from adaattn_core import errors, hookspecs
 from adaattn_core.cli.app import build_app
+from adaattn_core.costs import COST_MODELS
 from adaattn_core.formats import FORMATS
 
 ROOT = Path(__file__).parents[2]
@@ -101,3 +102,8 @@ def test_every_option_and_file_of_the_kit_is_in_its_page() -> None:
     assert len(options) >= 2
     assert len(files) >= 4
     assert [name for name in options | files if f"| `{name}` |" not in page] == []
+
+
+@pytest.mark.parametrize("name", COST_MODELS)
+def test_every_target_is_in_the_table(name: str) -> None:
+    assert f"| `{name}` |" in reference("targets.md")
