@@ -6,7 +6,6 @@ on the caller's stream, and returns. It neither waits for the device nor copies 
 
 from __future__ import annotations
 
-import importlib
 import threading
 from collections.abc import Collection, Mapping
 from typing import Any, NoReturn, cast
@@ -18,7 +17,7 @@ from adaattn_core.errors import ShapeError, UnsupportedError
 from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_core.stats import MeasureRequest, ProblemStats
-from adaattn_cuda import driver, sm80
+from adaattn_cuda import driver, sm80, sm90_launch
 from adaattn_cuda.arrays import ArrayView, broadcast, view
 from adaattn_cuda.facts import LazyFacts
 from adaattn_cuda.launch import Launch, LaunchCache, Sm80Launch
@@ -183,14 +182,13 @@ class CudaBackend:
         heads: tuple[HeadIndex, ...] | None,
         stream: int,
     ) -> Launch:
-        """Choose the kernel: Hopper's own where it takes the task, the sm80 family otherwise."""
+        """Choose the kernel: Hopper's own where it takes the task, else the sm80 family."""
         query, key, value, out, lse, allowed, bias = arrays
         facts = driver.device_facts(query.device)
-        if facts.arch == "sm_90a" and heads is None and set(formats) == {problem.dtype}:
-            # Imported here: cuda.bindings costs 0.2 s, which only Hopper needs.
-            hopper = importlib.import_module("adaattn_cuda.sm90_launch")
-            if hopper.refusal(problem, arrays) is None:
-                return cast(Launch, hopper.Sm90Launch(problem, arrays, stream))
+        own_formats = heads is None and set(formats) == {problem.dtype}
+        hopper = facts.arch == "sm_90a" and own_formats
+        if hopper and sm90_launch.refusal(problem, arrays[:4]) is None:
+            return sm90_launch.Sm90Launch(problem, arrays[:5], stream)
         mask = problem.mask
         task = sm80.DenseTask(
             query, key, value, out, lse, allowed, bias, problem.sequences,

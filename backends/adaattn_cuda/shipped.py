@@ -5,7 +5,7 @@ from __future__ import annotations
 import adaattn_kernels_cu as kernels
 from adaattn_cuda.resources import Budget, parse_budget
 from adaattn_cuda.spec import KernelSpec
-from adaattn_cuda.tuning import sm80
+from adaattn_cuda.tuning import sm80, sm90
 
 __all__ = ["budget", "specs"]
 
@@ -18,7 +18,7 @@ def specs(arch: str) -> list[KernelSpec]:
     UnsupportedError
         If the architecture is older than Ampere or unknown.
     """
-    return sm80.shipped(arch)
+    return sm80.shipped(arch) + (sm90.shipped() if arch == "sm_90a" else [])
 
 
 def budget(spec: KernelSpec) -> Budget:

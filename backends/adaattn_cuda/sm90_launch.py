@@ -14,7 +14,6 @@ from adaattn_cuda import driver, sm90
 from adaattn_cuda.arrays import ArrayView
 from adaattn_cuda.launch import kernel_of
 from adaattn_cuda.sm90_work import Geometry
-from adaattn_cuda.spec import KernelSpec
 
 __all__ = ["Sm90Launch", "refusal"]
 
@@ -63,7 +62,7 @@ class Sm90Launch:
             Geometry.of(problem), problem.dtype, facts.multiprocessors
         )
         tile = self._plan.tile
-        spec = KernelSpec(sm90.STEM, tile.traits(problem.dtype), tile.smem_bytes, facts.arch)
+        spec = tile.spec(problem.dtype)
         self.name = spec.name
         self._arrays, self._scale = tuple(arrays[:5]), problem.scale
         self._blocks: OrderedDict[tuple[int, ...], Any] = OrderedDict()

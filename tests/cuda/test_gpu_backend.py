@@ -119,8 +119,8 @@ def test_formats_differ_by_head(backend) -> None:
 
 def test_cupy_and_dlpack(backend) -> None:
     cupy = pytest.importorskip("cupy")
-    q, k, v = (cupy.asarray(np.random.default_rng(0).standard_normal((1, 2, 100, 64), np.float32))
-               for _ in range(3))  # fmt: skip
+    rng = np.random.default_rng(0)
+    q, k, v = cupy.asarray(rng.standard_normal((3, 1, 2, 100, 64), np.float32))
     problem = AttentionProblem.from_arrays(q, k, v)
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
@@ -147,7 +147,7 @@ def test_bad_input(backend) -> None:
     with pytest.raises(UnsupportedError, match="stride 1 there"):
         backend.run(strided, plan_of(strided))
     host = AttentionProblem.from_arrays(q, k, v, mask=Mask.boolean(torch.ones(300, 300) > 0))
-    with pytest.raises((UnsupportedError, ShapeError), match="CUDA memory|one device"):
+    with pytest.raises((UnsupportedError, ShapeError), match=r"CUDA memory|one device"):
         backend.run(host, plan_of(host))
     with pytest.raises(UnsupportedError, match='backend="numpy"'):
         attention(q.double(), k.double(), v.double(), backend="cuda")

@@ -1,0 +1,99 @@
+"""Host time of one eager call at 128 tokens, beside torch's SDPA, and of a cold process.
+
+    python benchmarks/gpu_host_time.py
+
+A call is timed from its start to its return; the device works behind it. The cold process
+imports the backend, loads a kernel that the disk cache has, runs it and waits.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from adaattn_core import attention
+from adaattn_core.plan import HeadPlan, Plan
+from adaattn_core.problem import AttentionProblem
+from adaattn_cuda.backend import CudaBackend
+
+COLD = """
+import time
+{before}
+begin = time.perf_counter()
+from adaattn_core.plan import HeadPlan, Plan
+from adaattn_core.problem import AttentionProblem
+imported = time.perf_counter()
+from adaattn_cuda.backend import CudaBackend
+backend = CudaBackend()
+problem = AttentionProblem.from_arrays(q, k, v)
+backend.run(problem, Plan.uniform(problem, HeadPlan(qk="bf16", pv="bf16")))
+{wait}
+print(imported - begin, time.perf_counter() - imported)
+"""
+TORCH = {
+    "before": "import torch\\nq, k, v = torch.randn((3, 1, 8, 128, 128), device='cuda', "
+    "dtype=torch.bfloat16)\\ntorch.cuda.synchronize()",
+    "wait": "torch.cuda.synchronize()",
+}
+
+
+def microseconds(call: Callable[[], Any], repeats: int = 400) -> float:
+    """Median time until `call` returns."""
+    for _ in range(50):
+        call()
+    torch.cuda.synchronize()
+    times = []
+    for i in range(repeats):
+        if i % 50 == 0:
+            torch.cuda.synchronize()  # never let the launch queue fill
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return round(1e6 * statistics.median(times), 2)
+
+
+def main() -> None:
+    """Print one JSON object."""
+    q, k, v = torch.randn((3, 1, 8, 128, 128), device="cuda", dtype=torch.bfloat16)
+    backend = CudaBackend()
+    problem = AttentionProblem.from_arrays(q, k, v)
+    plan = Plan.uniform(problem, HeadPlan(qk="bf16", pv="bf16"))
+    wide = [x.float() for x in (q, k, v)]
+    problem_f32 = AttentionProblem.from_arrays(*wide)
+    plan_f32 = Plan.uniform(problem_f32, HeadPlan())
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    found: dict[str, Any] = {
+        "run, bf16": microseconds(lambda: backend.run(problem, plan)),
+        "kernel of bf16": backend.provenance()["kernels"],
+        "run, f32": microseconds(lambda: backend.run(problem_f32, plan_f32)),
+        "kernel of f32": backend.provenance()["kernels"],
+        "torch SDPA, bf16": microseconds(lambda: sdpa(q, k, v)),
+        "AttentionProblem.from_arrays": microseconds(
+            lambda: AttentionProblem.from_arrays(q, k, v)
+        ),
+        "attention(), certificate included": microseconds(
+            lambda: attention(q, k, v, backend=backend), repeats=50
+        ),
+    }
+    for _ in range(2):  # the second one finds every file in the page cache
+        done = subprocess.run(
+            [sys.executable, "-c", COLD.format(**TORCH)],
+            capture_output=True, text=True, check=True, timeout=120,
+        )  # fmt: skip
+        core, rest = (float(x) for x in done.stdout.split())
+        found["cold process, seconds above importing torch"] = {
+            "importing adaattn_core": round(core, 3),
+            "backend, cached kernel, first result": round(rest, 3),
+        }
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
