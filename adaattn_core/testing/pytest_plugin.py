@@ -50,7 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.register_profile("adaattn-dev", max_examples=20, **_COMMON)  # type: ignore[arg-type]
     settings.register_profile(
         "adaattn-ci",
-        max_examples=30,
+        max_examples=20,
         derandomize=True,
         database=None,
         print_blob=True,

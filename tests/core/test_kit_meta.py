@@ -32,13 +32,6 @@ def test_sabotage_is_caught(name: str, tmp_path: Path) -> None:
     assert f"::{law}" in done.stdout
 
 
-def test_those_laws_pass_on_the_honest_backend(tmp_path: Path) -> None:
-    laws = " or ".join(sorted({s.caught_by for s in SABOTAGES.values()}))
-    done = run_kit(tmp_path, "numpy", "-k", laws)
-    assert done.returncode == pytest.ExitCode.OK, done.stdout
-    assert "passed" in done.stdout
-
-
 @pytest.mark.slow
 def test_the_numpy_backend_passes_the_whole_kit(tmp_path: Path) -> None:
     done = run_kit(tmp_path, "numpy")
@@ -60,6 +53,6 @@ def test_a_backend_can_be_given_as_module_and_factory(tmp_path: Path) -> None:
 
 def test_arrays_of_another_library(tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    laws = "test_result_has or test_padding or test_bshd or test_inputs_stay"
+    laws = "test_result_has or test_bshd or test_inputs_stay"
     done = run_kit(tmp_path, "numpy", "--adaattn-arrays", "torch:cpu", "-k", laws)
     assert done.returncode == pytest.ExitCode.OK, done.stdout
