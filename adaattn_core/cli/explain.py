@@ -22,4 +22,4 @@ def explain(
     if as_json:
         print_json(plan.to_json())
     else:
-        console().print(plan.explain(), markup=False, soft_wrap=True)
+        console().print(plan.explain(), soft_wrap=True)

@@ -40,6 +40,21 @@ def check_array_output(path: Path) -> None:
     check_writable(path)
 
 
+def check_writable_apart(source: Path, *outputs: Path) -> None:
+    """Raise FileError unless all outputs can be written, none over the input or one another."""
+    taken = {source.resolve()}
+    for path in outputs:
+        check_writable(path)
+        if path.resolve() in taken:
+            raise FileError(
+                got=f"{path} named twice",
+                needed="a file of its own for the input and for every output",
+                do="choose another name for the output",
+                path=str(path),
+            )
+        taken.add(path.resolve())
+
+
 def write_output(path: Path, out: NDArray[Any], lse: NDArray[Any]) -> None:
     """Write arrays ``out`` and ``lse``; bf16 in .npz as uint16 bits with ``dtype="bfloat16"``.
 

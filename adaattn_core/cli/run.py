@@ -11,7 +11,7 @@ from adaattn_core.arrays import to_numpy
 from adaattn_core.cli.compute import Outcome, compute
 from adaattn_core.cli.inputs import Inputs, read_inputs
 from adaattn_core.cli.options import parse_budget, parse_mask, parse_policy
-from adaattn_core.cli.outputs import check_array_output, check_writable, write_output
+from adaattn_core.cli.outputs import check_array_output, check_writable_apart, write_output
 from adaattn_core.cli.report import render_report
 from adaattn_core.cli.tables import console, head_table, print_json, progress, total_lines
 from adaattn_core.files import atomic_write_text
@@ -77,11 +77,9 @@ def run(
     )
     mask = parse_mask(causal, alignment)
     deciding = parse_policy(policy, structure=structure, qk=qk, pv=pv, calibration=calibration)
-    for path in (save_plan, report):
-        if path is not None:
-            check_writable(path)
     if out is not None:
         check_array_output(out)
+    check_writable_apart(file, *(path for path in (out, save_plan, report) if path is not None))
     inputs = read_inputs(file)
     if scale is not None:
         inputs = Inputs(inputs.query, inputs.key, inputs.value, scale, inputs.batched)

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console, JustifyMethod
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
@@ -29,7 +28,8 @@ _HELD = {None: "-", True: "yes", False: "NO"}
 def console() -> Console:
     """Return a console for results (standard output)."""
     width = max(_LEAST_WIDTH, shutil.get_terminal_size().columns)
-    return Console(highlight=False, width=width)
+    # No markup: a file name may hold brackets.
+    return Console(highlight=False, markup=False, emoji=False, width=width)
 
 
 def progress() -> Progress:
@@ -90,7 +90,7 @@ def head_table(rows: Iterable[HeadRow], title: str) -> Table:
             name, justify=justify, no_wrap=True, overflow="ellipsis", min_width=width
         )
     for row_cells in zip(*(cells for _, _, cells in shown), strict=True):
-        table.add_row(*(escape(cell) for cell in row_cells))
+        table.add_row(*row_cells)
     return table
 
 

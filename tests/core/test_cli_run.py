@@ -259,6 +259,30 @@ def test_bad_options_end_in_three_lines_and_leave_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_output_never_replaces_the_input_or_another_output(
+    cli: Cli, layer: Path, tmp_path: Path
+) -> None:
+    mine = tmp_path / "layer.npz"
+    mine.write_bytes(layer.read_bytes())
+    for options in (
+        ("--out", mine),
+        ("--save-plan", tmp_path / "a", "--report", tmp_path / "a"),
+    ):
+        code, _, err = cli("run", mine, *options)
+        assert code == 2
+        assert three_lines(err)
+    assert mine.read_bytes() == layer.read_bytes()
+    assert list(tmp_path.iterdir()) == [mine]
+
+
+def test_brackets_in_a_name_are_no_markup(cli: Cli, layer: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "[red]a[b].npz"
+    odd.write_bytes(layer.read_bytes())
+    code, out, _ = cli("run", odd)
+    assert code == 0
+    assert "[red]a[b].npz" in out.replace("\n", "")
+
+
 def test_bad_file_ends_in_three_lines(cli: Cli, tmp_path: Path) -> None:
     for name, content in (("a.npz", b"text"), ("a.safetensors", b""), ("a.csv", b"1,2")):
         (tmp_path / name).write_bytes(content)
