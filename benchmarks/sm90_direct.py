@@ -1,4 +1,7 @@
-"""Compile and launch ``sm90_attn_fwd_f16`` without the backend around it, on torch tensors: for checks and ladders."""
+"""Compile and launch ``sm90_attn_fwd_f16`` on torch tensors, for checks and ladders.
+
+Without the backend around it: any tile, any work records.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ import numpy as np
 import torch
 from cuda.bindings import driver, nvrtc
 
-from adaattn_cuda.sm90 import STEM, DeviceMatrix, LaunchPlan, pack_params
+from adaattn_cuda.codegen import render
+from adaattn_cuda.sm90 import DeviceMatrix, LaunchPlan, pack_params
 from adaattn_cuda.tuning.sm90 import Tile
 
 KERNELS = Path(__file__).resolve().parents[1] / "kernels_cu" / "adaattn_kernels_cu"
@@ -28,23 +32,17 @@ def ok(result: tuple[Any, ...]) -> Any:
     return values[0] if len(values) == 1 else values
 
 
-def source(tile: Tile, dtype: str) -> str:
-    """Translation unit of one specialisation."""
-    arguments = ", ".join(str(trait) for trait in tile.traits(dtype))
-    return (
-        f'#include "adaattn/attn/{STEM}.cuh"\n'
-        f"using Traits = adaattn::{STEM}::Traits<{arguments}>;\n"
-        f"static_assert(Traits::kSmemBytes == {tile.smem_bytes});\n"
-        f'extern "C" __global__ void __launch_bounds__(Traits::kThreads, 1)\n'
-        f"adaattn_entry(const __grid_constant__ adaattn::{STEM}::Params params) {{\n"
-        f"    adaattn::{STEM}::run<Traits>(params);\n}}\n"
-    )
-
-
 def compile_cubin(job: tuple[Tile, str]) -> tuple[bytes, str]:
     """Cubin and compiler log of one specialisation."""
-    program = ok(nvrtc.nvrtcCreateProgram(source(*job).encode(), b"adaattn.cu", 0, [], []))
-    options = [b"--std=c++17", b"--gpu-architecture=sm_90a", b"-I" + str(KERNELS).encode(), b"--ptxas-options=-v"]
+    program = ok(
+        nvrtc.nvrtcCreateProgram(render(job[0].spec(job[1])).encode(), b"adaattn.cu", 0, [], [])
+    )
+    options = [
+        b"--std=c++17",
+        b"--gpu-architecture=sm_90a",
+        b"-I" + str(KERNELS).encode(),
+        b"--ptxas-options=-v",
+    ]
     status = nvrtc.nvrtcCompileProgram(program, len(options), options)[0]
     log = bytearray(ok(nvrtc.nvrtcGetProgramLogSize(program)))
     ok(nvrtc.nvrtcGetProgramLog(program, log))
@@ -55,7 +53,9 @@ def compile_cubin(job: tuple[Tile, str]) -> tuple[bytes, str]:
     return bytes(cubin), log.decode()
 
 
-def compile_all(jobs: list[tuple[Tile, str]], workers: int = 12) -> dict[tuple[Tile, str], tuple[bytes, str]]:
+def compile_all(
+    jobs: list[tuple[Tile, str]], workers: int = 12
+) -> dict[tuple[Tile, str], tuple[bytes, str]]:
     """Compile many specialisations side by side."""
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         return dict(zip(jobs, pool.map(compile_cubin, jobs), strict=True))
@@ -102,7 +102,12 @@ class Launch:
     ) -> Launch:
         """Allocate poisoned outputs and pack the parameters."""
         batch, heads, len_q, _ = query.shape
-        out = torch.full((batch, heads, len_q, values[0].shape[3]), float("nan"), dtype=query.dtype, device="cuda")
+        out = torch.full(
+            (batch, heads, len_q, values[0].shape[3]),
+            float("nan"),
+            dtype=query.dtype,
+            device="cuda",
+        )
         lse = torch.full((batch, heads, len_q), float("nan"), device="cuda")
         records = torch.from_numpy(plan.records.view(np.uint8).reshape(-1).copy()).cuda()
         block = ctypes.create_string_buffer(
@@ -120,7 +125,9 @@ class Launch:
             1280,
         )
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(block))
-        return cls(kernel, plan, out, lse, [query, keys, values, records, block, bias], arguments)
+        return cls(
+            kernel, plan, out, lse, [query, keys, values, records, block, bias], arguments
+        )
 
     def __call__(self) -> torch.Tensor:
         """Enqueue on the current stream."""

@@ -1,6 +1,34 @@
 // sm90_attn_fwd_f16.cuh -- exact attention forward, bf16 or f16, on Hopper's matrix unit. SPDX-License-Identifier: Apache-2.0
 //
+// Algorithm    A block takes work records (work_item.cuh) one after the other: a tile of query rows and the key tiles they see.
+//              1. s = q k^T for a tile of keys.                     2. s_j = -inf where the row does not see key j.
+//              3. r <- max s, if it grew by more than the slack.    4. p_j = 2^(c s_j - c r), c = scale log2(e).
+//              5. l <- l 2^(c r_old - c r) + sum_j p_j.             6. o <- o 2^(c r_old - c r) + p v.
+//              7. After the last tile: out = o / l, lse = scale r + ln l; rows that saw no key: 0 and -inf.
+//              8. Rows whose result is not finite are recomputed key by key (repair_row.cuh).
+//              Step 1 of a tile and step 6 of the tile before it are in flight together while step 4 runs, also across records.
+//              Source: FlashAttention-3, arXiv 2407.08608, algorithm 2; the slack: softmax/online.cuh.
+// Numerics     q, k, v, p: bf16 or f16; s, o, r, l: f32. (r1) wgmma's f32 accumulation of s; (r2) ex2.approx, 2 ulp; (r3) p to
+//              16 bits; (r4) wgmma's accumulation of o; (r5) out to 16 bits. l sums p before r3.
+// Tiles        Block: 64 kConsumers queries x kTileN keys. Warpgroup 0 gives its registers away; one of its threads starts all
+//              copies. Warpgroups 1 .. kConsumers: 64 query rows each, m64nNk16, s = ss (both shared), o = rs (p in registers).
+// Shared mem   | name    | type   | shape                                  | swizzle | live                                    |
+//              | queries | 16 bit | kQueryStages x dim_qk / 64 x tile_m x 64 | 128 B   | item opened .. its last scores          |
+//              | keys    | 16 bit | kStages x dim_qk / 64 x tile_n x 64      | 128 B   | copied .. scores                        |
+//              | values  | 16 bit | kStages x dim_v / 64 x tile_n x 64       | 128 B   | copied .. output                        |
+//              | records | i32    | kRecordSlots                           | none    | one item ahead .. output written        |
+//              Nothing is aliased.
+// Registers    Producer 24 or 32, consumers 240, 160 or 112 (2, 3, 4 of them); no spill in any specialisation of tuning/sm90.py.
 // Budget: registers<=168 spill_bytes=0 smem_bytes<=232448
+// Barriers     | name                | kind     | arrivals                  | producer -> consumer           | phase             |
+//              | query, key, value   | mbarrier | full 1 + bytes            | copy engine -> consumer warps  | count / stages    |
+//              |   full / empty      |          | empty 4 kConsumers warps  | consumer warps -> copying lane | the same, flipped |
+//              | record full         | mbarrier | 1 + bytes                 | copy engine -> everyone        | item / slots      |
+//              | turn of consumer i  | named    | 128 arrive, 128 wait      | consumer i - 1 -> i            | one a tile        |
+//              Records have no empty barrier: the queries' says the same, see kRecordSlots.
+// Limits       dim_qk, dim_v multiples of 8 up to 256, zero-padded to 64, 128, 192 or 256 by the copy engine; 16-byte aligned
+//              rows; scale > 0; lengths below 2^29; every record has at least one key tile. All checked by the host.
+// Ladder       docs/kernels/sm90_attn_fwd_f16.md.
 #pragma once
 
 #include "adaattn/attn/params.cuh"
@@ -338,18 +366,16 @@ struct Consumer {
             finish_scores(scores);
             const bool moved = soften(scores, boundary, factor);
             // Each arm waits for itself: a wait above the branch would be scheduled before the exponentials that should hide it.
+            // The warps of a warpgroup agree on `boundary`, as a wait demands, but not on `moved`.
             if (boundary) {
                 ptx::wgmma_wait_all_in_branch();
                 finish_output(acc, weights, tiles - 2);
                 write_rows<Element, T::kDimV, T::kBias>(params, record(items - 2), acc, factor, row(), lane());
                 softmax::clear(acc);
-            } else if (moved) {
-                ptx::wgmma_wait_all_in_branch();
-                finish_output(acc, weights, tiles - 2);
-                softmax::rescale_rows(acc, factor);
             } else {
                 ptx::wgmma_wait<0>();
                 finish_output(acc, weights, tiles - 2);
+                if (moved) softmax::rescale_rows(acc, factor);
             }
             softmax::round_pairs<Element>(scores, weights);
         }
