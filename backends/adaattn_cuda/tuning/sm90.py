@@ -141,6 +141,8 @@ _TUNED = {
 }
 """Measured candidates of a pair of padded dims; their rates on long sequences, relative."""
 
+_SHIPPED_DIMS = ((64, 64), (128, 128), (192, 192), (192, 128), (256, 256))
+
 _TILE_NS = (176, 160, 144, 128, 112, 96, 80, 64)
 _ACCUMULATOR_LIMIT = {2: 200, 3: 128, 4: 80}
 """By consumers: accumulator registers that leave enough for the rest without a spill."""
@@ -201,7 +203,9 @@ def choose(geometry: Geometry, blocks: int) -> Tile:
 
 
 def shipped() -> list[KernelSpec]:
-    """Every specialisation that `choose` can return, for both input formats."""
-    dims = (64, 128, 192, 256)
-    tiles = [t for qk in dims for v in dims for _, t in candidates(qk, v)]
+    """Specialisations to compile ahead, for both input formats.
+
+    Those of the head dims that models have; other pairs compile on first use.
+    """
+    tiles = [tile for dims in _SHIPPED_DIMS for _, tile in candidates(*dims)]
     return [tile.spec(dtype) for tile in tiles for dtype in ("bf16", "f16")]
