@@ -169,7 +169,7 @@ def ceilings() -> dict[str, float]:
     }
 
 
-def measure(rounds: int, burst_ms: float) -> dict[str, Any]:
+def measure(rounds: int, burst_ms: float, revision: str) -> dict[str, Any]:
     """Run everything."""
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
@@ -183,6 +183,7 @@ def measure(rounds: int, burst_ms: float) -> dict[str, Any]:
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": "python benchmarks/gpu_dense.py",
+        "revision": revision,
         "rounds": rounds,
         "burst_ms": burst_ms,
         "ceilings_before": ceilings(),
@@ -237,7 +238,7 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         f"{report['device']}, driver {report['driver']}, CUDA {report['cuda']},"
         f" PyTorch {report['torch']}, cuDNN {report['cudnn']}, {report['date']}."
-        f" `{report['command']}`.",
+        f" `{report['command']}` at revision {report['revision']}.",
         "",
         f"bf16, {TOKENS:,} tokens in all, model width {WIDTH:,}. TFLOP/s counts 4·b·h·n²·d,"
         f" half for causal; medians of {report['rounds']} rounds of {report['burst_ms']:g} ms"
@@ -306,6 +307,9 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path())
     parser.add_argument("--render", type=Path)
+    parser.add_argument(
+        "--revision", default="unknown", help="of this repository, for the record"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--burst-ms", type=float, default=40.0)
     options = parser.parse_args()
@@ -314,7 +318,7 @@ def main() -> None:
         options.render.with_suffix(".md").write_text(markdown(report))
         plot(report, options.render.with_suffix(".png"))
         return
-    report = measure(options.rounds, options.burst_ms)
+    report = measure(options.rounds, options.burst_ms, options.revision)
     (options.out / "gpu_dense.json").write_text(json.dumps(report, indent=1))
     (options.out / "gpu_dense.md").write_text(markdown(report))
     print(f"geometric mean {report['geometric_mean']:.3f}, worst {report['worst']:.3f}")
