@@ -75,7 +75,7 @@ def prepare(problem: AttentionProblem, qk: str, pv: str, chosen: Specialisation 
     ready = sm80.launches(task, chosen.tile_m)
     arrays = (task.query, task.key, task.value, task.out, task.lse, task.allowed, task.bias)
     for params, _ in ready:
-        sm80.set_pointers(params, [a.pointer if a else 0 for a in arrays])
+        sm80.pointer_slots(params)[:] = [a.pointer if a else 0 for a in arrays]
     stream = torch.cuda.current_stream().cuda_stream
 
     def launch() -> None:

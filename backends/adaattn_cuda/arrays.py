@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from adaattn_core.errors import DTypeError, UnsupportedError
 
@@ -20,8 +19,7 @@ _NAMES = {
 ITEM_BYTES = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2, "bool": 1}
 
 
-@dataclass(frozen=True, slots=True)
-class ArrayView:
+class ArrayView(NamedTuple):
     """Where an array is and how it is laid out; it does not keep the array alive.
 
     Attributes

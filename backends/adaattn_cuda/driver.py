@@ -17,6 +17,7 @@ from adaattn_core.errors import AdaAttnError, BackendUnavailableError, Unsupport
 from adaattn_cuda.codegen import ENTRY
 
 __all__ = [
+    "Call",
     "DeviceFacts",
     "DeviceTable",
     "Kernel",
@@ -36,7 +37,7 @@ _ATTRIBUTE_MULTIPROCESSORS = 16
 _ATTRIBUTE_MAJOR, _ATTRIBUTE_MINOR = 75, 76
 _ATTRIBUTE_SMEM_OPTIN = 97
 _FUNCTION_MAX_DYNAMIC_SMEM = 8
-_EVENT_DISABLE_TIMING = 2
+_STREAM_NON_BLOCKING = 1
 
 
 @cache
@@ -221,11 +222,11 @@ class Kernel:
     def __init__(self, cubin: bytes, smem_bytes: int, threads: int) -> None:
         self._library = load_driver()
         self._cubin = cubin  # the driver reads it lazily: it must stay
-        self._smem_bytes = smem_bytes
-        self._threads = threads
+        self.smem_bytes = smem_bytes
+        self.threads = threads
         self._ready: set[int] = set()
         self._lock = threading.Lock()
-        module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
+        module, self.function = ctypes.c_void_p(), ctypes.c_void_p()
         none = ctypes.c_void_p()
         _check(
             self._library.cuLibraryLoadData(
@@ -235,7 +236,7 @@ class Kernel:
         )
         _check(
             self._library.cuLibraryGetKernel(
-                ctypes.byref(self._function), module, ENTRY.encode()
+                ctypes.byref(self.function), module, ENTRY.encode()
             ),
             "finding the kernel's entry",
         )
@@ -247,9 +248,9 @@ class Kernel:
         with self._lock:
             _check(
                 self._library.cuKernelSetAttribute(
-                    _FUNCTION_MAX_DYNAMIC_SMEM, self._smem_bytes, self._function, device
+                    _FUNCTION_MAX_DYNAMIC_SMEM, self.smem_bytes, self.function, device
                 ),
-                f"reserving {self._smem_bytes} bytes of shared memory",
+                f"reserving {self.smem_bytes} bytes of shared memory",
             )
             self._ready.add(device)
 
@@ -259,68 +260,74 @@ class Kernel:
         The driver copies the parameters before it returns.
         """
         self.prepare(device)
-        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-        with OnDevice(device):
-            status = self._library.cuLaunchKernel(
-                self._function, grid, 1, 1, self._threads, 1, 1, self._smem_bytes,
-                ctypes.c_void_p(stream), arguments, None,
-            )  # fmt: skip
-        _check(status, "launching a kernel")
+        Call(self, params, grid).start(device, stream)
+
+
+class Call:
+    """A kernel with its grid and its parameters, ready to be started again and again.
+
+    The parameters are read at every start, so what is written into them in between counts.
+    """
+
+    def __init__(self, kernel: Kernel, params: Any, grid: int) -> None:
+        self._launch = load_driver().cuLaunchKernel
+        self._params = params  # kept: the array below holds its address
+        self._before = (
+            kernel.function, grid, 1, 1, kernel.threads, 1, 1, kernel.smem_bytes
+        )  # fmt: skip
+        self._arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+
+    def start(self, device: int, stream: int) -> None:
+        """Enqueue it."""
+        handle = ctypes.c_void_p(stream)
+        if current_device() == device:
+            status = self._launch(*self._before, handle, self._arguments, None)
+        else:
+            with OnDevice(device):
+                status = self._launch(*self._before, handle, self._arguments, None)
+        if status != _SUCCESS:
+            _check(status, "launching a kernel")
+
+
+@cache
+def _copy_stream(device: int) -> ctypes.c_void_p:
+    """Return a stream of our own, which waits for no other."""
+    stream = ctypes.c_void_p()
+    with OnDevice(device):
+        _check(
+            load_driver().cuStreamCreate(ctypes.byref(stream), _STREAM_NON_BLOCKING),
+            "making a stream",
+        )
+    return stream
 
 
 class DeviceTable:
-    """Bytes copied to the device once, in stream order, and freed with this object.
+    """Bytes on the device, ready for every stream, freed with this object.
 
-    A stream other than the one that made the copy waits for it at its first use.
+    They are copied on a stream of their own, and only that copy is waited for: nothing that the
+    caller has queued is.
     """
 
-    def __init__(self, data: bytes, device: int, stream: int) -> None:
+    def __init__(self, data: bytes, device: int) -> None:
         self._library = load_driver()
         self._device = device
-        self._known = {stream}
-        self._copied = ctypes.c_void_p()
         self.size_bytes = len(data)
-        address = ctypes.c_uint64()
+        stream, address = _copy_stream(device), ctypes.c_uint64()
+        size = ctypes.c_size_t(len(data))
         with OnDevice(device):
             _check(
-                self._library.cuMemAllocAsync(
-                    ctypes.byref(address), ctypes.c_size_t(len(data)), ctypes.c_void_p(stream)
-                ),
+                self._library.cuMemAllocAsync(ctypes.byref(address), size, stream),
                 "allocating a work list",
             )
             self.address = address.value
             _check(
-                self._library.cuMemcpyHtoDAsync_v2(
-                    ctypes.c_uint64(self.address),
-                    data,
-                    ctypes.c_size_t(len(data)),
-                    ctypes.c_void_p(stream),
-                ),
+                self._library.cuMemcpyHtoDAsync_v2(address, data, size, stream),
                 "copying a work list",
             )
-            _check(
-                self._library.cuEventCreate(ctypes.byref(self._copied), _EVENT_DISABLE_TIMING),
-                "making an event",
-            )
-            _check(
-                self._library.cuEventRecord(self._copied, ctypes.c_void_p(stream)),
-                "recording an event",
-            )
-
-    def used_on(self, stream: int) -> None:
-        """Order a stream behind the copy."""
-        if stream not in self._known:
-            with OnDevice(self._device):
-                _check(
-                    self._library.cuStreamWaitEvent(ctypes.c_void_p(stream), self._copied, 0),
-                    "ordering a stream",
-                )
-            self._known.add(stream)
+            _check(self._library.cuStreamSynchronize(stream), "copying a work list")
 
     def __del__(self) -> None:
         if getattr(self, "address", 0):
             with OnDevice(self._device):
                 # cuMemFree waits for the device, so no kernel can still be reading the list.
                 self._library.cuMemFree_v2(ctypes.c_uint64(self.address))
-                if self._copied:
-                    self._library.cuEventDestroy_v2(self._copied)

@@ -32,6 +32,8 @@ _SPLIT = 2.0**-21
 _EXPONENTIAL = 2.0**-21
 _NORM_SLACK = 1.0 + 2.0**-12
 """Covers the rounding of a float32 norm of at most 256 elements, and of everything after it."""
+_SUBNORMAL = 2.0**-126
+"""Covers what becomes of numbers below the smallest normal one, flushed or rounded."""
 _SIGNIFICAND_BITS = {"tf32": 11, "f16": 11, "bf16": 8}
 _F16_MAX = 65504.0
 
@@ -50,12 +52,12 @@ class LazyFacts(MutableMapping[HeadIndex, RunFacts]):
     def __init__(
         self, problem: AttentionProblem, out: Any, plans: Mapping[HeadIndex, HeadPlan]
     ) -> None:
-        self._problem, self._out, self._plans = problem, out, dict(plans)
+        self._problem, self._out, self._plans = problem, out, plans
         self._known: dict[HeadIndex, RunFacts] = {}
 
     def replan(self, plans: Mapping[HeadIndex, HeadPlan]) -> None:
         """Forget some heads, which were computed again under other plans."""
-        self._plans.update(plans)
+        self._plans = {**self._plans, **plans}
         for index in plans:
             self._known.pop(index, None)
 
@@ -71,7 +73,7 @@ class LazyFacts(MutableMapping[HeadIndex, RunFacts]):
         self._known[index] = facts
 
     def __delitem__(self, index: HeadIndex) -> None:
-        del self._plans[index]
+        self._plans = {i: p for i, p in self._plans.items() if i != index}
         self._known.pop(index, None)
 
     def __iter__(self) -> Iterator[HeadIndex]:
@@ -92,7 +94,7 @@ def _measure(
         start, stop = problem.intervals(sequence)
         keys_max = int((stop - start).max(initial=0))
         if keys_max == 0:
-            found[index] = RunFacts(output_rms=1.0)  # every row is 0, exactly
+            found[index] = RunFacts()  # every row is 0, exactly
             continue
         rows, keys = slice(span.q_start, span.q_stop), slice(span.kv_start, span.kv_stop)
         head_kv = head // problem.group_size
@@ -143,14 +145,19 @@ class _Vectors:
         residual = self._vectors - _rounded(xp, self._vectors, format_name)
         self.norm = _largest_norm(xp, self._vectors)
         self.residual = _largest_norm(xp, residual)
+        if self.norm > 0:
+            self.residual += _SUBNORMAL * math.sqrt(vectors.shape[-1])
 
     def diameter(self) -> float:
         """Upper bound of the largest distance between two of the vectors."""
         xp = self._xp
+        peak = float(xp.max(xp.abs(self._vectors)))
+        if peak == 0:
+            return 0.0
+        scaled = self._vectors / peak  # sums of large vectors stay in range
         weight = xp.astype(self._finite, xp.float32)
-        count = max(float(xp.sum(weight)), 1.0)
-        centre = xp.sum(self._vectors, axis=0, keepdims=True) / count
-        return 2 * _largest_norm(xp, (self._vectors - centre) * weight)
+        centre = xp.sum(scaled, axis=0, keepdims=True) / max(float(xp.sum(weight)), 1.0)
+        return 2 * _largest_norm(xp, (scaled - centre) * weight) * peak
 
 
 def _largest_norm(xp: Any, vectors: Any) -> float:

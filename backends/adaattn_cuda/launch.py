@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Protocol
 
 from adaattn_cuda import driver, sm80
@@ -44,17 +44,20 @@ class Sm80Launch:
         chosen = sm80.specialisation(task, arch)
         spec = chosen.spec(arch)
         self.name = spec.name
-        self._ready = sm80.launches(task, chosen.tile_m)
         self._kernel = kernel_of(spec, chosen.threads)
         self._kernel.prepare(device)
+        self._ready = [
+            (driver.Call(self._kernel, params, blocks), sm80.pointer_slots(params))
+            for params, blocks in sm80.launches(task, chosen.tile_m)
+        ]
         self._lock = threading.Lock()
 
     def start(self, pointers: tuple[int, ...], device: int, stream: int) -> None:
         """Enqueue the launches; the driver copies the parameters before each call returns."""
         with self._lock:
-            for params, blocks in self._ready:
-                sm80.set_pointers(params, pointers)
-                self._kernel.launch(device, blocks, stream, params)
+            for call, slots in self._ready:
+                slots[:] = pointers
+                call.start(device, stream)
 
 
 class LaunchCache:
@@ -71,16 +74,17 @@ class LaunchCache:
         self._plans: OrderedDict[Hashable, Launch] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: Hashable, make: Callable[[], Launch]) -> Launch:
-        """Return the plan under `key`, made first if it is not there."""
+    def get(self, key: Hashable) -> Launch | None:
+        """Return the plan under `key`, or None."""
         with self._lock:
             found = self._plans.get(key)
             if found is not None:
                 self._plans.move_to_end(key)
-                return found
-        made = make()  # may compile: not under the lock
+            return found
+
+    def put(self, key: Hashable, launch: Launch) -> None:
+        """Keep a plan; the least recently used one is forgotten."""
         with self._lock:
-            self._plans[key] = made
+            self._plans[key] = launch
             while len(self._plans) > self._limit:
                 self._plans.popitem(last=False)
-        return made

@@ -37,9 +37,10 @@ class TorchLibrary:
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
         """Allocate from torch's caching allocator."""
-        kind = self._torch.float32 if dtype == "f32" else like.dtype
         try:
-            return self._torch.empty(shape, dtype=kind, device=like.device)
+            if dtype == "f32":
+                return like.new_empty(shape, dtype=self._torch.float32)
+            return like.new_empty(shape)
         except self._torch.OutOfMemoryError as error:
             raise _out_of_memory(shape, dtype) from error
 

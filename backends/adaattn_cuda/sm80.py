@@ -7,15 +7,23 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from adaattn_core.errors import UnsupportedError
 from adaattn_core.problem import SequenceSpan
 from adaattn_cuda.arrays import ArrayView
 from adaattn_cuda.tuning import sm80 as tuning
 
-__all__ = ["DenseTask", "Params", "Unit", "launches", "set_pointers", "specialisation", "units"]
+__all__ = [
+    "DenseTask",
+    "Params",
+    "Unit",
+    "launches",
+    "pointer_slots",
+    "specialisation",
+    "units",
+]
 
 UNLIMITED = 1 << 30
 """Window extent that no length reaches: kUnlimited in sm80_params.cuh."""
@@ -193,7 +201,7 @@ def launches(task: DenseTask, tile_m: int) -> list[tuple[Params, int]]:
     """Parameters and number of blocks of every launch that the task takes.
 
     One launch, but for lists of more than 128 units; none where there is nothing to do. The
-    addresses are still missing (see `set_pointers`).
+    addresses are still missing (see `pointer_slots`).
     """
     batch, heads_q, len_q, _ = task.query.shape
     if task.is_uniform:
@@ -238,14 +246,9 @@ def _pack(task: DenseTask, tiles: int, chunk: list[tuple[int, ...]]) -> Params:
     return params
 
 
-def set_pointers(params: Params, pointers: Sequence[int]) -> None:
-    """Fill in the addresses: query, key, value, out, lse, allowed, bias (0 = none)."""
-    (
-        params.query,
-        params.key,
-        params.value,
-        params.out,
-        params.lse,
-        params.allowed,
-        params.bias,
-    ) = pointers
+def pointer_slots(params: Params) -> Any:
+    """Return the addresses of `params` as one assignable array (0 = none).
+
+    In order: query, key, value, out, lse, allowed, bias; they are the structure's first fields.
+    """
+    return (ctypes.c_uint64 * len(_POINTERS)).from_buffer(params)

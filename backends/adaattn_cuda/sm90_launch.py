@@ -31,6 +31,8 @@ def refusal(problem: AttentionProblem, arrays: Sequence[ArrayView]) -> str | Non
         query, key, value, out (and whatever follows).
     """
     reasons = [sm90.supports(problem)]
+    if problem.len_kv == 0:
+        reasons.append("no key at all: an array without memory has no tensor map")
     reasons += [
         sm90.layout_reason(name, _matrix(array))
         for name, array in zip(_NAMES, arrays, strict=False)
@@ -78,7 +80,7 @@ class Sm90Launch:
             )
         self._kernel = kernel_of(spec, tile.threads)
         self._kernel.prepare(device)
-        self._table = driver.DeviceTable(self._plan.records.tobytes(), device, stream)
+        self._table = driver.DeviceTable(self._plan.records.tobytes(), device)
 
     def start(self, pointers: tuple[int, ...], device: int, stream: int) -> None:
         """Enqueue it; tensor maps are encoded once per set of addresses."""
@@ -90,7 +92,6 @@ class Sm90Launch:
                 block = self._blocks[pointers] = self._pack(pointers)
                 if len(self._blocks) > _ADDRESSES_REMEMBERED:
                     self._blocks.popitem(last=False)
-            self._table.used_on(stream)
             self._kernel.launch(device, self._plan.grid, stream, block)
 
     def _pack(self, pointers: tuple[int, ...]) -> Any:

@@ -44,6 +44,7 @@ def compile_request(request: dict[str, Any]) -> dict[str, Any]:
             ProgramOptions(
                 std="c++17",
                 device_as_default_execution_space=True,  # lambdas need no annotation
+                no_cache=True,  # a hit in NVRTC's own cache would leave out ptxas' report
                 arch=request["arch"],
                 include_path=[request["include_path"], *([runtime] if runtime else [])],
                 ptxas_options=["-v", *request["options"]],

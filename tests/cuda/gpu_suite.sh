@@ -17,7 +17,7 @@ finish() { # NAME STATUS
 
 timeout 120 "$python" -m pytest -q -m gpu tests/cuda >"$out/tests.log" 2>&1 &
 tests=$!
-timeout 150 "$python" -m pytest -q -n 10 -p adaattn_core.testing.pytest_plugin \
+timeout 150 "$python" -m pytest -q -n 10 -p no:benchmark -p adaattn_core.testing.pytest_plugin \
     --pyargs adaattn_core.testing.conformance \
     --adaattn-backend cuda --adaattn-arrays torch:cuda >"$out/kit.log" 2>&1 &
 kit=$!

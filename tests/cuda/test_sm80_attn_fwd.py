@@ -198,7 +198,7 @@ def test_unaligned_arrays_take_the_slow_loads(
 
 def test_addresses_go_where_they_belong() -> None:
     ((params, _),) = sm80.launches(task(), 128)
-    sm80.set_pointers(params, (1, 2, 3, 4, 5, 6, 0))
+    sm80.pointer_slots(params)[:] = (1, 2, 3, 4, 5, 6, 0)
     names = ("query", "key", "value", "out", "lse", "allowed", "bias")
     assert [getattr(params, name) for name in names] == [1, 2, 3, 4, 5, 6, None]
 

@@ -110,7 +110,7 @@ class Emulator:
         assert library.params_bytes() == ctypes.sizeof(sm80.Params)
         arrays = (task.query, task.key, task.value, task.out, task.lse, task.allowed, task.bias)
         for params, blocks in sm80.launches(task, chosen.tile_m):
-            sm80.set_pointers(params, [a.pointer if a else 0 for a in arrays])
+            sm80.pointer_slots(params)[:] = [a.pointer if a else 0 for a in arrays]
             library.run(ctypes.byref(params), blocks)
         return out, lse, chosen
 

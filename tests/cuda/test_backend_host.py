@@ -1,0 +1,264 @@
+"""What the backend decides before anything reaches a device: a recording kernel stands in for
+it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from adaattn_core.backend import Backend, RawResult
+from adaattn_core.errors import ShapeError, UnsupportedError
+from adaattn_core.mask import Mask
+from adaattn_core.plan import HeadPlan, Plan
+from adaattn_core.problem import AttentionProblem
+from adaattn_core.structure import Landmark
+from adaattn_core.testing.oracles import exact_attention, rms_row_norm
+from adaattn_cuda import backend as backend_module
+from adaattn_cuda import driver
+from adaattn_cuda.arrays import ArrayView
+from adaattn_cuda.backend import CudaBackend
+from adaattn_cuda.launch import LaunchCache
+from adaattn_cuda.sm80 import DenseTask
+
+NAMES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "bool": "bool"}
+
+
+class HostLibrary:
+    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+        return np.full(shape, 7, np.float32 if dtype == "f32" else like.dtype)
+
+    def stream(self, device: int) -> int:
+        return 99
+
+
+class Recorder:
+    """Stands in for `Sm80Launch`."""
+
+    made: list[DenseTask]
+    started: list[tuple[tuple[int, ...], int, int]]
+
+    def __init__(self, task: DenseTask, device: int) -> None:
+        self.name = f"kernel of {task.qk}/{task.pv}"
+        Recorder.made.append(task)
+
+    def start(self, pointers: tuple[int, ...], device: int, stream: int) -> None:
+        Recorder.started.append((pointers, device, stream))
+
+
+def host_view(x: Any) -> ArrayView:
+    strides = tuple(s // x.dtype.itemsize for s in x.strides)
+    return ArrayView(x.ctypes.data, x.shape, strides, NAMES[str(x.dtype)], 0)
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaBackend]:
+    facts = driver.DeviceFacts("a card", "sm_80", 108, 166912)
+    monkeypatch.setattr(driver, "load_driver", lambda: None)
+    monkeypatch.setattr(driver, "device_facts", lambda device: facts)
+    monkeypatch.setattr(driver, "current_device", lambda: -1)
+    monkeypatch.setattr(backend_module, "view", host_view)
+    monkeypatch.setattr(backend_module, "library_of", lambda array: HostLibrary())
+    monkeypatch.setattr(backend_module, "Sm80Launch", Recorder)
+    monkeypatch.setattr(backend_module, "nvrtc_version", lambda: "13.5")
+    Recorder.made, Recorder.started = [], []
+    return CudaBackend()
+
+
+def problem(
+    dtype: Any = np.float32, mask: Mask | None = None, len_q: int = 40, heads: int = 2
+) -> AttentionProblem:
+    rng = np.random.default_rng(0)
+    shapes = ((1, heads, len_q, 16), (1, 1, 50, 16), (1, 1, 50, 24))
+    return AttentionProblem.from_arrays(
+        *(rng.standard_normal(shape).astype(dtype) for shape in shapes), mask=mask
+    )
+
+
+def test_it_is_a_backend(backend: CudaBackend) -> None:
+    assert isinstance(backend, Backend)
+    can = backend.capabilities()
+    assert (can.structures, can.measures, can.target) == (("dense",), False, "sm80")
+
+
+def test_one_kernel_on_the_callers_stream(backend: CudaBackend) -> None:
+    p = problem()
+    raw = backend.run(p, Plan.uniform(p, HeadPlan()))
+    ((pointers, device, stream),) = Recorder.started
+    arrays = (p.query, p.key, p.value, raw.out, raw.lse)
+    assert pointers == (*(x.ctypes.data for x in arrays), 0, 0)
+    assert (device, stream) == (0, 99)
+    assert raw.out.shape == (1, 2, 40, 24)
+    assert raw.lse.dtype == np.float32
+    assert backend.provenance() == {
+        "device": "a card", "arch": "sm_80", "nvrtc": "13.5", "kernels": "kernel of f32/f32"
+    }  # fmt: skip
+
+
+def test_launch_plans_are_made_once_per_shape_stride_dtype_and_mask(
+    backend: CudaBackend,
+) -> None:
+    causal = Mask.causal("bottom_right")
+    for p in (problem(), problem(), problem(mask=causal), problem(mask=causal)):
+        backend.run(p, Plan.uniform(p, HeadPlan()))
+    assert len(Recorder.made) == 2
+    different = (
+        problem(len_q=41),
+        problem(np.float16),
+        problem(mask=Mask.causal("top_left")),
+        problem(mask=Mask.key_lengths([7])),
+        problem(mask=Mask.key_lengths([8])),
+    )
+    for p in different:
+        backend.run(p, Plan.uniform(p, HeadPlan()))
+    assert len(Recorder.made) == 7
+    assert len(Recorder.started) == 9
+
+
+def test_heads_of_different_formats_go_to_different_kernels(backend: CudaBackend) -> None:
+    p = problem(heads=3)
+    heads = {(0, 0): HeadPlan(), (0, 1): HeadPlan(qk="tf32", pv="f16"), (0, 2): HeadPlan()}
+    backend.run(p, Plan(heads))
+    assert [(t.qk, t.pv, t.heads) for t in Recorder.made] == [
+        ("f32", "f32", ((0, 0), (0, 2))),
+        ("tf32", "f16", ((0, 1),)),
+    ]
+    assert backend.provenance()["kernels"] == "kernel of f32/f32; kernel of tf32/f16"
+
+
+def test_escalated_heads_are_written_into_the_same_arrays(backend: CudaBackend) -> None:
+    p = problem()
+    plan = Plan.uniform(p, HeadPlan(qk="bf16", pv="bf16"))
+    raw = backend.run(p, plan)
+    climbed = plan.with_heads({(0, 1): HeadPlan()})
+    again = backend.run(p, climbed, heads=[(0, 1)], into=raw)
+    assert again is raw
+    assert Recorder.made[-1].heads == ((0, 1),)
+    assert Recorder.started[0][0] == Recorder.started[1][0]
+
+
+def test_masks_are_broadcast_by_strides(backend: CudaBackend) -> None:
+    bias = np.zeros((1, 1, 50), np.float32)
+    allowed = np.ones((40, 50), bool)
+    p = problem(mask=Mask.additive(bias) & Mask.boolean(allowed))
+    backend.run(p, Plan.uniform(p, HeadPlan()))
+    (task,) = Recorder.made
+    assert task.bias is not None
+    assert task.allowed is not None
+    assert task.bias.strides == (0, 0, 0, 1)
+    assert task.allowed.strides == (0, 0, 50, 1)
+    assert Recorder.started[0][0][5:] == (allowed.ctypes.data, bias.ctypes.data)
+
+
+@pytest.mark.parametrize(
+    ("make", "plan", "text"),
+    [
+        (lambda: problem(np.float64), HeadPlan(), "f64 arrays"),
+        (problem, HeadPlan(structure=Landmark()), "structure landmark"),
+    ],
+)
+def test_what_it_does_not_do_is_refused(
+    backend: CudaBackend, make: Any, plan: HeadPlan, text: str
+) -> None:
+    p = make()
+    with pytest.raises(UnsupportedError, match=text):
+        backend.run(p, Plan.uniform(p, plan))
+    assert Recorder.started == []
+
+
+def test_last_axis_must_be_contiguous(backend: CudaBackend) -> None:
+    x = np.zeros((1, 1, 16, 16), np.float32).swapaxes(2, 3)
+    p = AttentionProblem.from_arrays(x, x, x)
+    with pytest.raises(UnsupportedError, match="stride 16 along its last axis"):
+        backend.run(p, Plan.uniform(p, HeadPlan()))
+
+
+def test_mask_on_another_device(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = problem(mask=Mask.boolean(np.ones((40, 50), bool)))
+
+    def elsewhere(x: Any) -> ArrayView:
+        seen = host_view(x)
+        device = 1 if seen.dtype == "bool" else 0
+        return ArrayView(seen.pointer, seen.shape, seen.strides, seen.dtype, device)
+
+    monkeypatch.setattr(backend_module, "view", elsewhere)
+    with pytest.raises(ShapeError, match="boolean mask on device 1"):
+        backend.run(p, Plan.uniform(p, HeadPlan()))
+
+
+def test_nothing_is_measured(backend: CudaBackend) -> None:
+    with pytest.raises(UnsupportedError, match='backend="numpy"'):
+        backend.measure(problem(), None)  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match='backend="numpy"'):
+        backend.row_errors(problem(), RawResult(None, None), {})
+
+
+def test_launch_cache_forgets_the_least_recently_used() -> None:
+    cache, made = LaunchCache(limit=2), []
+
+    def use(key: str) -> None:
+        if cache.get(key) is None:
+            made.append(key)
+            cache.put(key, object())  # type: ignore[arg-type]
+
+    for key in ("a", "b", "a", "c", "a", "b"):
+        use(key)
+    assert made == ["a", "b", "c", "b"]
+
+
+# --- facts ---
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_facts_are_upper_bounds_and_read_late(backend: CudaBackend, dtype: Any) -> None:
+    p = problem(dtype, mask=Mask.causal("bottom_right"))
+    name = NAMES[str(np.dtype(dtype))]
+    raw = backend.run(p, Plan.uniform(p, HeadPlan(qk=name, pv=name)))
+    raw.out[...] = exact_attention(p).out.astype(dtype)  # what the kernel would have written
+    facts = raw.facts[0, 1]
+    for array, norm, residual in (
+        (p.query[0, 1], facts.query_norm_upper, facts.query_residual_upper),
+        (p.key[0, 0], facts.key_norm_upper, facts.key_residual_upper),
+        (p.value[0, 0], facts.value_norm_upper, facts.value_residual_upper),
+    ):
+        true = np.linalg.norm(array.astype(np.float64), axis=-1).max()
+        assert true <= norm <= 1.001 * true
+        assert residual <= 1e-4 * norm, "operands are exact; the kernel's arithmetic is small"
+    assert facts.keys_max == 50
+    size = rms_row_norm(raw.out[0, 1].astype(np.float64))
+    assert 0.999 * size <= facts.output_rms <= size
+    assert set(dict(raw.facts)) == {(0, 0), (0, 1)}
+
+
+@pytest.mark.parametrize(("name", "bits"), [("tf32", 11), ("bf16", 8), ("f16", 11)])
+def test_residuals_of_narrower_operands(backend: CudaBackend, name: str, bits: int) -> None:
+    p = problem()
+    raw = backend.run(p, Plan.uniform(p, HeadPlan(qk=name, pv=name)))
+    raw.out[...] = 1.0
+    facts = raw.facts[0, 0]
+    norm = facts.query_norm_upper
+    assert 2.0 ** -(bits + 3) * norm < facts.query_residual_upper <= 2.0**-bits * norm
+
+
+def test_facts_of_values_that_are_not_finite(backend: CudaBackend) -> None:
+    p = problem()
+    p.value[0, 0, 3, 3] = math.nan
+    raw = backend.run(p, Plan.uniform(p, HeadPlan()))
+    raw.out[0, 0] = math.nan
+    raw.out[0, 1] = 1.0
+    assert raw.facts[0, 0].nonfinite
+    assert not raw.facts[0, 1].nonfinite
+    assert math.isfinite(raw.facts[0, 1].value_norm_upper)
+
+
+def test_facts_of_escalated_heads_are_measured_again(backend: CudaBackend) -> None:
+    p = problem()
+    plan = Plan.uniform(p, HeadPlan(qk="bf16", pv="bf16"))
+    raw = backend.run(p, plan)
+    raw.out[...] = 1.0
+    before = raw.facts[0, 1].query_residual_upper
+    backend.run(p, plan.with_heads({(0, 1): HeadPlan()}), heads=[(0, 1)], into=raw)
+    assert raw.facts[0, 1].query_residual_upper < 1e-30 < before
+    assert raw.facts[0, 0].query_residual_upper == pytest.approx(before, rel=0.5)
