@@ -111,7 +111,7 @@ COST_MODELS: dict[str, CostModel] = {
             },
             softmax_rate=6e8,
             overlap=False,
-            efficiency={"landmark": 0.7, "block_sparse": 0.6, "score_skip": 0.6},
+            efficiency={"landmark": 0.7, "block_sparse": 0.6, "score_skip": 0.42},
             head_seconds=5e-3,
             source="one core of a 2-core Xeon, NumPy 2.4 with OpenBLAS, benchmarks/cpu.py",
         ),

@@ -25,7 +25,7 @@ from adaattn_core.stats import HeadStats, ProblemStats
 ROUNDS = 3
 """Certificates that one call may draw per head: the first and two escalations; a sampled
 confidence is split over them. Later escalations go to dense, which a theorem certifies."""
-SAMPLE_FACTOR = 1.6
+SAMPLE_FACTOR = 1.5
 """Certificate rows over the fewest that could do: more rows, tighter order statistic."""
 
 Notes = dict[str, Any]
@@ -83,9 +83,10 @@ def run_pipeline(
             changed = {}
             for index in failing:
                 known = stats.heads[index] if stats else context.shapes[index]
-                step = climbing.escalate(plan[index], known, context)
+                upper = certificate[index].upper
+                step = climbing.escalate(plan[index], upper, known, context)
                 while certifier.exhausted(index) and step and step.structure.kind != "dense":
-                    step = climbing.escalate(step, known, context)
+                    step = climbing.escalate(step, upper, known, context)
                 if step is not None:
                     changed[index] = step
                     escalated.setdefault(f"{index[0]},{index[1]}", []).append(
@@ -143,7 +144,6 @@ class _Certifier:
             len_q=problem.sequences[index[0]].len_q,
             guarantee="probabilistic" if probabilistic else "worst_case",
             confidence=budget.confidence if budget is not None and probabilistic else 0.95,
-            bias_max_abs=raw.facts[index].bias_max_abs,
         )
 
     def _sample(

@@ -1,7 +1,7 @@
 """Structures: which scores of a head are computed, and what stands for the rest.
 
-From safest to cheapest: `Dense`, `ScoreSkip`, `LowRank`, `BlockSparse`, `Landmark`. A structure is
-data; executors read it, policies choose it, `docs/math` bounds it.
+From safest to cheapest: `Dense`, `ScoreSkip`, `LowRank`, `BlockSparse`, `Landmark`. A structure
+is data; executors read it, policies choose it, `docs/math` bounds it.
 """
 
 from __future__ import annotations
@@ -39,15 +39,16 @@ class ScoreSkip(Structure):
     """Every visible score, but softmax and P·V only for key tiles that can still matter.
 
     A tile is skipped for a query tile when every row's score maximum in it lies more than
-    ``ln(1/lam)`` below that row's maximum over all keys seen before. The dropped mass is at most
-    ``lam`` per skipped key (docs/math, theorem 4).
+    ``ln(1/lam)`` below that row's maximum over all keys seen before. The dropped mass is at
+    most ``lam`` per skipped key (docs/math, theorem 4).
 
     Attributes
     ----------
     lam : float
         Weight threshold in (0, 1).
     tile_q, tile_kv : int
-        Size of the tiles that are kept or skipped whole.
+        Size of the tiles that are kept or skipped whole; ``tile_kv=1`` skips single keys, which
+        pays where gathering columns is cheap.
     """
 
     kind: ClassVar[str] = "score_skip"
@@ -148,8 +149,9 @@ class Landmark(Structure):
         Rank of the score sketch that opens pools for heavy rows; 0 = no screen.
     screen_theta : float
         A pool is opened where the sketch says that one key holds more than this share of a row.
-    exact_tail : bool
-        Whether the last query tile of the sequence is computed densely.
+    tail : int
+        Last rows of the sequence that are computed densely, rounded up to whole tiles: what a
+        prompt's end retrieves, it retrieves exactly.
     """
 
     kind: ClassVar[str] = "landmark"
@@ -158,15 +160,16 @@ class Landmark(Structure):
     group: int = 1024
     samples: int = 32
     pool: int = 64
-    tile: int = 128
+    tile: int = 64
     screen_rank: int = 16
     screen_theta: float = 0.02
-    exact_tail: bool = True
+    tail: int = 128
 
     def __post_init__(self) -> None:
         _require(0 <= self.tau < 1, f"tau={self.tau}", "an unrepresented mass in [0, 1)")
         _require(
-            min(self.group, self.samples, self.tile) > 0 and min(self.band, self.pool) >= 0,
+            min(self.group, self.samples, self.tile) > 0
+            and min(self.band, self.pool, self.tail) >= 0,
             f"{self}",
             "positive sizes",
         )

@@ -77,15 +77,29 @@ class Policy(Protocol):
         ...
 
     def escalate(
-        self, plan: HeadPlan, stats: HeadStats, context: PolicyContext
+        self, plan: HeadPlan, upper: float, stats: HeadStats, context: PolicyContext
     ) -> HeadPlan | None:
-        """Return a safer plan for a head that missed the budget, or None at the top."""
+        """Return a safer plan for a head that missed the budget, or None at the top.
+
+        `upper` is what the certificate of `plan` says; inf where it says nothing.
+        """
         ...
 
 
-def safer(plan: HeadPlan, context: PolicyContext) -> HeadPlan | None:
+LEAST_TAU = 0.003
+"""Landmark mass below which dense is the next rung."""
+ERROR_EXPONENT = 0.7
+"""A landmark head's error falls about like tau to this power (median over real heads)."""
+AIM = 0.75
+"""An escalation aims at this share of the budget, so that it need not be repeated."""
+
+
+def safer(
+    plan: HeadPlan, upper: float, stats: HeadStats, context: PolicyContext
+) -> HeadPlan | None:
     """Return the next safer plan: first the structure, then the formats, one rung at a time."""
-    structure = _safer_structure(plan.structure)
+    rel = context.budget.rel if context.budget is not None else 0.0
+    structure = _safer_structure(plan.structure, rel / upper if upper > 0 else 0.0, stats)
     if structure is not None and structure.kind in context.capabilities.structures:
         return replace(plan, structure=structure, reason="escalated: safer structure")
     formats = _wider(plan.qk, plan.pv, context)
@@ -94,16 +108,32 @@ def safer(plan: HeadPlan, context: PolicyContext) -> HeadPlan | None:
     return replace(plan, qk=formats[0], pv=formats[1], reason="escalated: wider format")
 
 
-def _safer_structure(structure: Structure) -> Structure | None:
+def _safer_structure(
+    structure: Structure, allowed: float, stats: HeadStats
+) -> Structure | None:
+    """Next structure; `allowed` is the budget over the certified error (0 = unknown)."""
     if isinstance(structure, Dense):
         return None
-    if isinstance(structure, Landmark) and structure.tau > 0.02:
-        return replace(structure, tau=structure.tau / 3)
+    if isinstance(structure, Landmark):
+        shrink = min(max((AIM * allowed) ** (1 / ERROR_EXPONENT), 0.1), 0.6)
+        tau = shrink * min(structure.tau, effective_tau(stats))
+        return replace(structure, tau=tau) if tau > LEAST_TAU else Dense()
     if isinstance(structure, BlockSparse) and structure.blocks is None and structure.tau > 0.01:
         return replace(structure, tau=structure.tau / 4)
     if isinstance(structure, ScoreSkip) and structure.lam > 1e-6:
-        return replace(structure, lam=structure.lam / 100)
+        return replace(structure, lam=structure.lam / 10)
     return Dense()
+
+
+def effective_tau(stats: HeadStats) -> float:
+    """Landmark mass below which more than the least number of landmarks is needed.
+
+    Landmarks come in multiples of 64; where fewer carry the mass, a smaller tau changes nothing
+    until it passes this value, read off the measured landmark curve.
+    """
+    least = 64 * stats.len_q / max(stats.visible, 1)
+    needing = [tau for tau, share in stats.landmark_curve.items() if share > least]
+    return max(needing, default=min(stats.landmark_curve, default=1.0))
 
 
 def _wider(qk: str, pv: str, context: PolicyContext) -> tuple[str, str] | None:

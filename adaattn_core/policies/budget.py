@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -9,7 +10,7 @@ from adaattn_core.backend import RunFacts
 from adaattn_core.certify import theorem_certificate
 from adaattn_core.formats import get_format
 from adaattn_core.plan import HeadPlan
-from adaattn_core.policies.base import PolicyContext, safer
+from adaattn_core.policies.base import LEAST_TAU, PolicyContext, safer
 from adaattn_core.problem import HeadIndex
 from adaattn_core.stats import HeadStats, MeasureRequest
 from adaattn_core.structure import (
@@ -45,10 +46,13 @@ class BudgetPolicy:
     Attributes
     ----------
     taus : tuple of float
-        Landmark masses tried, cheapest first.
+        Landmark masses tried, cheapest first; where the first is not accurate enough, a mass is
+        fitted through the tried ones so that the predicted error just keeps the budget.
+    lams : tuple of float
+        Weight thresholds of score-then-skip tried, cheapest first.
     margin : float
-        Share of the budget that a *sampled estimate* may use up; the rest is for the certificate,
-        which is an upper confidence limit and so lies above the estimate.
+        Share of the budget that a *sampled estimate* may use up; the rest is for the
+        certificate, which is an upper confidence limit and so lies above the estimate.
     worthwhile : float
         A structure is tried only where its predicted cost is below this share of dense.
     diffuse : float
@@ -57,15 +61,16 @@ class BudgetPolicy:
         A feature rank is tried where the keys' participation ratio is below this share of dim.
     """
 
-    taus: tuple[float, ...] = (0.1, 0.04, 0.015)
-    margin: float = 0.62
+    taus: tuple[float, ...] = (0.1, 0.02)
+    lams: tuple[float, ...] = (1e-2, 1e-3)
+    margin: float = 0.75
     worthwhile: float = 0.8
     diffuse: float = 0.97
     low_rank_participation: float = 0.25
 
     name = "budget"
 
-    # -- what to measure --------------------------------------------------------------------------
+    # -- what to measure ---------------------------------------------------------------------
     def request(self, context: PolicyContext) -> MeasureRequest | None:
         """Ask for the structures and formats that could pay on the target."""
         budget = context.budget
@@ -96,7 +101,10 @@ class BudgetPolicy:
                 yield Landmark(tau=tau, screen_rank=screen)
         if "score_skip" in kinds:
             longest = max((s.len_kv for s in context.shapes.values()), default=1)
-            yield ScoreSkip(lam=min(rel / (8 * max(longest, 1)), 0.1))
+            # The smallest keeps the budget by theorem; the others are judged on held-out rows.
+            tile = 64 if context.costs.overlap else 1
+            for lam in (*self.lams, min(rel / (8 * max(longest, 1)), 0.1)):
+                yield ScoreSkip(lam=lam, tile_kv=tile)
         if "low_rank" in kinds:
             dim = min((s.dim_qk for s in context.shapes.values()), default=1)
             for rank in (dim // 4, dim // 2):
@@ -104,7 +112,7 @@ class BudgetPolicy:
                     yield LowRank(rank)
 
     def _could_pay(self, structure: Structure, context: PolicyContext, sampled: bool) -> bool:
-        """Whether the structure could beat dense on any head, were its share the least possible."""
+        """Whether the structure could beat dense on any head, at its least possible share."""
         if not sampled and isinstance(structure, Landmark | BlockSparse):
             return False  # no theorem bounds what they leave out
         for shape in context.shapes.values():
@@ -127,7 +135,7 @@ class BudgetPolicy:
                     yield qk, pv
         yield widest, widest
 
-    # -- what to choose ---------------------------------------------------------------------------
+    # -- what to choose ----------------------------------------------------------------------
     def decide(
         self, stats: Mapping[HeadIndex, HeadStats], context: PolicyContext
     ) -> dict[HeadIndex, HeadPlan]:
@@ -172,6 +180,9 @@ class BudgetPolicy:
         for estimate in stats.structures:
             if self._admissible(estimate.structure, stats):
                 shares.append((estimate.structure, estimate.share, estimate.row_error_estimate))
+        fitted = self._fitted_landmark(stats, context)
+        if fitted is not None:
+            shares.append(fitted)
         for structure, share, error in shares:
             for qk, pv in self._pairs(context):
                 plan = HeadPlan(structure=structure, qk=qk, pv=pv)
@@ -182,8 +193,29 @@ class BudgetPolicy:
                 else:
                     yield self._with_theorem(plan, stats, context), share
 
+    def _fitted_landmark(
+        self, stats: HeadStats, context: PolicyContext
+    ) -> tuple[Structure, float, float] | None:
+        """Landmark mass between (or below) those tried at which the error just fits."""
+        tried = _landmarks(stats)
+        if len(tried) < 2 or not self._admissible(tried[-1].structure, stats):
+            return None
+        (high, e_high), (low, e_low) = (
+            (t.structure.tau, max(t.row_error_estimate, 1e-9)) for t in tried[-2:]
+        )
+        aim = 0.999 * self._allowed(context)
+        if e_high <= aim:
+            return None  # already cheap enough
+        slope = math.log(e_high / e_low) / math.log(high / low) if e_high > e_low else 0.0
+        slope = min(max(slope, 0.35), 1.0)
+        tau = low * (aim / e_low) ** (1 / slope)
+        if not LEAST_TAU < tau < high:
+            return None
+        structure, share = _fitted(stats, replace(tried[-1].structure, tau=tau))
+        return structure, share, aim
+
     def _admissible(self, structure: Structure, stats: HeadStats) -> bool:
-        """Entropy and spectral proxies: which structures are worth a look on this head at all."""
+        """Entropy and spectral proxies: which structures are worth a look on this head."""
         if isinstance(structure, Landmark | BlockSparse):
             return stats.entropy_relative < self.diffuse
         if isinstance(structure, LowRank):
@@ -215,23 +247,55 @@ class BudgetPolicy:
         parts.append(f"saturation {stats.saturation:.2f}")
         return f"cheapest within budget ({', '.join(parts)})"
 
-    # -- what to do when the certificate says no -----------------------------------------------------
+    # -- what to do when the certificate says no ----------------------------------------------
     def escalate(
-        self, plan: HeadPlan, stats: HeadStats, context: PolicyContext
+        self, plan: HeadPlan, upper: float, stats: HeadStats, context: PolicyContext
     ) -> HeadPlan | None:
         """Climb one rung; structures that no longer beat dense are passed over."""
-        step = safer(plan, context)
-        dense = context.costs.dense_cost(stats)
-        while step is not None and isinstance(step.structure, Landmark):
-            share = min(1.0, 2.0 * _least_share(step.structure, stats))
-            if context.costs.head_cost(stats, step, share) < self.worthwhile * dense:
-                break
-            step = safer(step, context)
+        step = safer(plan, upper, stats, context)
+        if step is not None and isinstance(step.structure, Landmark):
+            _, share = _fitted(stats, step.structure)
+            dense = context.costs.dense_cost(stats)
+            if context.costs.head_cost(stats, step, share) >= self.worthwhile * dense:
+                step = replace(step, structure=Dense())
         return step
 
 
+def _landmarks(stats: HeadStats) -> list[LandmarkEstimate]:
+    """Landmark structures that were tried on held-out rows, largest mass first."""
+    return [
+        LandmarkEstimate(e.structure, e.share, e.row_error_estimate)
+        for e in stats.structures
+        if isinstance(e.structure, Landmark)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class LandmarkEstimate:
+    """A tried landmark structure: the part of `StructureEstimate` that is fitted."""
+
+    structure: Landmark
+    share: float
+    row_error_estimate: float
+
+
+def _fitted(stats: HeadStats, structure: Landmark) -> tuple[Landmark, float]:
+    """Share of a landmark structure, fitted log-linearly through those that were tried."""
+    tried = _landmarks(stats)
+    least = _least_share(structure, stats)
+    if len(tried) < 2:
+        known = tried[-1].share if tried else 2 * least
+        return structure, min(1.0, max(2 * least, known))
+    first, second = tried[-2:]
+    slope = math.log(second.share / first.share) / math.log(
+        first.structure.tau / second.structure.tau
+    )
+    share = second.share * (second.structure.tau / structure.tau) ** max(slope, 0.0)
+    return structure, min(1.0, max(share, least))
+
+
 def _least_share(structure: Structure, shape: HeadStats) -> float:
-    """Least share of the visible scores that a structure can come to on a head of this shape."""
+    """Least share of the visible scores that a structure can come to on such a head."""
     mean_keys = shape.visible / max(shape.len_q, 1)
     if isinstance(structure, Landmark):
         pools = 1 / structure.pool if structure.pool else 0.0

@@ -90,10 +90,10 @@ class CalibratedPolicy:
         return out
 
     def escalate(
-        self, plan: HeadPlan, stats: HeadStats, context: PolicyContext
+        self, plan: HeadPlan, upper: float, stats: HeadStats, context: PolicyContext
     ) -> HeadPlan | None:
         """Climb the common ladder."""
-        return safer(plan, context)
+        return safer(plan, upper, stats, context)
 
 
 def _load(path: Path) -> dict[str, Plan]:

@@ -1,7 +1,7 @@
 """EntropyPolicy: fixed thresholds on entropy, score magnitude, saturation and spectral proxies.
 
-The policy that a reader expects from the name of the project: every decision is one comparison that
-can be read aloud. It predicts no error, so what it chooses is certified and escalated like any plan.
+The policy that a reader expects from the name of the project: every decision is one comparison
+that can be read aloud. It predicts no error; what it chooses is certified like any plan.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class EntropyPolicy:
     score_8bit, score_16bit : float
         Largest absolute scaled score up to which 8-bit and 16-bit Q·Kᵀ are used.
     saturation_8bit : float
-        Mean largest weight up to which 8-bit formats are used: a saturated row copies one value,
-        and a score error of a few percent can make it copy another.
+        Mean largest weight up to which 8-bit formats are used: a saturated row copies one
+        value, and a score error of a few percent can make it copy another.
     entropy_diffuse : float
         Relative entropy from which attention stays dense.
     landmark_mass, landmark_share : float
@@ -49,10 +49,10 @@ class EntropyPolicy:
     name = "entropy"
 
     def request(self, context: PolicyContext) -> MeasureRequest | None:
-        """Ask for row facts, the landmark curve and the spectrum; for no trial of a structure."""
+        """Ask for row facts, the landmark curve and the spectrum; for no trial."""
         if context.budget is None or not context.capabilities.measures:
             return None
-        landmarks = ()
+        landmarks: tuple[Structure, ...] = ()
         if "landmark" in context.capabilities.structures and context.structural:
             landmarks = (Landmark(tau=self.landmark_mass, screen_rank=0),)
         return MeasureRequest(
@@ -132,7 +132,7 @@ class EntropyPolicy:
         return exact, exact, f"{exact}: |s| {score:.0f}, saturation {saturation:.2f}"
 
     def escalate(
-        self, plan: HeadPlan, stats: HeadStats, context: PolicyContext
+        self, plan: HeadPlan, upper: float, stats: HeadStats, context: PolicyContext
     ) -> HeadPlan | None:
         """Climb the common ladder."""
-        return safer(plan, context)
+        return safer(plan, upper, stats, context)

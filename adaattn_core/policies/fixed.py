@@ -48,10 +48,10 @@ class FixedPolicy:
         return dict.fromkeys(context.shapes, self.plan)
 
     def escalate(
-        self, plan: HeadPlan, stats: HeadStats, context: PolicyContext
+        self, plan: HeadPlan, upper: float, stats: HeadStats, context: PolicyContext
     ) -> HeadPlan | None:
         """Climb the common ladder."""
-        return safer(plan, context)
+        return safer(plan, upper, stats, context)
 
 
 class ExactPolicy(FixedPolicy):

@@ -19,14 +19,15 @@ def sample_rows(group: slice, count: int, seed: int) -> NDArray[np.int64]:
     """Draw distinct rows of a group; reproducible from the plan's seed alone."""
     size = group.stop - group.start
     rng = np.random.default_rng((seed, 1, group.start))
-    return np.sort(rng.choice(size, min(count, size), replace=False)) + group.start
+    drawn = rng.choice(size, min(count, size), replace=False)
+    return np.asarray(np.sort(drawn) + group.start)
 
 
 def exact_scores(view: HeadView, rows: NDArray[np.int64], keys: int) -> Float:
     """Masked scores of some rows and the first `keys` keys, in this thread's buffer."""
     query = view.query[rows] * view.query.dtype.type(view.scale)
     scores = scratch("probe", (len(rows), keys), query.dtype)
-    np.matmul(query, view.key[:keys].T, out=scores)
+    np.matmul(query, view.kv.key_t[:, :keys], out=scores)
     view.mask_scores(scores, rows, 0, keys)
     return scores
 
@@ -45,7 +46,7 @@ def softmax_in_place(scores: Float) -> tuple[Float, Float]:
 def choose_blocks(
     view: HeadView, structure: BlockSparse, seed: int
 ) -> tuple[tuple[int, ...], ...]:
-    """Key blocks of every query tile: the near band, and the fewest that leave mass tau elsewhere."""
+    """Key blocks of every query tile: the near band, and the fewest that leave mass tau."""
     size = structure.tile_kv
     total = -(-view.len_kv // size)
     chosen: list[tuple[int, ...]] = []

@@ -21,6 +21,8 @@ Float = NDArray[np.floating[Any]]
 
 TILE_ROWS, CHUNK_KEYS = 256, 1024
 """Working set of about 1 MB of scores: what stays in a core's cache."""
+SKIP_KEYS = 8192
+"""Keys whose scores are held before deciding which matter: 2 MB with 64 rows."""
 
 
 @dataclass(eq=False)
@@ -80,52 +82,63 @@ def dense_tile(view: HeadView, operands: Operands, rows: slice) -> tuple[Float, 
 
 
 def score_skip(view: HeadView, operands: Operands, structure: ScoreSkip) -> HeadOutput:
-    """Compute every visible score; softmax and P·V only for tiles that can still matter.
+    """Compute every visible score; softmax and P·V only for key tiles that can still matter.
 
     A key tile is dropped for a tile of rows when its best score lies below every row's running
     maximum by more than ln(1/lam). What each row loses that way is bounded as it happens.
     """
     result = HeadOutput.empty(view, operands)
-    threshold = np.log(structure.lam)
+    size = structure.tile_kv
+    width = max(SKIP_KEYS - SKIP_KEYS % size, size)
     for start in range(0, view.len_q, structure.tile_q):
         rows = slice(start, min(start + structure.tile_q, view.len_q))
         accumulator = RowAccumulator(rows.stop - rows.start, operands)
         dropped = np.zeros(rows.stop - rows.start, operands.query.dtype)
         low, high = _key_range(view, rows)
-        low -= low % structure.tile_kv
-        width = max(CHUNK_KEYS - CHUNK_KEYS % structure.tile_kv, structure.tile_kv)
+        low -= low % size
         # Last keys first: under a causal mask the near keys set a high running maximum early.
         for first in reversed(range(low, high, width)):
             last = min(first + width, high)
             scores = operands.scores(rows, slice(first, last))
             masked = view.mask_scores(scores, rows, first, last)
-            edges = np.arange(0, last - first, structure.tile_kv)
-            best = np.maximum.reduceat(scores, edges, axis=1)
-            running = np.maximum(accumulator.top, best.max(axis=1))
-            shift, factor = accumulator.rescale(running)
-            # NaN compares false, so a tile with a NaN score is kept and reported.
-            skip = (best - shift[:, None] < threshold).all(axis=0)
-            skip |= (best == -np.inf).all(axis=0)
-            counts = np.diff(np.append(edges, last - first))
+            shift, factor = accumulator.rescale(scores.max(axis=1))
             dropped *= factor
-            dropped += np.exp(best[:, skip] - shift[:, None]) @ counts[skip].astype(
-                dropped.dtype
-            )
-            keep = np.flatnonzero(np.repeat(~skip, counts))
+            keep = _keys_that_matter(scores, shift, structure, dropped)
             if not len(keep):
                 continue
-            chosen = scores if len(keep) == last - first else scores[:, keep]
-            seen = chosen != -np.inf if masked else None
-            result.computed += int(seen.sum()) if seen is not None else chosen.size
+            whole = len(keep) == last - first
+            chosen = scores if whole else scores.take(keep, axis=1)
+            result.computed += int((chosen != -np.inf).sum()) if masked else chosen.size
             keys = first + keep
-            contiguous = slice(first, last) if len(keep) == last - first else keys
-            _add_chunk(view, operands, accumulator, chosen, keys, contiguous)
+            selection = slice(first, last) if whole else keys
+            _add_chunk(view, operands, accumulator, chosen, keys, selection)
         result.out[rows], result.lse[rows] = accumulator.finish()
         total = np.where(accumulator.total > 0, accumulator.total, 1)
         result.dropped_mass_upper = max(
             result.dropped_mass_upper, float((dropped / total).max(initial=0.0)) * (1 + 1e-4)
         )
     return result
+
+
+def _keys_that_matter(
+    scores: Float, shift: Float, structure: ScoreSkip, dropped: Float
+) -> NDArray[np.int64]:
+    """Columns of the key tiles that some row needs; adds what the others can lose to `dropped`.
+
+    NaN compares false, so a tile with a NaN score is kept and reported.
+    """
+    size, keys = structure.tile_kv, scores.shape[1]
+    limit = (shift + np.log(structure.lam)).astype(scores.dtype)[:, None]
+    if size == 1:
+        skip = (scores < limit).all(axis=0)
+        dropped += skip.sum() * structure.lam
+        return np.flatnonzero(~skip)
+    edges = np.arange(0, keys, size)
+    best = np.maximum.reduceat(scores, edges, axis=1)
+    skip = (best < limit).all(axis=0)
+    counts = np.diff(np.append(edges, keys))
+    dropped += np.exp(best[:, skip] - shift[:, None]) @ counts[skip].astype(dropped.dtype)
+    return np.flatnonzero(np.repeat(~skip, counts))
 
 
 def block_sparse(

@@ -1,8 +1,8 @@
 """Measuring a head: exact rows at a few sampled places, and what candidates would make of them.
 
-Rows that choose landmarks and rows that judge the choice are drawn apart, so the estimates are not
-flattered by their own training data. Nothing here certifies: certificates draw fresh rows after the
-plan is fixed.
+Rows that choose landmarks and rows that judge the choice are drawn apart, so the estimates are
+not flattered by their own training data. Nothing here certifies: certificates draw fresh rows
+after the plan is fixed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from adaattn_core.plan import HeadPlan
 from adaattn_core.stats import HeadStats, MeasureRequest, StructureEstimate
 from adaattn_core.structure import BlockSparse, Landmark, LowRank, ScoreSkip, Structure
 from adaattn_reference.blocks import choose_blocks, exact_scores, softmax_in_place
-from adaattn_reference.landmark import (
+from adaattn_reference.farfield import (
     FarField,
     Geometry,
     GroupProbe,
@@ -30,11 +30,11 @@ from adaattn_reference.view import HeadView
 
 Float = NDArray[np.floating[Any]]
 
-JUDGE_ROWS = 64
+JUDGE_ROWS = 48
 """Held-out rows per head on which candidates are judged."""
-JUDGE_PARTS = 3
+JUDGE_PARTS = 2
 """Stretches of the sequence that these rows come from."""
-CURVE = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
+CURVE = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
 """Unrepresented masses at which the landmark curve is read off."""
 
 
@@ -78,9 +78,11 @@ def measure_head(view: HeadView, request: MeasureRequest) -> tuple[HeadStats, He
     judge = _Judge(view, operands, request, geometry)
     facts |= judge.row_facts()
     estimates = judge.landmarks(landmarks, probes) if geometry else []
+    settled = bool(estimates) and estimates[0].row_error_estimate <= request.enough_error
     for structure in request.structures:
         if isinstance(structure, ScoreSkip):
-            estimates.append(judge.score_skip(structure))
+            if not settled:
+                estimates.append(judge.score_skip(structure))
         elif isinstance(structure, BlockSparse):
             estimates.append(judge.block_sparse(structure))
     if request.formats:
@@ -243,19 +245,24 @@ class _Judge:
         return float(near + pools + far) / max(view.visible, 1)
 
     def score_skip(self, structure: ScoreSkip) -> StructureEstimate:
-        """Share of key tiles that one tile of consecutive rows per part would keep."""
+        """Error from each held-out row's own small weights; share from tiles of whole rows."""
         kept = seen = 0
-        for (_, group), _ in zip(self.groups, self.parts, strict=True):
-            first = max(group.stop - structure.tile_q, group.start)
-            rows = np.arange(first, group.stop)
-            scores = exact_scores(self.view, rows, self.view.len_kv)
-            edges = np.arange(0, self.view.len_kv, structure.tile_kv)
-            best = np.maximum.reduceat(scores, edges, axis=1)
-            gap = best - best.max(axis=1, initial=-np.inf, keepdims=True)
-            kept += int((gap >= np.log(structure.lam)).any(axis=0).sum())
-            seen += int((best > -np.inf).any(axis=0).sum())
-        bound = 2 * structure.lam * self.view.len_kv
-        return StructureEstimate(structure, kept / max(seen, 1), 0, bound, 0.0)
+        for _, group in self.groups:
+            rows = np.arange(max(group.stop - structure.tile_q, group.start), group.stop)
+            scores = exact_scores(self.view, rows, int(self.view.stop[rows].max()))
+            limit = scores.max(axis=1, keepdims=True) + np.log(structure.lam)
+            edges = np.arange(0, scores.shape[1], structure.tile_kv)
+            needed = np.maximum.reduceat((scores >= limit).any(axis=0), edges)
+            kept += int(needed.sum())
+            seen += len(edges)
+        errors = []
+        for part, weights in enumerate(self.weights):
+            largest = weights.max(axis=1, initial=0.0, keepdims=True)
+            part_weights = np.where(weights >= structure.lam * largest, weights, 0)
+            sums = part_weights @ self.operands.value[: weights.shape[1]]
+            total = np.maximum(part_weights.sum(axis=1), TINY)
+            errors.append(np.linalg.norm(sums / total[:, None] - self.exact[part], axis=1))
+        return self._estimate(structure, kept / max(seen, 1), 0, errors)
 
     def block_sparse(self, structure: BlockSparse) -> StructureEstimate:
         """Error of chosen blocks on the held-out rows."""
@@ -325,4 +332,3 @@ def _spectral_facts(view: HeadView, ranks: list[int]) -> dict[str, Any]:
             for rank in ranks
         },
     }
-

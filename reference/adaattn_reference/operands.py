@@ -1,13 +1,14 @@
 """Operands of a head after rounding to the plan's formats, and the rounded product P·V.
 
-The emulation rounds what the tensor cores would be given and multiplies in float32 (float64 for the
-f64 plan); only e4m3 accumulation is modelled further, because its error is not negligible: partial
-sums keep 13 fraction bits and are flushed into float32 every `flush_keys` keys.
+The emulation rounds what the tensor cores would be given and multiplies in float32 (float64 for
+the f64 plan); only e4m3 accumulation is modelled further, because its error is not negligible:
+partial sums keep 13 fraction bits and are flushed into float32 every `flush_keys` keys.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ TINY = 1e-30
 """Smallest amax that a scale is built from: an all-zero vector must not give 0/0."""
 QUERY_BLOCK, KEY_BLOCK = 64, 128
 """Rows that share a scale when a plan asks for block scales."""
+FP8_LEAST = 2.0**-100
+"""Partial sums below this are not truncated further: the quantum itself must stay normal."""
 FP8_STEP_KEYS = 32
 """Products that Hopper's FP8 tensor core aligns and adds at once."""
 
@@ -65,11 +68,17 @@ class Operands:
     query_step_upper: float = 0.0
     key_step_upper: float = 0.0
 
+    @cached_property
+    def key_t(self) -> Float:
+        """Transposed keys, contiguous: BLAS reads them faster than a transposed view."""
+        return np.ascontiguousarray(self.key.T)
+
     def scores(self, rows: slice | NDArray[np.int64], keys: slice | NDArray[np.int64]) -> Float:
         """Scaled scores of some rows and keys, in this thread's buffer, masks not applied."""
-        query, key = self.query[rows], self.key[keys]
-        out = scratch("scores", (len(query), len(key)), query.dtype)
-        return np.matmul(query, key.T, out=out)
+        query = self.query[rows]
+        key_t = self.key_t[:, keys] if isinstance(keys, slice) else self.key[keys].T
+        out = scratch("scores", (len(query), key_t.shape[1]), query.dtype)
+        return np.matmul(query, key_t, out=out)
 
     def weighted_sum(self, weights: Float, value: Float) -> Float:
         """Return P·V with P in [0, 1] rounded to the plan's format.
@@ -127,15 +136,18 @@ def prepare_operands(view: HeadView, plan: HeadPlan, seed: int) -> Operands:
         value = _round_values(view.kv.clean_value, plan)
         value_residual = max_norm((view.kv.clean_value - value)[view.seen_keys])
     scale = query.dtype.type(view.scale)
-    return Operands(
+    operands = Operands(
         query=query * scale,
         key=key,
         value=value,
         lse_shift=lse_shift,
         plan=plan,
         value_residual_upper=value_residual,
-            **residuals,
+        **residuals,
     )
+    if key is view.key:
+        operands.key_t = view.kv.key_t  # shared by the heads of the group
+    return operands
 
 
 def _quantise(
@@ -169,11 +181,11 @@ def _round_values(value: Float, plan: HeadPlan) -> Float:
     limit = get_format(plan.pv).max_finite
     amax = np.abs(value).max(axis=0, initial=0.0)
     step = (np.maximum(amax, TINY) / limit).astype(np.float32)
-    return round_to_format(value / step, plan.pv) * step
+    return np.asarray(round_to_format(value / step, plan.pv) * step)
 
 
 def _fp8_product(weights: Float, value: Float, flush_keys: int) -> Float:
-    """P·V with Hopper's FP8 accumulator: 13 fraction bits kept, truncated, flushed to float32."""
+    """P·V with Hopper's FP8 accumulator: 13 fraction bits, truncated, flushed to float32."""
     keys = weights.shape[-1]
     out = np.zeros((*weights.shape[:-1], value.shape[-1]), np.float32)
     for flush in range(0, keys, flush_keys):
@@ -182,7 +194,7 @@ def _fp8_product(weights: Float, value: Float, flush_keys: int) -> Float:
             last = min(first + FP8_STEP_KEYS, flush + flush_keys, keys)
             step = weights[..., first:last] @ value[..., first:last, :]
             largest = np.maximum(np.abs(step), np.abs(partial))
-            quantum = np.exp2(np.floor(np.log2(np.maximum(largest, TINY))) - 13)
+            quantum = np.exp2(np.floor(np.log2(np.maximum(largest, FP8_LEAST))) - 13)
             partial = np.trunc((partial + step) / quantum) * quantum
         out += partial
     return out

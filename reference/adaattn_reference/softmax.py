@@ -47,7 +47,7 @@ class RowAccumulator:
         return shift, factor
 
     def add(self, scores: Float, *values: Float, rows: slice = slice(None)) -> None:
-        """Add one chunk of scores (rows, keys), overwritten; `values` stack to (keys, dim_v)."""
+        """Add a chunk of scores (rows, keys), overwritten; `values` stack to (keys, dim_v)."""
         if not scores.shape[1]:
             return
         weights = self.weights(scores, rows)
@@ -84,7 +84,7 @@ class RowAccumulator:
         """Return output rows and their log-sum-exp (0 and -inf for rows that saw nothing)."""
         empty = self.total == 0
         safe = np.where(empty, np.ones_like(self.total), self.total)
-        out = self.sums / safe[:, None]
+        out = np.divide(self.sums, safe[:, None], out=self.sums)
         with np.errstate(divide="ignore"):
             lse = np.where(empty & (self.top == -np.inf), -np.inf, self.top + np.log(safe))
         return out, lse

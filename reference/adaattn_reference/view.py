@@ -30,6 +30,11 @@ class KeyValues:
     value: Float
 
     @cached_property
+    def key_t(self) -> Float:
+        """Transposed keys, contiguous: BLAS reads them faster than a transposed view."""
+        return np.ascontiguousarray(self.key.T)
+
+    @cached_property
     def key_norm(self) -> Float:
         """Euclidean norm of every key, rounded up."""
         return row_norms(self.key)
@@ -64,7 +69,7 @@ class KeyValues:
     @cached_property
     def bad(self) -> NDArray[np.bool_]:
         """Whether a key or its value holds NaN or Inf, shape (len_kv,)."""
-        bad = ~np.isfinite(self.key).all(axis=1)
+        bad = np.asarray(~np.isfinite(self.key).all(axis=1))
         bad[self.bad_values] = True
         return bad
 
@@ -136,6 +141,12 @@ class HeadView:
             return True
         return bool(self.kv.bad.any()) and bool((self.kv.bad & self.seen_keys).any())
 
+    @cached_property
+    def finite_scores(self) -> bool:
+        """Whether no score can be NaN or Inf, masked ones included (by Cauchy-Schwarz)."""
+        largest = self.query_norm_upper * float(self.kv.key_norm.max(initial=0.0))
+        return largest * max(self.scale, 1.0) < 1e37 and self.bias is None
+
     def seen(self, per_key: Float) -> Float:
         """Entries of a per-key array that belong to keys some row sees."""
         return per_key if self.seen_keys.all() else per_key[self.seen_keys]
@@ -200,7 +211,7 @@ class HeadView:
             if low < high:
                 keys = np.arange(low, high)
                 hidden = (keys < start[:, None]) | (keys >= stop[:, None])
-                np.copyto(scores[:, low - first : high - first], -np.inf, where=hidden)
+                hide(scores[:, low - first : high - first], hidden, self.finite_scores)
                 masked = True
         return masked
 
@@ -271,6 +282,19 @@ class ProblemViews:
     def _convert(self, x: NDArray[Any]) -> Float:
         with np.errstate(over="ignore"):  # f64 beyond f32: becomes Inf and is reported
             return np.ascontiguousarray(x, dtype=self.dtype)
+
+
+def hide(scores: Float, hidden: NDArray[np.bool_], finite: bool) -> None:
+    """Set hidden scores to -inf in place.
+
+    Taking a minimum is several times faster than a masked copy, but would keep a NaN: it is
+    used only where the scores are known to be finite.
+    """
+    if finite:
+        cap = np.where(hidden, scores.dtype.type(-np.inf), scores.dtype.type(np.inf))
+        np.minimum(scores, cap, out=scores)
+    else:
+        np.copyto(scores, -np.inf, where=hidden)
 
 
 def row_norms(x: Float) -> Float:

@@ -34,7 +34,7 @@ STRUCTURE = st.one_of(
     st.builds(LowRank, rank=MANY),
     st.builds(BlockSparse, tau=st.floats(0, 0.9), band=MANY, samples=MANY),
     st.builds(BlockSparse, blocks=st.lists(st.lists(MANY).map(tuple), max_size=4).map(tuple)),
-    st.builds(Landmark, tau=st.floats(0, 0.9), samples=MANY, exact_tail=st.booleans()),
+    st.builds(Landmark, tau=st.floats(0, 0.9), samples=MANY, tail=st.integers(0, 512)),
 )
 HEAD = st.builds(
     HeadPlan,

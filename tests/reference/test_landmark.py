@@ -1,0 +1,118 @@
+"""The landmark executor: exact in the limit, consistent in its accounting, replayable."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adaattn_core import AttentionProblem, HeadPlan, Landmark, Mask, Plan
+from adaattn_core.testing.oracles import exact_attention, relative_frobenius
+from adaattn_reference.backend import NumpyBackend
+from adaattn_reference.farfield import Geometry, far_mass, landmark_counts
+from adaattn_reference.view import ProblemViews
+
+BACKEND = NumpyBackend()
+
+SHAPES = [
+    (1000, 1000, Mask.causal()),
+    (777, 1500, Mask.causal("bottom_right")),
+    (1500, 777, Mask.causal("bottom_right")),
+    (1500, 777, Mask.causal("top_left")),
+    (900, 1100, Mask.none()),
+    (130, 2050, Mask.none()),
+    (640, 640, Mask.key_lengths([601])),
+]
+
+
+def problem(len_q: int, len_kv: int, mask: Mask, seed: int = 0) -> AttentionProblem:
+    rng = np.random.default_rng(seed)
+    q = rng.standard_normal((1, 2, len_q, 32), np.float32)
+    k = rng.standard_normal((1, 1, len_kv, 32), np.float32)
+    v = rng.standard_normal((1, 1, len_kv, 24), np.float32)
+    return AttentionProblem.from_arrays(q, k, v, mask=mask)
+
+
+def whole(p: AttentionProblem):
+    oracle = exact_attention(p)
+    return oracle.out, oracle.lse
+
+
+def run(p: AttentionProblem, **fields: object):
+    structure = Landmark(group=512, **fields)  # type: ignore[arg-type]
+    return BACKEND.run(p, Plan.uniform(p, HeadPlan(structure=structure), seed=3))
+
+
+@pytest.mark.parametrize(("len_q", "len_kv", "mask"), SHAPES)
+@pytest.mark.parametrize("screen_rank", [0, 16])
+def test_all_keys_as_landmarks_is_dense(len_q, len_kv, mask, screen_rank):
+    p = problem(len_q, len_kv, mask)
+    raw = run(p, tau=0.0, samples=512, screen_rank=screen_rank)
+    exact, lse = whole(p)
+    assert relative_frobenius(raw.out, exact) < 1e-6
+    seen = np.isfinite(lse)
+    rounding = 16 * np.finfo(np.float32).eps * np.abs(lse[seen]).max()
+    np.testing.assert_allclose(raw.lse[seen], lse[seen], rtol=0, atol=rounding)
+    assert np.array_equal(np.isfinite(raw.lse), seen)
+    assert raw.facts[0, 0].share == pytest.approx(1.0, abs=0.07)
+
+
+@pytest.mark.parametrize(("len_q", "len_kv", "mask"), SHAPES)
+def test_every_key_is_counted_once(len_q, len_kv, mask):
+    """With equal scores every pool is exact, so one doubled or lost key would show."""
+    p = problem(len_q, len_kv, mask)
+    p.query[...] = 0
+    raw = run(p, tau=0.5, band=64)
+    exact, lse = whole(p)
+    seen = np.isfinite(lse)
+    rounding = 64 * np.finfo(np.float32).eps * np.abs(lse[seen]).max()
+    np.testing.assert_allclose(raw.lse[seen], lse[seen], rtol=0, atol=rounding)
+    assert relative_frobenius(raw.out, exact) < 0.2
+    assert raw.facts[0, 0].share < 0.9 or len_q <= 640
+
+
+def test_pools_beat_dropping_and_more_landmarks_beat_fewer():
+    p = problem(1500, 1500, Mask.causal(), seed=5)
+    exact, _ = whole(p)
+    error = {
+        (tau, pool): relative_frobenius(run(p, tau=tau, pool=pool, tail=0).out, exact)
+        for tau in (0.5, 0.1)
+        for pool in (0, 64)
+    }
+    assert error[0.5, 64] < error[0.5, 0]
+    assert error[0.1, 64] < error[0.5, 64]
+
+
+def test_tail_rows_are_exact():
+    p = problem(1000, 1000, Mask.causal())
+    raw = run(p, tau=0.5)
+    exact, _ = whole(p)
+    assert relative_frobenius(raw.out[:, :, -128:], exact[:, :, -128:]) < 1e-6
+    assert relative_frobenius(raw.out[:, :, :-192], exact[:, :, :-192]) > 1e-3
+
+
+@given(st.integers(0, 2**32 - 1), st.lists(st.floats(0, 0.9), min_size=1, max_size=4))
+def test_landmark_counts_leave_at_most_tau(seed, taus):
+    mass = np.random.default_rng(seed).dirichlet(np.full(300, 0.05)) * 0.7
+    order, counts = landmark_counts(mass, tuple(taus))
+    for tau, count in zip(taus, counts, strict=True):
+        assert count % 64 == 0 or count == len(mass)
+        assert mass[order[count:]].sum() <= tau + 1e-12
+        if count > 64:
+            assert mass[order[: count - 64]].sum() < mass.sum() - tau
+
+
+def test_far_mass_leaves_out_near_keys():
+    p = problem(512, 512, Mask.causal())
+
+    view = ProblemViews(p)[0, 0]
+    geometry = Geometry.of(view, Landmark(group=512, band=64))
+    assert geometry is not None
+    rows = np.array([10, 200, 450])
+    weights = np.full((3, 512), 1 / 512, np.float32)
+    start, stop = geometry.near_of_rows(rows)
+    expected = np.zeros(512)
+    for low, high in zip(start, stop, strict=True):
+        expected += (np.arange(512) < low) / 512 + (np.arange(512) >= high) / 512
+    np.testing.assert_allclose(far_mass(weights, rows, geometry), expected / 3, atol=1e-7)
