@@ -67,7 +67,7 @@ def test_compiles_within_its_budget(compiler: Compiler, arch, formats, dim, vari
 # ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("arch", tuning.ARCHITECTURES)
 def test_every_problem_has_a_legal_tile(arch: str) -> None:
-    dims = (1, 40, 64, 100, 128, 192, 256)
+    dims = (40, 128, 256)
     for dim_qk, dim_v in itertools.product(dims, dims):
         for input_format, qk, pv in itertools.product(
             sm80.INPUT_FORMATS, sm80.OPERAND_FORMATS, sm80.OPERAND_FORMATS
