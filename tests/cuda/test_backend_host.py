@@ -19,7 +19,7 @@ from adaattn_core.problem import AttentionProblem
 from adaattn_core.structure import Landmark
 from adaattn_core.testing.oracles import exact_attention, rms_row_norm
 from adaattn_cuda import backend as backend_module
-from adaattn_cuda import driver
+from adaattn_cuda import driver, sm90_launch
 from adaattn_cuda.arrays import ArrayView
 from adaattn_cuda.backend import CudaBackend
 from adaattn_cuda.launch import LaunchCache
@@ -208,6 +208,19 @@ def test_launch_cache_forgets_the_least_recently_used() -> None:
     for key in ("a", "b", "a", "c", "a", "b"):
         use(key)
     assert made == ["a", "b", "c", "b"]
+
+
+def test_hopper_kernel_is_refused_with_a_reason() -> None:
+    p = problem(ml_dtypes.bfloat16)
+    views = [host_view(x) for x in (p.query, p.key, p.value)]
+    aligned = [view._replace(pointer=4096) for view in views]
+    assert sm90_launch.refusal(p, aligned) is None
+    assert "address" in str(sm90_launch.refusal(p, [aligned[0]._replace(pointer=4098)]))
+    assert "f32" in str(sm90_launch.refusal(problem(), aligned))
+    boolean = problem(ml_dtypes.bfloat16, mask=Mask.boolean(np.ones((40, 50), bool)))
+    assert "boolean" in str(sm90_launch.refusal(boolean, aligned))
+    nothing = AttentionProblem.from_arrays(p.query, p.key[:, :, :0], p.value[:, :, :0])
+    assert "no key" in str(sm90_launch.refusal(nothing, aligned))
 
 
 # --- facts ---
