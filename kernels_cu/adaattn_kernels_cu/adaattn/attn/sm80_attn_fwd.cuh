@@ -107,7 +107,8 @@ ADAATTN_DEVICE void run(const Params& params) {
     const int warp_row = (thread_index() / 32) * T::kRowsPerWarp;
 
     // The tiles that any row sees, and those that every row sees whole: [whole_begin, whole_end).
-    const int last_row = (tile_row + T::kTileM < item.len_q ? tile_row + T::kTileM : item.len_q) - 1;
+    const int last_row =
+        (tile_row + T::kTileM < item.len_q ? tile_row + T::kTileM : item.len_q) - 1;
     const Interval of_first = visible_keys(params, item, tile_row);
     const Interval of_last = visible_keys(params, item, last_row);
     const Interval visit = {of_first.start, of_last.stop};
@@ -179,7 +180,8 @@ ADAATTN_DEVICE void run(const Params& params) {
         const int first_key = tile * T::kTileN;
         const auto separate = [&] {
             if constexpr (kMayCut) {
-                if (cut && block_sync_or(holds_nonfinite<ValueTile, T::kPv, T::kThreads>(value_tile))) {
+                if (cut &&
+                    block_sync_or(holds_nonfinite<ValueTile, T::kPv, T::kThreads>(value_tile))) {
                     separate_nonfinite<T>(out, value_tile, params, item, arrays,
                                           tile_row + warp_row, first_key);
                 }

@@ -11,8 +11,12 @@ namespace adaattn::sm80 {
 
 enum class Format : int { bf16, f16, tf32, f32 };
 
-__host__ __device__ constexpr bool is_narrow(Format format) { return format == Format::bf16 || format == Format::f16; }
-__host__ __device__ constexpr int storage_bytes(Format format) { return is_narrow(format) ? 2 : 4; }
+__host__ __device__ constexpr bool is_narrow(Format format) {
+    return format == Format::bf16 || format == Format::f16;
+}
+__host__ __device__ constexpr int storage_bytes(Format format) {
+    return is_narrow(format) ? 2 : 4;
+}
 
 // --- conversion between stored types -----------------------------------------------------------
 // Input types of arrays are the formats that have a storage type of their own: bf16, f16, f32.
