@@ -57,7 +57,8 @@ def attention(
     policy : Policy or str, optional
         Default `BudgetPolicy`; or the name of an installed policy.
     plan : Plan, optional
-        Run this plan and decide nothing; a budget is then only checked against.
+        Run this plan and decide nothing. A budget is then what its certificate is held against;
+        with ``on_violation="escalate"`` (the default of a budget) heads that miss it climb on.
     backend : Backend or str
         A backend, its name, or ``"auto"``: the first that takes arrays from where these live.
     target : str, optional
@@ -114,6 +115,12 @@ def attention(
     chosen = get_backend(backend, problem.device) if isinstance(backend, str) else backend
     deciding = _policy(policy, budget, plan)
     costs = get_cost_model(target or chosen.capabilities().target)
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ArgumentError(
+            got=f"seed={seed}",
+            needed="a seed of at least 0 and below 2**63",
+            do="leave it out for fresh randomness",
+        )
     seed = secrets.randbits(48) if seed is None else int(seed)
     raw, final, certificate, stats, notes = run_pipeline(
         problem, chosen, deciding, budget, costs, plan=plan, seed=seed, layer=layer

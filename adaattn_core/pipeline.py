@@ -22,11 +22,12 @@ from adaattn_core.policies.fixed import ExactPolicy
 from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_core.stats import HeadStats, ProblemStats
 
-ROUNDS = 3
-"""Certificates that one call may draw per head: the first and two escalations; a sampled
-confidence is split over them. Later escalations go to dense, which a theorem certifies."""
-SAMPLE_FACTOR = 1.5
-"""Certificate rows over the fewest that could do: more rows, tighter order statistic."""
+ROUNDS = 2
+"""Certificates that one call may draw per head: the first and that of one escalation; a sampled
+confidence is split over them. A later escalation goes to dense, which a theorem certifies."""
+SAMPLE_FACTOR = 4
+"""Certificate rows over the fewest that could do: more rows make a tighter order statistic, and
+so cheaper plans and fewer escalations (docs/design/0007)."""
 
 Notes = dict[str, Any]
 

@@ -63,7 +63,7 @@ class BudgetPolicy:
 
     taus: tuple[float, ...] = (0.1, 0.02)
     lams: tuple[float, ...] = (1e-2, 1e-3)
-    margin: float = 0.75
+    margin: float = 0.8
     worthwhile: float = 0.8
     diffuse: float = 0.97
     low_rank_participation: float = 0.25

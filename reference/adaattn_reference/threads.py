@@ -10,6 +10,8 @@ from typing import TypeVar
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from adaattn_core.errors import ArgumentError
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -17,9 +19,21 @@ THREADS_VARIABLE = "ADAATTN_NUM_THREADS"
 
 
 def thread_count() -> int:
-    """Return ``ADAATTN_NUM_THREADS``, or the cores that this process may use."""
+    """Return ``ADAATTN_NUM_THREADS``, or the cores that this process may use.
+
+    Raises
+    ------
+    ArgumentError
+        If the variable is set to anything but a positive whole number.
+    """
     wanted = os.environ.get(THREADS_VARIABLE, "")
-    if wanted.isdigit() and int(wanted) > 0:
+    if wanted:
+        if not (wanted.isdecimal() and int(wanted) > 0):
+            raise ArgumentError(
+                got=f"{THREADS_VARIABLE}={wanted!r}",
+                needed="a positive whole number of threads",
+                do="unset it to use every core",
+            )
         return int(wanted)
     return (
         len(os.sched_getaffinity(0))
