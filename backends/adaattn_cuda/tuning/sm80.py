@@ -166,8 +166,9 @@ def specialise(
 def _is_legal(s: Specialisation, arch: str) -> bool:
     narrow = STORAGE_BYTES[s.qk] == 2 and STORAGE_BYTES[s.pv] == 2
     tight = s.array_mask or s.stages == 1
+    limit = TIGHT_ACCUMULATOR_LIMIT if tight else ACCUMULATOR_LIMIT
     return (
-        s.accumulators <= (TIGHT_ACCUMULATOR_LIMIT if tight else ACCUMULATOR_LIMIT)
+        s.accumulators <= limit
         and s.score_registers <= SCORE_LIMIT
         and s.output_registers <= OUTPUT_LIMIT
         and (narrow or s.tile_n <= WIDE_TILE_N)
