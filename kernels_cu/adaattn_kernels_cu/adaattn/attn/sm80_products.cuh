@@ -64,7 +64,7 @@ ADAATTN_DEVICE void compute_scores(Scores<T>& scores, u32 query, u32 key) {
             Scores<T> partial;
             clear<T::kRowTiles, T::kKeyTiles>(partial);
             // A long row of O leaves few registers for loads ahead of their use.
-            constexpr int kUnroll = T::kValueTiles > 16 ? 2 : T::kFlushSteps;
+            [[maybe_unused]] constexpr int kUnroll = T::kValueTiles > 16 ? 2 : T::kFlushSteps;
 #pragma unroll kUnroll
             for (int step = 0; step < T::kFlushSteps; ++step) {
                 add_score_step<T>(partial, query + line, key + line, step);
