@@ -26,7 +26,8 @@ class CostModel:
     overlap : bool
         Whether softmax and products run at the same time (GPU) or one after the other (CPU).
     efficiency : mapping of str to float
-        Share of these rates that a structure's gathers and small tiles leave, by kind.
+        Share of these rates that a structure's gathers and small tiles leave, by kind, and
+        that single probe and certificate rows (``"rows"``) reach.
     head_seconds : float
         Fixed time of measuring and certifying a head beyond the rows it computes.
     source : str
@@ -82,9 +83,8 @@ class CostModel:
         probe = n * min(structure.samples / structure.group, 1.0)
         certify = n * min(CERTIFY_ROWS / max(stats.len_q, 1), 1.0)
         wide = "f32" if "f32" in self.flops else "bf16"
-        return self.head_seconds + self.scores_seconds(
-            probe + certify, probe + certify, d, dv, wide, wide
-        )
+        rows = self.scores_seconds(probe + certify, probe + certify, d, dv, wide, wide)
+        return self.head_seconds + rows / self.efficiency.get("rows", 1.0)
 
     def dense_cost(self, stats: HeadStats, qk: str = "f32", pv: str = "f32") -> float:
         """Predicted seconds of the dense head."""
@@ -111,8 +111,8 @@ COST_MODELS: dict[str, CostModel] = {
             },
             softmax_rate=6e8,
             overlap=False,
-            efficiency={"landmark": 0.7, "block_sparse": 0.6, "score_skip": 0.42},
-            head_seconds=5e-3,
+            efficiency={"landmark": 0.55, "block_sparse": 0.5, "score_skip": 0.42, "rows": 0.4},
+            head_seconds=6e-3,
             source="one core of a 2-core Xeon, NumPy 2.4 with OpenBLAS, benchmarks/cpu.py",
         ),
         CostModel(

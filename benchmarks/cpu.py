@@ -2,8 +2,8 @@
 
 Every captured layer runs three times in the same process and with the same threads: with the
 budget, exactly dense on the same backend, and through PyTorch's own SDPA in float32 (if torch
-is there). The clock covers all of a call: probe, plan, run, certificate. The dense run is also the
-truth that certificates are held against (its own error is below 1e-5).
+is there). The clock covers all of a call: probe, plan, run, certificate. The dense run is also
+the truth that certificates are held against (its own error is below 1e-5).
 
     python benchmarks/capture_qkv.py TEXT 8192 OUT/prose 0,1,...,29     # once per text
     python benchmarks/cpu.py OUT/prose OUT/code --markdown docs/benchmarks/cpu.md

@@ -1,9 +1,9 @@
 """Cut the data of `adaattn demo` out of captured layers.
 
-    python benchmarks/capture_qkv.py perl-prose.txt --tokens 8192 --layers 2,9,16,23 --out qkv/
+    python benchmarks/capture_qkv.py perl-prose.txt --tokens 8192 --layers 9,16 --out qkv/
     python benchmarks/make_demo_data.py qkv/
 
-Keeps the first 4,096 tokens of one key/value head and the three query heads that read it.
+Keeps the first 8,192 tokens of one key/value head and the three query heads that read it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 
 from adaattn_core.files import atomic_write
 
-LAYERS = (2, 9, 16, 23)
-TOKENS = 4096
+LAYERS = (9, 16)
+TOKENS = 8192
 HEADS_Q_PER_KV = 3
 TARGET = Path(__file__).parents[1] / "adaattn_core" / "demo_data"
 

@@ -99,7 +99,7 @@ def _run_layers(**choices: Any) -> dict[str, Outcome]:
 
 def _show(rows: list[HeadRow], sums: Totals, drawn: Path | None, *, no_figure: bool) -> None:
     screen = console()
-    title = "SmolLM2-135M-Instruct, 4,096 tokens of prose, causal, heads of four layers"
+    title = "SmolLM2-135M-Instruct, 8,192 tokens of prose, causal, heads of two layers"
     screen.print(head_table(rows, title))
     screen.print()
     for line in total_lines(sums):

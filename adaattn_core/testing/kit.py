@@ -70,7 +70,7 @@ class ArrayHome:
         xp = array_api_compat.array_namespace(x)
         if str(x.dtype).endswith("bfloat16"):
             x = xp.astype(x, xp.float32)
-        return np.array(array_api_compat.to_device(x, "cpu"))
+        return np.from_dlpack(array_api_compat.to_device(x, "cpu")).copy()
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,13 +81,14 @@ class Operands:
         return np.matmul(query, key_t, out=out)
 
     def weighted_sum(self, weights: Float, value: Float) -> Float:
-        """Return P·V with P in [0, 1] rounded to the plan's format.
+        """Return P·V with P in [0, 1] rounded to the plan's format, valid until the next call.
 
         Leading axes are batches: weights (..., rows, keys) and values (..., keys, dim_v).
         """
         name = self.plan.pv
         if name in ("f32", "f64"):
-            return weights @ value
+            shape = (*weights.shape[:-1], value.shape[-1])
+            return np.matmul(weights, value, out=scratch("product", shape, value.dtype))
         if not get_format(name).is_quantised:
             return round_to_format(weights, name) @ value
         p_scale = 127.0 if name == "i8" else self.plan.p_scale

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaattn_reference.operands import Operands
+from adaattn_reference.scratch import scratch
 
 Float = NDArray[np.floating[Any]]
 
@@ -18,6 +19,8 @@ class RowAccumulator:
     After chunks C of scores s and values v have been added::
 
         top = max s        total = sum exp(s - top)        sums = sum round(exp(s - top)) v
+
+    One accumulator is in use per thread at a time: its sums live in the thread's buffer.
 
     Parameters
     ----------
@@ -31,7 +34,8 @@ class RowAccumulator:
         self.operands = operands
         self.top = np.full(rows, -np.inf, dtype)
         self.total = np.zeros(rows, dtype)
-        self.sums = np.zeros((rows, operands.value.shape[1]), dtype)
+        self.sums = scratch("sums", (rows, operands.value.shape[1]), dtype)
+        self.sums[:] = 0
 
     def rescale(self, chunk_top: Float, rows: slice = slice(None)) -> tuple[Float, Float]:
         """Raise the running maximum; return the shift to subtract and the rescaling factors.
@@ -81,7 +85,10 @@ class RowAccumulator:
             self.sums[sees] += weight[:, None] * value[j]
 
     def finish(self) -> tuple[Float, Float]:
-        """Return output rows and their log-sum-exp (0 and -inf for rows that saw nothing)."""
+        """Return output rows and their log-sum-exp (0 and -inf for rows that saw nothing).
+
+        The rows lie in this thread's buffer: copy them before the next tile begins.
+        """
         empty = self.total == 0
         safe = np.where(empty, np.ones_like(self.total), self.total)
         out = np.divide(self.sums, safe[:, None], out=self.sums)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import numpy as np
@@ -16,6 +19,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 THREADS_VARIABLE = "ADAATTN_NUM_THREADS"
+SWITCH_SECONDS = 1e-5
+"""Interpreter switch interval while heads run on several threads."""
 
 
 def thread_count() -> int:
@@ -58,5 +63,34 @@ def map_heads(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
     with threadpool_limits(1):
         if workers <= 1:
             return [quiet(item) for item in todo]
-        with ThreadPoolExecutor(workers) as pool:
+        with _prompt_switching(), ThreadPoolExecutor(workers) as pool:
             return list(pool.map(quiet, todo))
+
+
+_switching = threading.Lock()
+_switchers = 0
+_interval = 0.0
+
+
+@contextmanager
+def _prompt_switching() -> Iterator[None]:
+    """Let threads take the interpreter lock from each other at once.
+
+    A thread that comes back from a NumPy call asks for the lock only after the switch
+    interval, 5 ms by default, if the other thread keeps taking it again between short calls
+    of its own: two threads then run hardly faster than one. The interval belongs to the
+    interpreter, so the last call to leave restores it.
+    """
+    global _switchers, _interval
+    with _switching:
+        if _switchers == 0:
+            _interval = sys.getswitchinterval()
+            sys.setswitchinterval(min(SWITCH_SECONDS, _interval))
+        _switchers += 1
+    try:
+        yield
+    finally:
+        with _switching:
+            _switchers -= 1
+            if _switchers == 0:
+                sys.setswitchinterval(_interval)

@@ -1,1 +1,1 @@
-"""Tuning: which tile sizes, stages and turns a kernel runs with. It changes speed, never a format or a rank."""
+"""Tuning: which tile sizes and stages a kernel runs with; never a format or a rank."""
