@@ -145,10 +145,10 @@ def test_demo_keeps_its_budget_on_real_heads_and_draws(
     assert (code, err) == (0, "")
     body = json.loads(out)
     heads = body["heads"]
-    assert len(heads) == 12
+    assert len(heads) == 6
     assert all(head["certificate"]["upper"] <= 0.1 for head in heads)
-    # Each certificate may fail with probability 0.05; 4 of 12 failing has probability 0.002.
-    assert body["totals"]["coverage"] >= 9 / 12
+    # Each certificate may fail with probability 0.05; 3 of 6 failing has probability 0.002.
+    assert body["totals"]["coverage"] > 0.5
     assert body["totals"]["share"] < 0.8
     figure = tmp_path / "adaattn-demo.png"
     assert figure.read_bytes().startswith(b"\x89PNG")
