@@ -30,8 +30,8 @@ TINY = 1e-30
 """Smallest amax that a scale is built from: an all-zero vector must not give 0/0."""
 QUERY_BLOCK, KEY_BLOCK = 64, 128
 """Rows that share a scale when a plan asks for block scales."""
-FP8_LEAST = 2.0**-100
-"""Partial sums below this are not truncated further: the quantum itself must stay normal."""
+FP8_LEAST = 2.0**-126
+"""Smaller partial sums are truncated as if they had this size, the smallest normal float32."""
 FP8_STEP_KEYS = 32
 """Products that Hopper's FP8 tensor core aligns and adds at once."""
 
