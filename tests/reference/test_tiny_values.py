@@ -1,4 +1,4 @@
-"""Values near the end of float32's range: the FP8 accumulator's quantum must not swallow them."""
+"""Values near the end of the float32 range: the FP8 quantum must not swallow them."""
 
 from __future__ import annotations
 
