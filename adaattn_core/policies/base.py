@@ -89,7 +89,7 @@ class Policy(Protocol):
 LEAST_TAU = 0.003
 """Landmark mass below which dense is the next rung."""
 ERROR_EXPONENT = 0.7
-"""A landmark head's error falls about like tau to this power (median over real heads)."""
+"""Assumed power of tau by which a landmark head's error falls; a wrong one costs a rerun."""
 AIM = 0.75
 """An escalation aims at this share of the budget, so that it need not be repeated."""
 

@@ -96,11 +96,12 @@ def test_tail_rows_are_exact():
 def test_landmark_counts_leave_at_most_tau(seed, taus):
     mass = np.random.default_rng(seed).dirichlet(np.full(300, 0.05)) * 0.7
     order, counts = landmark_counts(mass, tuple(taus))
+    rounding = len(mass) * np.finfo(mass.dtype).eps  # of a sum of masses, in any order
     for tau, count in zip(taus, counts, strict=True):
         assert count % 64 == 0 or count == len(mass)
-        assert mass[order[count:]].sum() <= tau + 1e-12
+        assert mass[order[count:]].sum() <= tau + rounding
         if count > 64:
-            assert mass[order[: count - 64]].sum() < mass.sum() - tau
+            assert mass[order[count - 64 :]].sum() > tau - rounding  # no fewer would do
 
 
 def test_far_mass_leaves_out_near_keys():
