@@ -130,7 +130,7 @@ COST_MODELS: dict[str, CostModel] = {
             overlap=True,
             efficiency={"landmark": 0.75, "block_sparse": 0.9, "score_skip": 0.85},
             head_seconds=2e-6,
-            source="H100: 16-bit near the rates of fast attention kernels; the rest assumed,"
+            source="H100: 16-bit near the rates of fast attention kernels; the rest assumed"
             " from nominal ratios",
         ),
         CostModel(
