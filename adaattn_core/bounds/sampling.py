@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import betainc, ndtri
 
 from adaattn_core.bounds.rounding import down
 from adaattn_core.errors import ArgumentError
@@ -125,7 +125,9 @@ def _order_statistics(
 
     # The normal approximation is off by a step or two; the tail itself decides.
     spread = np.sqrt(samples * rows * (1.0 - rows))
-    k = np.clip(samples * rows + ndtri(confidence) * spread, 1, samples + 1).astype(np.int64)
+    k = np.clip(
+        samples * rows + NormalDist().inv_cdf(confidence) * spread, 1, samples + 1
+    ).astype(np.int64)
     while (failing := fails(k)).any():
         k = k + failing
     while (spare := ~fails(k - 1)).any():
@@ -141,6 +143,10 @@ def _binomial_tail(
     The same as ``scipy.stats.binom.sf(k - 1, ...)``, whose import would take longer than all of
     this package.
     """
+    # Deferred on purpose: SciPy costs more than the rest of the package, and only a sampled
+    # certificate asks for it.
+    from scipy.special import betainc  # noqa: PLC0415
+
     inner = np.clip(k, 1, samples)
     tail = betainc(inner, samples - inner + 1, rows)
     return np.where(k < 1, 1.0, np.where(k > samples, 0.0, tail))

@@ -59,7 +59,12 @@ class ArrayHome:
         if self.namespace is None:
             return x
         if x.dtype == ml_dtypes.bfloat16:
-            wide = self.namespace.asarray(x.astype(np.float32), device=self.device)
+            # A copy of a broadcast array may put its last axis outermost: no layout that a
+            # backend has to take.
+            copied = x.astype(np.float32)
+            if copied.strides[-1] != copied.itemsize:
+                copied = np.ascontiguousarray(copied)
+            wide = self.namespace.asarray(copied, device=self.device)
             return self.namespace.astype(wide, self.namespace.bfloat16)
         return self.namespace.asarray(x, device=self.device)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from adaattn_core.errors import DTypeError, UnsupportedError
 
-__all__ = ["ArrayView", "broadcast", "view"]
+__all__ = ["ArrayView", "broadcast", "contiguous", "view"]
 
 _NAMES = {
     "float64": "f64",
@@ -100,7 +101,7 @@ def _torch_view(tensor: Any) -> ArrayView:
             do="use adaattn_torch.scaled_dot_product_attention, or pass x.detach() on purpose",
         )
     device = tensor.device
-    if device.type != "cuda":
+    if not tensor.is_cuda:
         raise _not_cuda(f"a torch tensor on {device}")
     dtype = _torch_dtypes.get(tensor.dtype)
     if dtype is None:
@@ -131,6 +132,12 @@ def broadcast(array: ArrayView, shape: tuple[int, ...]) -> ArrayView:
     return ArrayView(array.pointer, shape, tuple(steps), array.dtype, array.device)
 
 
+def contiguous(pointer: int, shape: tuple[int, ...], dtype: str, device: int) -> ArrayView:
+    """Describe a C-contiguous array."""
+    return ArrayView(pointer, shape, _contiguous(shape), dtype, device)
+
+
+@lru_cache(maxsize=256)
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     steps, step = [], 1
     for n in reversed(shape):

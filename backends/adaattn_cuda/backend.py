@@ -18,7 +18,7 @@ from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_core.stats import MeasureRequest, ProblemStats
 from adaattn_cuda import driver, sm80, sm90_launch
-from adaattn_cuda.arrays import ArrayView, broadcast, view
+from adaattn_cuda.arrays import ArrayView, broadcast, contiguous, view
 from adaattn_cuda.facts import LazyFacts
 from adaattn_cuda.launch import Launch, LaunchCache, Sm80Launch
 from adaattn_cuda.library import library_of
@@ -129,13 +129,21 @@ class CudaBackend:
         else:
             out, lse = into.out, into.lse
             groups = _group(plan, plan.heads if heads is None else heads)
-        arrays = (query, key, value, view(out), view(lse), *_mask_views(problem, query.device))
+        if into is None:  # the library's own, C-contiguous
+            device = query.device
+            out_view = contiguous(
+                library.pointer(out), (*rows, value.shape[3]), query.dtype, device
+            )
+            lse_view = contiguous(library.pointer(lse), rows, "f32", device)
+        else:
+            out_view, lse_view = view(out), view(lse)
+        arrays = (query, key, value, out_view, lse_view, *_mask_views(problem, query.device))
         stream = library.stream(query.device)
-        names = [
+        launches = [
             self._start(problem, arrays, formats, chosen, stream)
             for formats, chosen in groups.items()
         ]
-        self._last.kernels, self._last.device = names, query.device
+        self._last.launches, self._last.device = launches, query.device
         return self._result(problem, plan, heads, into, out, lse)
 
     def provenance(self) -> dict[str, str]:
@@ -146,8 +154,12 @@ class CudaBackend:
             "device": facts.name,
             "arch": facts.arch,
             "nvrtc": nvrtc_version(),
-            "kernels": "; ".join(getattr(self._last, "kernels", [])),
+            "kernels": "; ".join(launch.name for launch in self.last_launches()),
         }
+
+    def last_launches(self) -> tuple[Launch, ...]:
+        """Return what this thread's last run started, ready for other addresses."""
+        return tuple(getattr(self._last, "launches", ()))
 
     # -- pieces of run ------------------------------------------------------------------------
     def _start(
@@ -157,7 +169,7 @@ class CudaBackend:
         formats: tuple[str, str],
         heads: tuple[HeadIndex, ...] | None,
         stream: int,
-    ) -> str:
+    ) -> Launch:
         query, key, value, out, lse, allowed, bias = arrays
         mask = problem.mask
         pointers = (
@@ -184,7 +196,7 @@ class CudaBackend:
             launch = self._make(problem, arrays, formats, heads, stream)  # may compile
             self._launches.put(known_by, launch)
         launch.start(pointers, query.device, stream)
-        return launch.name
+        return launch
 
     @staticmethod
     def _make(

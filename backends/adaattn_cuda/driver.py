@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import weakref
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -259,8 +260,12 @@ class Kernel:
 
         The driver copies the parameters before it returns.
         """
+        self.call(device, grid, params).start(device, stream)
+
+    def call(self, device: int, grid: int, params: Any) -> Call:
+        """Return the launch of ``grid`` blocks on a device, to be started again and again."""
         self.prepare(device)
-        Call(self, params, grid).start(device, stream)
+        return Call(self, params, grid)
 
 
 class Call:
@@ -301,6 +306,12 @@ def _copy_stream(device: int) -> ctypes.c_void_p:
     return stream
 
 
+def _free(library: ctypes.CDLL, device: int, address: int) -> None:
+    with OnDevice(device):
+        # cuMemFree waits for the device, so no kernel can still be reading the memory.
+        library.cuMemFree_v2(ctypes.c_uint64(address))
+
+
 class DeviceTable:
     """Bytes on the device, ready for every stream, freed with this object.
 
@@ -309,25 +320,20 @@ class DeviceTable:
     """
 
     def __init__(self, data: bytes, device: int) -> None:
-        self._library = load_driver()
-        self._device = device
+        library = load_driver()
         self.size_bytes = len(data)
         stream, address = _copy_stream(device), ctypes.c_uint64()
         size = ctypes.c_size_t(len(data))
         with OnDevice(device):
             _check(
-                self._library.cuMemAllocAsync(ctypes.byref(address), size, stream),
+                library.cuMemAllocAsync(ctypes.byref(address), size, stream),
                 "allocating a work list",
             )
             self.address = address.value
+            release = weakref.finalize(self, _free, library, device, address.value)
+            release.atexit = False  # the driver frees everything when the process ends
             _check(
-                self._library.cuMemcpyHtoDAsync_v2(address, data, size, stream),
+                library.cuMemcpyHtoDAsync_v2(address, data, size, stream),
                 "copying a work list",
             )
-            _check(self._library.cuStreamSynchronize(stream), "copying a work list")
-
-    def __del__(self) -> None:
-        if getattr(self, "address", 0):
-            with OnDevice(self._device):
-                # cuMemFree waits for the device, so no kernel can still be reading the list.
-                self._library.cuMemFree_v2(ctypes.c_uint64(self.address))
+            _check(library.cuStreamSynchronize(stream), "copying a work list")

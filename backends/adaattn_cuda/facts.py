@@ -36,6 +36,7 @@ _SUBNORMAL = 2.0**-126
 """Covers what becomes of numbers below the smallest normal one, flushed or rounded."""
 _SIGNIFICAND_BITS = {"tf32": 11, "f16": 11, "bf16": 8}
 _F16_MAX = 65504.0
+_EXPONENT_MAX = 126  # 2^126 and 2^-126 are both normal in float32
 
 
 class LazyFacts(MutableMapping[HeadIndex, RunFacts]):
@@ -151,22 +152,28 @@ class _Vectors:
     def diameter(self) -> float:
         """Upper bound of the largest distance between two of the vectors."""
         xp = self._xp
-        peak = float(xp.max(xp.abs(self._vectors)))
-        if peak == 0:
-            return 0.0
-        scaled = self._vectors / peak  # sums of large vectors stay in range
+        scaled, unit = _scaled(xp, self._vectors)
         weight = xp.astype(self._finite, xp.float32)
         centre = xp.sum(scaled, axis=0, keepdims=True) / max(float(xp.sum(weight)), 1.0)
-        return 2 * _largest_norm(xp, (scaled - centre) * weight) * peak
+        return 2 * _largest_norm(xp, (scaled - centre) * weight) * unit
+
+
+def _scaled(xp: Any, vectors: Any) -> tuple[Any, float]:
+    """Return vectors with a largest element near 1, and the unit that they were divided by.
+
+    By multiplication with a power of two, which is exact: a division by a tiny number would
+    become the product with its reciprocal on a GPU, and that overflows.
+    """
+    peak = float(xp.max(xp.abs(vectors)))
+    exponent = math.frexp(peak)[1] if math.isfinite(peak) else 0
+    exponent = min(max(exponent, -_EXPONENT_MAX), _EXPONENT_MAX)
+    return vectors * 2.0**-exponent, 2.0**exponent
 
 
 def _largest_norm(xp: Any, vectors: Any) -> float:
     """Largest Euclidean norm, rounded up; scaled first, so that squares stay in range."""
-    peak = float(xp.max(xp.abs(vectors)))
-    if peak == 0.0 or not math.isfinite(peak):
-        return peak
-    scaled = vectors / peak
-    return math.sqrt(float(xp.max(xp.sum(scaled * scaled, axis=-1)))) * peak * _NORM_SLACK
+    scaled, unit = _scaled(xp, vectors)
+    return math.sqrt(float(xp.max(xp.sum(scaled * scaled, axis=-1)))) * unit * _NORM_SLACK
 
 
 def _rounded(xp: Any, x: Any, format_name: str) -> Any:
@@ -190,12 +197,9 @@ def _output_size(xp: Any, rows: Any) -> tuple[float, bool]:
     wide = xp.astype(rows, xp.float32)
     if not bool(xp.all(xp.isfinite(wide))):
         return 0.0, True
-    peak = float(xp.max(xp.abs(wide)))
-    if peak == 0.0:
-        return 0.0, False
-    scaled = wide / peak
+    scaled, unit = _scaled(xp, wide)
     mean = float(xp.mean(xp.sum(scaled * scaled, axis=-1)))
-    return math.sqrt(mean) * peak * (1 - 1e-4), False
+    return math.sqrt(mean) * unit * (1 - 1e-4), False
 
 
 def _bias_max_abs(xp: Any, bias: Any) -> float:

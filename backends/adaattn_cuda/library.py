@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
 import array_api_compat
 
 from adaattn_core.errors import AdaAttnError, BackendUnavailableError
+from adaattn_cuda.arrays import view
 
 __all__ = ["Library", "library_of"]
 
@@ -28,12 +30,23 @@ class Library(Protocol):
         """Return the handle of the stream that the caller works on."""
         ...
 
+    def layout(self, array: Any) -> Hashable:
+        """Return what tells arrays apart that need different launches: all but the address."""
+        ...
+
+    def pointer(self, array: Any) -> int:
+        """Return the address of element 0."""
+        ...
+
 
 class TorchLibrary:
     """Torch tensors."""
 
     def __init__(self) -> None:
         self._torch = sys.modules["torch"]
+        # What torch's own generated code calls; the public way builds an object, for 3 us.
+        raw = getattr(self._torch._C, "_cuda_getCurrentRawStream", None)
+        self._raw_stream: Callable[[int], int] = raw or self._public_stream
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
         """Allocate from torch's caching allocator."""
@@ -46,6 +59,19 @@ class TorchLibrary:
 
     def stream(self, device: int) -> int:
         """Torch's current stream on the device."""
+        return self._raw_stream(device)
+
+    def layout(self, array: Any) -> Hashable:
+        """Shape, strides, dtype, device, and whether it wants a gradient (which is refused)."""
+        return (
+            array.shape, array.stride(), array.dtype, array.device, array.requires_grad
+        )  # fmt: skip
+
+    def pointer(self, array: Any) -> int:
+        """Address by `data_ptr`."""
+        return int(array.data_ptr())
+
+    def _public_stream(self, device: int) -> int:
         return int(self._torch.cuda.current_stream(device).cuda_stream)
 
 
@@ -74,6 +100,14 @@ class CupyLibrary:
     def stream(self, device: int) -> int:
         """CuPy's current stream."""
         return int(self._cupy.cuda.get_current_stream().ptr)
+
+    def layout(self, array: Any) -> Hashable:
+        """Everything in its view but the address."""
+        return view(array)[1:]
+
+    def pointer(self, array: Any) -> int:
+        """Address by its view."""
+        return view(array).pointer
 
 
 class ForeignLibrary(CupyLibrary):

@@ -67,7 +67,7 @@ class Sm90Launch:
         spec = tile.spec(problem.dtype)
         self.name = spec.name
         self._arrays, self._scale = tuple(arrays[:5]), problem.scale
-        self._blocks: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+        self._calls: OrderedDict[tuple[int, ...], driver.Call] = OrderedDict()
         self._lock = threading.Lock()
         self._table: driver.DeviceTable | None = None
         if self._plan.grid == 0:
@@ -87,12 +87,14 @@ class Sm90Launch:
         if self._table is None:
             return
         with self._lock:
-            block = self._blocks.get(pointers)
-            if block is None:
-                block = self._blocks[pointers] = self._pack(pointers)
-                if len(self._blocks) > _ADDRESSES_REMEMBERED:
-                    self._blocks.popitem(last=False)
-            self._kernel.launch(device, self._plan.grid, stream, block)
+            call = self._calls.get(pointers)
+            if call is None:
+                params = self._pack(pointers)
+                call = self._kernel.call(device, self._plan.grid, params)
+                self._calls[pointers] = call
+                if len(self._calls) > _ADDRESSES_REMEMBERED:
+                    self._calls.popitem(last=False)
+        call.start(device, stream)  # nothing writes to its parameters any more
 
     def _pack(self, pointers: tuple[int, ...]) -> Any:
         assert self._table is not None

@@ -35,6 +35,12 @@ class HostLibrary:
     def stream(self, device: int) -> int:
         return 99
 
+    def layout(self, array: Any) -> Any:
+        return array.shape, array.strides, str(array.dtype)
+
+    def pointer(self, array: Any) -> int:
+        return int(array.ctypes.data)
+
 
 class Recorder:
     """Stands in for `Sm80Launch`."""

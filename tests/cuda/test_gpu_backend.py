@@ -14,6 +14,7 @@ from adaattn_core.mask import Mask
 from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.problem import AttentionProblem
 from adaattn_cuda.backend import CudaBackend
+from adaattn_cuda.forward import attention_forward
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.gpu
@@ -61,6 +62,22 @@ def test_front_door(dtype: str, causal: bool) -> None:
     rms = result.out.double().square().sum(-1).mean(-1).sqrt().cpu().numpy()
     worst = (result.out.double() - expected).norm(dim=-1).amax(-1).cpu().numpy()
     assert (worst <= result.certificate.upper * rms).all()
+
+
+@pytest.mark.parametrize("dtype", UNIT)
+def test_forward_without_a_plan(dtype: str) -> None:
+    """The second call takes the remembered launch, at other addresses and on other numbers."""
+    for _ in range(2):
+        q, k, v = arrays(dtype)
+        out, lse = attention_forward(q, k, v, mask=Mask.causal(), scale=0.5)
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            q.double(), k.double(), v.double(), is_causal=True, scale=0.5
+        )
+        assert relative(out, expected) <= UNIT[dtype]
+        scores = q.double() @ k.double().mT * 0.5
+        hidden = torch.ones(300, 300, device="cuda").triu(1) > 0
+        exact_lse = scores.masked_fill(hidden, -torch.inf).logsumexp(-1)
+        assert (lse - exact_lse).abs().max() <= 2.0**-18 * exact_lse.abs().max()
 
 
 def test_auto_finds_the_backend() -> None:

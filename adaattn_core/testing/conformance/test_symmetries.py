@@ -70,7 +70,10 @@ def test_grouped_heads_equal_repeated_heads(kit: Kit, data: st.DataObject) -> No
     """Sharing key/value heads gives what repeating them gives."""
     plan = kit.head()
     host = data.draw(kit.specs(plan, values=FEW_VALUES)).build()
-    key, value = (np.repeat(x, host.group_size, axis=1) for x in (host.key, host.value))
+    key, value = (
+        np.ascontiguousarray(np.repeat(x, host.group_size, axis=1))
+        for x in (host.key, host.value)
+    )
     repeated = _like(host, key=key, value=value)
     first, second = (kit.certify(kit.place(p), plan) for p in (host, repeated))
     assert_same_result(kit, first, host, second, repeated)
@@ -85,7 +88,8 @@ def test_memory_layout(kit: Kit, storage: str, data: st.DataObject) -> None:
         kit.specs(plan, values=FEW_VALUES, storages=(storage,), poison=st.just(False))
     )
     host = spec.build()
-    copied = _like(host, **{n: np.array(getattr(host, n)) for n in ("query", "key", "value")})
+    names = ("query", "key", "value")
+    copied = _like(host, **{n: np.array(getattr(host, n), order="C") for n in names})
     first = kit.certify(spec.build(kit.home.send), plan)
     second = kit.certify(kit.place(copied), plan)
     assert_same_result(kit, first, host, second, copied)

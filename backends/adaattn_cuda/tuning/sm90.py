@@ -98,7 +98,7 @@ class Tile:
         queries = self.query_stages * self.tile_m * self.dim_qk
         keys_and_values = self.stages * self.tile_n * (self.dim_qk + self.dim_v)
         slots = 4 if self.query_stages == 1 else 8
-        barriers = 2 * self.query_stages + 4 * self.stages + slots
+        barriers = 2 * self.query_stages + 4 * self.stages + 2 * slots
         operands = _ELEMENT_BYTES * (queries + keys_and_values)
         return math.ceil((operands + slots * self.record_bytes + 8 * barriers) / 128) * 128
 

@@ -24,8 +24,8 @@
 //              | query, key, value   | mbarrier | full 1 + bytes            | copy engine -> consumer warps  | count / stages    |
 //              |   full / empty      |          | empty 4 kConsumers warps  | consumer warps -> copying lane | the same, flipped |
 //              | record full         | mbarrier | 1 + bytes                 | copy engine -> everyone        | item / slots      |
+//              | record empty        | mbarrier | 128 kConsumers            | consumer threads -> copying one | the same, flipped |
 //              | turn of consumer i  | named    | 128 arrive, 128 wait      | consumer i - 1 -> i            | one a tile        |
-//              Records have no empty barrier: the queries' says the same, see kRecordSlots.
 // Limits       dim_qk, dim_v multiples of 8 up to 256, zero-padded to 64, 128, 192 or 256 by the copy engine; 16-byte aligned
 //              rows; scale > 0; lengths below 2^29; every record has at least one key tile. All checked by the host.
 // Ladder       docs/kernels/sm90_attn_fwd_f16.md.
@@ -80,7 +80,7 @@ struct Traits {
     static constexpr int kValueOffset = kKeyOffset + kStages * kKeyBytes;
     static constexpr int kRecordOffset = kValueOffset + kStages * kValueBytes;
     static constexpr int kBarrierOffset = kRecordOffset + kRecordSlots * kRecordBytes;
-    static constexpr int kBarriers = 2 * kQueryStages + 4 * kStages + kRecordSlots;
+    static constexpr int kBarriers = 2 * kQueryStages + 4 * kStages + 2 * kRecordSlots;
     static constexpr int kSmemBytes = round_up(kBarrierOffset + 8 * kBarriers, 128);
 
     static_assert(kTileN % 16 == 0 && kTileN >= 64 && kTileN <= 256, "one wgmma covers a tile's keys");
@@ -100,6 +100,8 @@ struct Barriers {
     __device__ __forceinline__ u32 value_full(int stage) const { return key_full(2 * T::kStages + stage); }
     __device__ __forceinline__ u32 value_empty(int stage) const { return key_full(3 * T::kStages + stage); }
     __device__ __forceinline__ u32 record_full(int slot) const { return key_full(4 * T::kStages + slot); }
+    // Every consumer thread arrives: each reads the record for itself, so no lane can speak for its warp.
+    __device__ __forceinline__ u32 record_empty(int slot) const { return record_full(T::kRecordSlots + slot); }
 
     __device__ __forceinline__ void init() const {
         for (int stage = 0; stage < T::kQueryStages; ++stage) {
@@ -112,7 +114,10 @@ struct Barriers {
             ptx::mbarrier_init(value_full(stage), 1);
             ptx::mbarrier_init(value_empty(stage), 4 * T::kConsumers);
         }
-        for (int slot = 0; slot < T::kRecordSlots; ++slot) ptx::mbarrier_init(record_full(slot), 1);
+        for (int slot = 0; slot < T::kRecordSlots; ++slot) {
+            ptx::mbarrier_init(record_full(slot), 1);
+            ptx::mbarrier_init(record_empty(slot), kWarpgroupThreads * T::kConsumers);
+        }
         ptx::mbarrier_init_fence();
     }
 };
@@ -137,6 +142,7 @@ struct Producer {
     __device__ __forceinline__ void fetch_record(int round) const {
         const auto* column = static_cast<const WorkRecord<T::kMaxSources>*>(params.records) + blockIdx.x;
         const int slot = Ring<T::kRecordSlots>::index(round);
+        ptx::mbarrier_wait(barriers.record_empty(slot), Ring<T::kRecordSlots>::parity(round) ^ 1u);
         ptx::mbarrier_arrive_expect(barriers.record_full(slot), T::kRecordBytes);
         ptx::bulk_load(smem + T::kRecordOffset + slot * T::kRecordBytes, column + static_cast<i64>(round) * gridDim.x,
                        T::kRecordBytes, barriers.record_full(slot));
@@ -371,6 +377,7 @@ struct Consumer {
                 ptx::wgmma_wait_all_in_branch();
                 finish_output(acc, weights, tiles - 2);
                 write_rows<Element, T::kDimV, T::kBias>(params, record(items - 2), acc, factor, row(), lane());
+                ptx::mbarrier_arrive(barriers.record_empty(Ring<T::kRecordSlots>::index(items - 2)));
                 softmax::clear(acc);
             } else {
                 ptx::wgmma_wait<0>();
