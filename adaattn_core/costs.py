@@ -77,10 +77,11 @@ class CostModel:
 
     def extra_seconds(self, stats: HeadStats, structure: Structure) -> float:
         """Time of probe rows, pools and certificate rows of a sampled structure."""
-        if not isinstance(structure, Landmark | BlockSparse):
+        if not isinstance(structure, Landmark | BlockSparse | ScoreSkip):
             return 0.0
         n, d, dv = float(stats.visible), float(stats.dim_qk), float(stats.dim_v)
-        probe = n * min(structure.samples / structure.group, 1.0)
+        share = 0.0 if isinstance(structure, ScoreSkip) else structure.samples / structure.group
+        probe = n * min(share, 1.0)
         certify = n * min(CERTIFY_ROWS / max(stats.len_q, 1), 1.0)
         wide = "f32" if "f32" in self.flops else "bf16"
         rows = self.scores_seconds(probe + certify, probe + certify, d, dv, wide, wide)
@@ -111,7 +112,7 @@ COST_MODELS: dict[str, CostModel] = {
             },
             softmax_rate=6e8,
             overlap=False,
-            efficiency={"landmark": 0.55, "block_sparse": 0.5, "score_skip": 0.42, "rows": 0.4},
+            efficiency={"landmark": 0.55, "block_sparse": 0.5, "score_skip": 0.75, "rows": 0.4},
             head_seconds=6e-3,
             source="one Xeon core, NumPy 2.4, OpenBLAS: f32, softmax and efficiencies fitted to"
             " timed heads of 8,192 tokens; f64 and emulated formats assumed",

@@ -90,6 +90,8 @@ LEAST_TAU = 0.003
 """Landmark mass below which dense is the next rung."""
 ERROR_EXPONENT = 0.7
 """Assumed power of tau by which a landmark head's error falls; a wrong one costs a rerun."""
+SKIP_ERROR_EXPONENT = 0.55
+"""Power of lam by which the error of a score-then-skip head falls (median of real heads)."""
 AIM = 0.75
 """An escalation aims at this share of the budget, so that it need not be repeated."""
 
@@ -121,7 +123,8 @@ def _safer_structure(
     if isinstance(structure, BlockSparse) and structure.blocks is None and structure.tau > 0.01:
         return replace(structure, tau=structure.tau / 4)
     if isinstance(structure, ScoreSkip) and structure.lam > 1e-6:
-        return replace(structure, lam=structure.lam / 10)
+        shrink = (AIM * allowed) ** (1 / SKIP_ERROR_EXPONENT)
+        return replace(structure, lam=structure.lam * min(max(shrink, 0.1), 0.6))
     return Dense()
 
 

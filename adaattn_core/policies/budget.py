@@ -33,6 +33,12 @@ FORMAT_PAIRS = (
     ("f32", "f32"),
 )
 """Operand formats of Q·Kᵀ and P·V that are considered, cheapest first on most machines."""
+ESCALATED_LAM = 3e-3
+"""Weight threshold of score-then-skip that a head climbs to when its landmarks fell short."""
+NEAR_MISS = 1.25
+"""Certified error over the budget up to which a few more landmarks are worth a second try."""
+USUAL_SHARE = 0.3
+"""Share that score-then-skip keeps of heads on which it was not tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +68,7 @@ class BudgetPolicy:
     """
 
     taus: tuple[float, ...] = (0.1, 0.02)
-    lams: tuple[float, ...] = (1e-2, 1e-3)
+    lams: tuple[float, ...] = (2e-2, 1e-2, 5e-3, 2e-3)
     margin: float = 0.8
     worthwhile: float = 0.8
     diffuse: float = 0.97
@@ -102,9 +108,8 @@ class BudgetPolicy:
         if "score_skip" in kinds:
             longest = max((s.len_kv for s in context.shapes.values()), default=1)
             # The smallest keeps the budget by theorem; the others are judged on held-out rows.
-            tile = 64 if context.costs.overlap else 1
             for lam in (*self.lams, min(rel / (8 * max(longest, 1)), 0.1)):
-                yield ScoreSkip(lam=lam, tile_kv=tile)
+                yield _score_skip(lam, context)
         if "low_rank" in kinds:
             dim = min((s.dim_qk for s in context.shapes.values()), default=1)
             for rank in (dim // 4, dim // 2):
@@ -144,6 +149,20 @@ class BudgetPolicy:
             index: self.decide_head(stats.get(index, shape), context)
             for index, shape in context.shapes.items()
         }
+
+    def _skipping_pays(self, stats: HeadStats, context: PolicyContext) -> bool:
+        """Whether score-then-skip should beat dense, at the share measured or a usual one."""
+        if "score_skip" not in context.capabilities.structures:
+            return False
+        shares = [
+            estimate.share
+            for estimate in stats.structures
+            if isinstance(estimate.structure, ScoreSkip)
+            and estimate.structure.lam >= ESCALATED_LAM
+        ]
+        plan = HeadPlan(structure=_score_skip(ESCALATED_LAM, context))
+        cost = context.costs.head_cost(stats, plan, max(shares, default=USUAL_SHARE))
+        return cost < context.costs.dense_cost(stats)
 
     def decide_head(self, stats: HeadStats, context: PolicyContext) -> HeadPlan:
         """Choose for one head; pure and deterministic."""
@@ -253,12 +272,26 @@ class BudgetPolicy:
     ) -> HeadPlan | None:
         """Climb one rung; structures that no longer beat dense are passed over."""
         step = safer(plan, upper, stats, context)
+        if not isinstance(plan.structure, Landmark):
+            return step
         if step is not None and isinstance(step.structure, Landmark):
             _, share = _fitted(stats, step.structure)
             dense = context.costs.dense_cost(stats)
-            if context.costs.head_cost(stats, step, share) >= self.worthwhile * dense:
-                step = replace(step, structure=Dense())
-        return step
+            pays = context.costs.head_cost(stats, step, share) < self.worthwhile * dense
+            if pays and context.budget and upper < NEAR_MISS * context.budget.rel:
+                return step
+        if self._skipping_pays(stats, context):
+            # Dearer than more landmarks, and hardly ever wrong: a second failure costs more.
+            skip = _score_skip(ESCALATED_LAM, context)
+            return replace(plan, structure=skip, reason="escalated: safer structure")
+        return replace(plan, structure=Dense(), reason="escalated: safer structure")
+
+
+def _score_skip(lam: float, context: PolicyContext) -> ScoreSkip:
+    """Score-then-skip with tiles that suit the target: single keys where gathers are cheap."""
+    if context.costs.overlap:
+        return ScoreSkip(lam=lam, tile_kv=64)
+    return ScoreSkip(lam=lam, tile_q=128, tile_kv=1)
 
 
 def _landmarks(stats: HeadStats) -> list[LandmarkEstimate]:

@@ -6,6 +6,7 @@ len_q x len_kv is ever held.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from adaattn_core.structure import BlockSparse, ScoreSkip
 from adaattn_reference.operands import Operands
+from adaattn_reference.scratch import scratch
 from adaattn_reference.softmax import RowAccumulator
 from adaattn_reference.view import HeadView
 
@@ -21,8 +23,10 @@ Float = NDArray[np.floating[Any]]
 
 TILE_ROWS, CHUNK_KEYS = 256, 1024
 """Working set of about 1 MB of scores: what stays in a core's cache."""
-SKIP_KEYS = 8192
-"""Keys whose scores are held before deciding which matter: 2 MB with 64 rows."""
+SKIP_SCORES = 1 << 16
+"""Scores held while deciding which keys matter: 256 kB stays in a core's cache."""
+SKIP_NEAR_KEYS, SKIP_FIRST_KEYS = 64, 16
+"""Keys before a tile of rows, and at the start of the sequence, that are never skipped."""
 
 
 @dataclass(eq=False)
@@ -84,60 +88,114 @@ def dense_tile(view: HeadView, operands: Operands, rows: slice) -> tuple[Float, 
 def score_skip(view: HeadView, operands: Operands, structure: ScoreSkip) -> HeadOutput:
     """Compute every visible score; softmax and P·V only for key tiles that can still matter.
 
-    A key tile is dropped for a tile of rows when its best score lies below every row's running
-    maximum by more than ln(1/lam). What each row loses that way is bounded as it happens.
+    The nearest and the first keys of a tile of rows come first and are kept whole: they mostly
+    hold the largest scores, so the other keys meet a running maximum that is already high. A
+    key tile is dropped when its best score lies below every row's running maximum by more than
+    ln(1/lam). What each row loses that way is bounded as it happens.
     """
     result = HeadOutput.empty(view, operands)
-    size = structure.tile_kv
-    width = max(SKIP_KEYS - SKIP_KEYS % size, size)
     for start in range(0, view.len_q, structure.tile_q):
         rows = slice(start, min(start + structure.tile_q, view.len_q))
-        accumulator = RowAccumulator(rows.stop - rows.start, operands)
-        dropped = np.zeros(rows.stop - rows.start, operands.query.dtype)
-        low, high = _key_range(view, rows)
-        low -= low % size
-        # Last keys first: under a causal mask the near keys set a high running maximum early.
-        for first in reversed(range(low, high, width)):
-            last = min(first + width, high)
+        tile = _SkipTile(view, operands, rows)
+        unmasked = view.seen_by_all(rows)
+        for first, last in _skip_chunks(view, rows, structure.tile_kv):
             scores = operands.scores(rows, slice(first, last))
-            masked = view.mask_scores(scores, rows, first, last)
-            shift, factor = accumulator.rescale(scores.max(axis=1))
-            dropped *= factor
-            keep = _keys_that_matter(scores, shift, structure, dropped)
-            if not len(keep):
-                continue
-            whole = len(keep) == last - first
-            chosen = scores if whole else scores.take(keep, axis=1)
-            result.computed += int((chosen != -np.inf).sum()) if masked else chosen.size
-            keys = first + keep
-            selection = slice(first, last) if whole else keys
-            _add_chunk(view, operands, accumulator, chosen, keys, selection)
-        result.out[rows], result.lse[rows] = accumulator.finish()
-        total = np.where(accumulator.total > 0, accumulator.total, 1)
-        result.dropped_mass_upper = max(
-            result.dropped_mass_upper, float((dropped / total).max(initial=0.0)) * (1 + 1e-4)
-        )
+            if not (unmasked[0] <= first and last <= unmasked[1]):
+                view.mask_scores(scores, rows, first, last)
+            keep = _keys_that_matter(scores, tile.top, structure, tile.dropped)
+            if len(keep) == last - first:
+                tile.take(scores.copy(), first + keep)
+            elif len(keep):
+                tile.take(scores.take(keep, axis=1), first + keep)
+        tile.add()
+        result.computed += tile.computed
+        result.out[rows], result.lse[rows] = tile.accumulator.finish()
+        result.dropped_mass_upper = max(result.dropped_mass_upper, tile.dropped_mass_upper())
     return result
 
 
+class _SkipTile:
+    """A tile of rows on its way through its keys: kept scores wait until there are enough.
+
+    Few keys of a chunk are kept, and a product with a handful of values costs as much as one
+    with many.
+    """
+
+    def __init__(self, view: HeadView, operands: Operands, rows: slice) -> None:
+        self.view, self.operands = view, operands
+        self.accumulator = RowAccumulator(rows.stop - rows.start, operands)
+        self.top = self.accumulator.top.copy()
+        self.dropped = np.zeros(rows.stop - rows.start, operands.query.dtype)
+        self.computed = 0
+        self._scores: list[Float] = []
+        self._keys: list[NDArray[np.int64]] = []
+        self._waiting = 0
+
+    def take(self, scores: Float, keys: NDArray[np.int64]) -> None:
+        """Keep some masked scores; what was dropped counts against the new maximum."""
+        top = np.maximum(self.top, scores.max(axis=1))
+        raised = self.top < top
+        self.dropped[raised] *= np.exp(self.top[raised] - top[raised])
+        self.top = top
+        self._scores.append(scores)
+        self._keys.append(keys)
+        self._waiting += len(keys)
+        if self._waiting >= CHUNK_KEYS:
+            self.add()
+
+    def add(self) -> None:
+        """Add the scores that wait."""
+        if not self._waiting:
+            return
+        scores, keys = np.hstack(self._scores), np.concatenate(self._keys)
+        self._scores, self._keys, self._waiting = [], [], 0
+        self.computed += int((scores != -np.inf).sum())
+        _add_chunk(self.view, self.operands, self.accumulator, scores, keys, keys)
+
+    def dropped_mass_upper(self) -> float:
+        """Largest share of a row's mass that was dropped, rounded up."""
+        total = np.where(self.accumulator.total > 0, self.accumulator.total, 1)
+        return float((self.dropped / total).max(initial=0.0)) * (1 + 1e-4)
+
+
+def _skip_chunks(view: HeadView, rows: slice, size: int) -> Iterator[tuple[int, int]]:
+    """Chunks of whole key tiles covering what the rows may see: nearest, first, the others."""
+    low, high = _key_range(view, rows)
+    low -= low % size
+    if low >= high:
+        return
+    near = max(high - (rows.stop - rows.start) - SKIP_NEAR_KEYS, low)
+    near -= near % size
+    yield near, high
+    middle = min(low + -(-SKIP_FIRST_KEYS // size) * size, near)
+    if low < middle:
+        yield low, middle
+    width = max(SKIP_SCORES // (rows.stop - rows.start) // size, 1) * size
+    for first in range(middle, near, width):
+        yield first, min(first + width, near)
+
+
 def _keys_that_matter(
-    scores: Float, shift: Float, structure: ScoreSkip, dropped: Float
+    scores: Float, top: Float, structure: ScoreSkip, dropped: Float
 ) -> NDArray[np.int64]:
     """Columns of the key tiles that some row needs; adds what the others can lose to `dropped`.
 
-    NaN compares false, so a tile with a NaN score is kept and reported.
+    `top` is the rows' maximum so far. NaN compares false, so a tile with a NaN score is kept
+    and reported, and so is everything while a row has no maximum yet.
     """
     size, keys = structure.tile_kv, scores.shape[1]
-    limit = (shift + np.log(structure.lam)).astype(scores.dtype)[:, None]
+    limit = (top + np.log(structure.lam)).astype(scores.dtype)[:, None]
     if size == 1:
-        skip = (scores < limit).all(axis=0)
+        below = np.less(scores, limit, out=scratch("below", scores.shape, bool))
+        skip = below.all(axis=0)
         dropped += skip.sum() * structure.lam
         return np.flatnonzero(~skip)
     edges = np.arange(0, keys, size)
     best = np.maximum.reduceat(scores, edges, axis=1)
     skip = (best < limit).all(axis=0)
     counts = np.diff(np.append(edges, keys))
-    dropped += np.exp(best[:, skip] - shift[:, None]) @ counts[skip].astype(dropped.dtype)
+    if skip.any():
+        dropped += np.exp(best[:, skip] - top[:, None]) @ counts[skip].astype(dropped.dtype)
     return np.flatnonzero(np.repeat(~skip, counts))
 
 

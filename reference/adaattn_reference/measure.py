@@ -83,6 +83,7 @@ def measure_head(view: HeadView, request: MeasureRequest) -> tuple[HeadStats, He
         if isinstance(structure, ScoreSkip):
             if not settled:
                 estimates.append(judge.score_skip(structure))
+                settled = estimates[-1].row_error_estimate <= request.enough_error
         elif isinstance(structure, BlockSparse):
             estimates.append(judge.block_sparse(structure))
     if request.formats:
@@ -131,6 +132,7 @@ class _Judge:
             for _, g in self.groups
         ]
         self.rows = np.concatenate(self.parts)
+        self._tiles: dict[int, list[tuple[Float, Float]]] = {}
         self.weights: list[Float] = []
         exact, self.lse = [], []
         tops, entropies, largest = [], [], []
@@ -245,24 +247,35 @@ class _Judge:
         return float(near + pools + far) / max(view.visible, 1)
 
     def score_skip(self, structure: ScoreSkip) -> StructureEstimate:
-        """Error from each held-out row's own small weights; share from tiles of whole rows."""
+        """Skip keys for a few whole tiles of rows, as a run would."""
         kept = seen = 0
-        for _, group in self.groups:
-            rows = np.arange(max(group.stop - structure.tile_q, group.start), group.stop)
-            scores = exact_scores(self.view, rows, int(self.view.stop[rows].max()))
-            limit = scores.max(axis=1, keepdims=True) + np.log(structure.lam)
-            edges = np.arange(0, scores.shape[1], structure.tile_kv)
-            needed = np.maximum.reduceat((scores >= limit).any(axis=0), edges)
-            kept += int(needed.sum())
-            seen += len(edges)
         errors = []
-        for part, weights in enumerate(self.weights):
+        for weights, exact in self._skip_tiles(structure.tile_q):
             largest = weights.max(axis=1, initial=0.0, keepdims=True)
-            part_weights = np.where(weights >= structure.lam * largest, weights, 0)
-            sums = part_weights @ self.operands.value[: weights.shape[1]]
-            total = np.maximum(part_weights.sum(axis=1), TINY)
-            errors.append(np.linalg.norm(sums / total[:, None] - self.exact[part], axis=1))
+            edges = np.arange(0, weights.shape[1], structure.tile_kv)
+            needed = (weights >= structure.lam * largest).any(axis=0)
+            needed = np.logical_or.reduceat(needed, edges)
+            widths = np.diff(np.append(edges, weights.shape[1]))
+            keys = np.flatnonzero(np.repeat(needed, widths))
+            kept += len(keys)
+            seen += weights.shape[1]
+            part = weights[:, keys]
+            sums = part @ self.operands.value[keys]
+            total = np.maximum(part.sum(axis=1), TINY)
+            errors.append(np.linalg.norm(sums / total[:, None] - exact, axis=1))
         return self._estimate(structure, kept / max(seen, 1), 0, errors)
+
+    def _skip_tiles(self, size: int) -> list[tuple[Float, Float]]:
+        """Softmax weights and exact outputs of the last tile of rows and of a middle one."""
+        if size not in self._tiles:
+            view, tiles = self.view, []
+            for stop in {view.len_q, max(view.len_q // 2, 1)}:
+                rows = np.arange(max(stop - size, 0), stop)
+                keys = int(view.stop[rows].max())
+                weights = softmax_in_place(exact_scores(view, rows, keys))[0].copy()
+                tiles.append((weights, weights @ self.operands.value[:keys]))
+            self._tiles[size] = tiles
+        return self._tiles[size]
 
     def block_sparse(self, structure: BlockSparse) -> StructureEstimate:
         """Error of chosen blocks on the held-out rows."""

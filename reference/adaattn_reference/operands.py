@@ -22,7 +22,7 @@ from adaattn_core.formats import (
 )
 from adaattn_core.plan import HeadPlan
 from adaattn_reference.scratch import scratch
-from adaattn_reference.view import HeadView, row_norms
+from adaattn_reference.view import HeadView, row_norms, transposed
 
 Float = NDArray[np.floating[Any]]
 
@@ -70,8 +70,8 @@ class Operands:
 
     @cached_property
     def key_t(self) -> Float:
-        """Transposed keys, contiguous: BLAS reads them faster than a transposed view."""
-        return np.ascontiguousarray(self.key.T)
+        """Transposed keys, see `adaattn_reference.view.transposed`."""
+        return transposed(self.key)
 
     def scores(self, rows: slice | NDArray[np.int64], keys: slice | NDArray[np.int64]) -> Float:
         """Scaled scores of some rows and keys, in this thread's buffer, masks not applied."""

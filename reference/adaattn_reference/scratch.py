@@ -6,6 +6,7 @@ other: without this the executor runs no faster on two threads than on one.
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import Any
 
@@ -21,7 +22,7 @@ def scratch(name: str, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
     The next call with the same name in the same thread returns the same memory.
     """
     buffers = _LOCAL.__dict__.setdefault("buffers", {})
-    size = int(np.prod(shape))
+    size = math.prod(shape)
     key = (name, np.dtype(dtype))
     if key not in buffers or buffers[key].size < size:
         buffers[key] = np.empty(max(size, 1 << 18), dtype)

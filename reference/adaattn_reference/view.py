@@ -31,8 +31,8 @@ class KeyValues:
 
     @cached_property
     def key_t(self) -> Float:
-        """Transposed keys, contiguous: BLAS reads them faster than a transposed view."""
-        return np.ascontiguousarray(self.key.T)
+        """Transposed keys, see `transposed`."""
+        return transposed(self.key)
 
     @cached_property
     def key_norm(self) -> Float:
@@ -150,6 +150,12 @@ class HeadView:
     def seen(self, per_key: Float) -> Float:
         """Entries of a per-key array that belong to keys some row sees."""
         return per_key if self.seen_keys.all() else per_key[self.seen_keys]
+
+    def seen_by_all(self, rows: slice) -> tuple[int, int]:
+        """First and one-past-last key that every row of a tile is sure to see."""
+        if not self.structural:
+            return 0, 0
+        return int(self.start[rows].max(initial=0)), int(self.stop[rows].min(initial=2**62))
 
     @cached_property
     def seen_keys(self) -> NDArray[np.bool_]:
@@ -295,6 +301,16 @@ def hide(scores: Float, hidden: NDArray[np.bool_], finite: bool) -> None:
         np.minimum(scores, cap, out=scores)
     else:
         np.copyto(scores, -np.inf, where=hidden)
+
+
+def transposed(x: Float) -> Float:
+    """Return a transposed copy for BLAS, which reads it faster than a transposed view.
+
+    Rows are padded: at a distance of a power of two they would share a few cache sets.
+    """
+    out = np.empty((x.shape[1], len(x) + 16), x.dtype)[:, : len(x)]
+    out[:] = x.T
+    return out
 
 
 def row_norms(x: Float) -> Float:
