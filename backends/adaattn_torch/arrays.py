@@ -1,0 +1,48 @@
+"""Tensors to arrays that backends take, and back, without copying."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+
+
+def to_backend(tensor: torch.Tensor) -> Any:
+    """Return what a backend takes: a NumPy view of a CPU tensor, else the tensor itself.
+
+    bfloat16 travels as its bits: NumPy's own protocol has no such type.
+    """
+    tensor = tensor.detach().resolve_neg()
+    if tensor.device.type != "cpu":
+        # Kernels read vectors along the last axis.
+        return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] < 2 else tensor.contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return np.from_dlpack(tensor.view(torch.int16)).view(ml_dtypes.bfloat16)
+    return np.from_dlpack(tensor)
+
+
+def from_backend(array: Any) -> torch.Tensor:
+    """Invert `to_backend`."""
+    if isinstance(array, torch.Tensor):
+        return array
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def empty_output(query: torch.Tensor, dim_v: int) -> torch.Tensor:
+    """Return an empty (batch, heads, len_q, dim_v) tensor with the query's order of strides."""
+    strides = query.stride()
+    # Stable: axes with equal strides (length 1, broadcast) keep their own order.
+    order = sorted(range(query.dim()), key=lambda axis: -strides[axis])
+    return torch.empty_permuted(
+        (*query.shape[:-1], dim_v), order, dtype=query.dtype, device=query.device
+    )
+
+
+def in_order_of(query: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Return `out` with the query's order of strides; copies only if they differ."""
+    wanted = empty_output(query, out.shape[-1])
+    return out if out.stride() == wanted.stride() else wanted.copy_(out)

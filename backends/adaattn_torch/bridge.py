@@ -1,0 +1,183 @@
+"""attend(): checked four-dimensional tensors to a backend and back, differentiably."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from adaattn_core import attention
+from adaattn_core.backend import Backend
+from adaattn_core.budget import ErrorBudget
+from adaattn_core.mask import Mask
+from adaattn_core.plan import Plan
+from adaattn_core.policies.base import Policy
+from adaattn_torch import call as calls
+from adaattn_torch import operators
+from adaattn_torch.arrays import from_backend, in_order_of, to_backend
+from adaattn_torch.call import Call, encode, structural
+from adaattn_torch.gradient import attention_gradient
+from adaattn_torch.info import AttentionInfo, announce
+
+# Dynamo evaluates a call of this function once, on constants, and keeps the text; it looks the
+# function up in its module, which is why it is marked in place.
+torch.compiler.assume_constant_result(calls.encode_fields)
+
+
+class Attended(NamedTuple):
+    """What `attend` returns.
+
+    Attributes
+    ----------
+    out : Tensor, shape (batch, heads_q, len_q, dim_v)
+    lse : Tensor of float32, shape (batch, heads_q, len_q)
+    info : AttentionInfo or None
+        None where no values exist yet: under a trace, or with fake tensors.
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor
+    info: AttentionInfo | None
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    mask: Mask | None = None,
+    scale: float,
+    budget: ErrorBudget | float | None = None,
+    policy: Policy | str | None = None,
+    plan: Plan | None = None,
+    backend: Backend | str = "auto",
+    layer: str = "",
+    seed: int | None = None,
+) -> Attended:
+    """Attention of four-dimensional tensors, with gradients.
+
+    The gradient is that of exact attention at the same inputs, whatever the forward pass
+    approximated ("straight-through"); it covers the output, the lse and an additive mask.
+
+    Parameters
+    ----------
+    query : Tensor, shape (batch, heads_q, len_q, dim_qk)
+    key : Tensor, shape (batch, heads_kv, len_kv, dim_qk)
+    value : Tensor, shape (batch, heads_kv, len_kv, dim_v)
+    mask : Mask, optional
+        Boolean and additive masks are tensors on the same device, of up to four dimensions.
+    scale : float
+        Factor on the scores, > 0.
+    budget, policy, plan, backend, layer, seed
+        See `adaattn_core.attention`.
+
+    Returns
+    -------
+    Attended
+
+    Raises
+    ------
+    AdaAttnError
+        What `adaattn_core.attention` raises.
+    """
+    mask = Mask.none() if mask is None else mask
+    allowed, bias = _four_axes(mask.allowed), _four_axes(mask.bias)
+    if isinstance(budget, int | float):
+        budget = ErrorBudget(rel=float(budget))
+    call = Call(structural(mask), budget, policy, plan, backend, layer, seed)
+    if torch.compiler.is_compiling():
+        text = encode(call)
+        out, lse = torch.ops.adaattn.attention(query, key, value, allowed, bias, scale, text)
+        return Attended(out, lse, None)
+    if _needs_dispatcher(query):
+        out, lse = torch.ops.adaattn.attention(
+            query, key, value, allowed, bias, scale, encode(call)
+        )
+        return Attended(out, lse, None)
+    inputs = (query, key, value, bias)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        seen: list[AttentionInfo] = []
+        out, lse = _Attention.apply(query, key, value, allowed, bias, scale, call, seen)
+        return Attended(out, lse, seen[0])
+    return Attended(*run(query, key, value, allowed, bias, scale, call))
+
+
+def _four_axes(array: torch.Tensor | None) -> torch.Tensor | None:
+    return None if array is None else array[(None,) * (4 - array.dim())]
+
+
+def _needs_dispatcher(query: torch.Tensor) -> bool:
+    """Whether somebody watches at the dispatcher: fake or meta tensors, tracers, counters."""
+    return query.device.type == "meta" or torch._C._len_torch_dispatch_stack() > 0 or (
+        type(query) not in (torch.Tensor, torch.nn.Parameter)
+    )  # fmt: skip
+
+
+def run(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    allowed: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scale: float,
+    call: Call,
+) -> tuple[torch.Tensor, torch.Tensor, AttentionInfo]:
+    """Compute, without a gradient; the output has the query's order of strides."""
+    mask = call.mask
+    if allowed is not None:
+        mask = mask & Mask.boolean(to_backend(allowed))
+    if bias is not None:
+        mask = mask & Mask.additive(to_backend(bias))
+    result = attention(
+        to_backend(query),
+        to_backend(key),
+        to_backend(value),
+        mask=mask,
+        scale=scale,
+        budget=call.budget,
+        policy=call.policy,
+        plan=call.plan,
+        backend=call.backend,
+        seed=call.seed,
+        layer=call.layer,
+    )
+    info = AttentionInfo.of_result(result, call.layer)
+    announce(info)
+    return in_order_of(query, from_backend(result.out)), from_backend(result.lse), info
+
+
+operators.set_forward(run)
+
+
+class _Attention(torch.autograd.Function):
+    """Forward by a backend, backward by `attention_gradient`, itself differentiable."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        allowed: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        scale: float,
+        call: Call,
+        seen: list[AttentionInfo],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse, info = run(query, key, value, allowed, bias, scale, call)
+        seen.append(info)
+        ctx.save_for_backward(query, key, value, allowed, bias)
+        ctx.scale, ctx.mask = scale, call.mask
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        query, key, value, allowed, bias = ctx.saved_tensors
+        if grads[0] is None and grads[1] is None:
+            return (None,) * 8
+        need_bias = ctx.needs_input_grad[4]
+        d_query, d_key, d_value, d_bias = attention_gradient(
+            query, key, value, allowed, bias, ctx.mask, ctx.scale, *grads, need_bias=need_bias
+        )
+        return d_query, d_key, d_value, None, d_bias, None, None, None

@@ -1,0 +1,148 @@
+"""Call: what is asked of one attention, apart from the tensors; and its form as text."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+from adaattn_core.backend import Backend
+from adaattn_core.budget import ErrorBudget
+from adaattn_core.errors import ArgumentError
+from adaattn_core.mask import Mask
+from adaattn_core.plan import Plan
+from adaattn_core.policies.base import Policy
+
+_STRUCTURAL = ("alignment", "left", "right", "lengths", "cu_seqlens_q", "cu_seqlens_kv")
+_BUDGET = ("rel", "rows", "confidence", "guarantee", "on_violation")
+_handles: dict[str, Any] = {}
+_handle_of: dict[int, str] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What is asked of one attention, apart from the tensors.
+
+    Attributes
+    ----------
+    mask : Mask
+        Its structural part; boolean and additive arrays travel as tensors.
+    budget : ErrorBudget or None
+    policy : Policy, str or None
+    plan : Plan or None
+    backend : Backend or str
+    layer : str
+    seed : int or None
+    """
+
+    mask: Mask = field(default_factory=Mask.none)
+    budget: ErrorBudget | None = None
+    policy: Policy | str | None = None
+    plan: Plan | None = None
+    backend: Backend | str = "auto"
+    layer: str = ""
+    seed: int | None = None
+
+
+def structural(mask: Mask) -> Mask:
+    """Return a mask without its arrays."""
+    return mask if mask.is_structural else replace(mask, allowed=None, bias=None)
+
+
+def encode(call: Call) -> str:
+    """Write a call as text, which operators can carry.
+
+    Numbers and names are written out, so that a compiled graph kept on disk means the same in
+    another process. Objects (plans, policies, backends) are named by a handle of this process.
+    """
+    mask, budget = call.mask, call.budget
+    return encode_fields(
+        (mask.alignment, mask.left, mask.right),
+        (mask.lengths, mask.cu_seqlens_q, mask.cu_seqlens_kv),
+        None
+        if budget is None
+        else (
+            budget.rel,
+            budget.rows,
+            budget.confidence,
+            budget.guarantee,
+            budget.on_violation,
+        ),
+        call.policy,
+        call.plan,
+        call.backend,
+        call.layer,
+        call.seed,
+    )
+
+
+def encode_fields(
+    window: tuple[Any, ...],
+    lengths: tuple[Any, ...],
+    budget: tuple[Any, ...] | None,
+    policy: Any,
+    plan: Any,
+    backend: Any,
+    layer: str,
+    seed: int | None,
+) -> str:
+    """Write the fields of a call; a compiler runs this while tracing, on plain constants."""
+    return json.dumps(
+        {
+            "mask": dict(zip(_STRUCTURAL, (*window, *lengths), strict=True)),
+            "budget": None if budget is None else dict(zip(_BUDGET, budget, strict=True)),
+            "policy": _named(policy),
+            "plan": _named(plan),
+            "backend": _named(backend),
+            "layer": layer,
+            "seed": seed,
+        }
+    )
+
+
+@lru_cache(maxsize=1024)
+def decode(text: str) -> Call:
+    """Invert `encode`.
+
+    Raises
+    ------
+    ArgumentError
+        If a handle was made by another process.
+    """
+    body = json.loads(text)
+    mask = {k: tuple(v) if isinstance(v, list) else v for k, v in body["mask"].items()}
+    return Call(
+        mask=Mask(**mask),
+        budget=body["budget"] and ErrorBudget(**body["budget"]),
+        policy=_object(body["policy"]),
+        plan=_object(body["plan"]),
+        backend=_object(body["backend"]),
+        layer=body["layer"],
+        seed=body["seed"],
+    )
+
+
+def _named(value: Any) -> Any:
+    if value is None or isinstance(value, str):
+        return value
+    handle = _handle_of.get(id(value))
+    if handle is None:
+        # Kept for good: a compiled graph may name it at any time, and id() stays unique.
+        handle = _handle_of[id(value)] = uuid.uuid4().hex
+        _handles[handle] = value
+    return {"handle": handle}
+
+
+def _object(named: Any) -> Any:
+    if not isinstance(named, dict):
+        return named
+    try:
+        return _handles[named["handle"]]
+    except KeyError:
+        raise ArgumentError(
+            got="a compiled graph that names a plan, policy or backend of another process",
+            needed="an object of this process",
+            do="compile again here, or name the policy and the backend by their names",
+        ) from None

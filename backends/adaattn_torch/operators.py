@@ -1,0 +1,130 @@
+"""Operators ``adaattn::attention`` and ``adaattn::attention_backward`` for torch's dispatcher.
+
+Compilers and tracers see these two; plain eager calls do without them (`adaattn_torch.bridge`).
+A fused backward kernel for a device takes its seat by ``torch.library.impl`` of the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+
+from adaattn_core.errors import UnsupportedError
+from adaattn_torch.arrays import empty_output
+from adaattn_torch.call import decode
+from adaattn_torch.gradient import attention_gradient
+
+FORWARD, BACKWARD = "adaattn::attention", "adaattn::attention_backward"
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? allowed, Tensor? bias, float scale"
+
+torch.library.define(FORWARD, f"({_INPUTS}, str call) -> (Tensor out, Tensor lse)")
+torch.library.define(
+    BACKWARD,
+    f"({_INPUTS}, str call, Tensor? grad_out, Tensor? grad_lse, bool need_bias)"
+    " -> (Tensor query, Tensor key, Tensor value, Tensor bias)",
+)
+
+_forward: list[Callable[..., Any]] = []
+
+
+def set_forward(function: Callable[..., Any]) -> None:
+    """Say what computes the forward operator."""
+    _forward[:] = [function]
+
+
+@torch.library.impl(FORWARD, ("cpu", "cuda"))
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    allowed: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scale: float,
+    call: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse, _ = _forward[0](query, key, value, allowed, bias, scale, decode(call))
+    return out, lse
+
+
+@torch.library.register_fake(FORWARD)
+def _attention_fake(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    allowed: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scale: float,
+    call: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out = empty_output(query, value.shape[-1])
+    return out, query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.impl(BACKWARD, ("cpu", "cuda"))
+def _backward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    allowed: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scale: float,
+    call: str,
+    grad_out: torch.Tensor | None,
+    grad_lse: torch.Tensor | None,
+    need_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    d_query, d_key, d_value, d_bias = attention_gradient(
+        query, key, value, allowed, bias, decode(call).mask, scale, grad_out, grad_lse,
+        need_bias=need_bias,
+    )  # fmt: skip
+    # An operator cannot leave out a tensor: nothing is asked for, nothing is given.
+    return d_query, d_key, d_value, query.new_empty(0) if d_bias is None else d_bias
+
+
+@torch.library.register_fake(BACKWARD)
+def _backward_fake(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    allowed: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scale: float,
+    call: str,
+    grad_out: torch.Tensor | None,
+    grad_lse: torch.Tensor | None,
+    need_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    d_query, d_key, d_value = (x.new_empty(x.shape) for x in (query, key, value))
+    given = bias is not None and need_bias
+    return d_query, d_key, d_value, bias.new_empty(bias.shape) if given else query.new_empty(0)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    query, key, value, allowed, bias, scale, call = inputs
+    ctx.save_for_backward(query, key, value, allowed, bias)
+    ctx.scale, ctx.call = scale, call
+    ctx.need_bias = bias is not None and bias.requires_grad
+
+
+def _differentiate(
+    ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None
+) -> tuple[Any, ...]:
+    query, key, value, allowed, bias = ctx.saved_tensors
+    d_query, d_key, d_value, d_bias = torch.ops.adaattn.attention_backward(
+        query, key, value, allowed, bias, ctx.scale, ctx.call, grad_out, grad_lse, ctx.need_bias
+    )
+    return d_query, d_key, d_value, None, d_bias if ctx.need_bias else None, None, None
+
+
+def _refuse_twice(ctx: Any, *grads: Any) -> NoReturn:
+    raise UnsupportedError(
+        got="a second derivative through a compiled or traced attention",
+        needed="eager mode: only there the gradient has a gradient of its own",
+        do="call the attention outside torch.compile",
+    )
+
+
+torch.library.register_autograd(FORWARD, _differentiate, setup_context=_keep)
+torch.library.register_autograd(BACKWARD, _refuse_twice, setup_context=lambda *a, **k: None)
