@@ -86,11 +86,10 @@ class Sm90Launch:
         """Enqueue it; tensor maps are encoded once per set of addresses."""
         if self._table is None:
             return
-        with self._lock:
-            call = self._calls.get(pointers)
-            if call is None:
-                params = self._pack(pointers)
-                call = self._kernel.call(device, self._plan.grid, params)
+        call = self._calls.get(pointers)
+        if call is None:
+            call = self._kernel.call(device, self._plan.grid, self._pack(pointers))
+            with self._lock:
                 self._calls[pointers] = call
                 if len(self._calls) > _ADDRESSES_REMEMBERED:
                     self._calls.popitem(last=False)
