@@ -30,7 +30,7 @@ from adaattn_reference.view import HeadView, KeyValues, ProblemViews
 
 FORMATS_RUN = ("f64", "f32", "tf32", "f16", "bf16", "i8", "e4m3")
 """Operand formats that plans may name here."""
-EXACT_ROWS_AT_ONCE = 64
+EXACT_ROWS_AT_ONCE = 32
 """Rows per step of the float64 comparison."""
 
 

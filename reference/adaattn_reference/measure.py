@@ -30,9 +30,9 @@ from adaattn_reference.view import HeadView
 
 Float = NDArray[np.floating[Any]]
 
-JUDGE_ROWS = 48
+JUDGE_ROWS = 128
 """Held-out rows per head on which candidates are judged."""
-JUDGE_PARTS = 2
+JUDGE_PARTS = 4
 """Stretches of the sequence that these rows come from."""
 CURVE = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
 """Unrepresented masses at which the landmark curve is read off."""
