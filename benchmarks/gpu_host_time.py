@@ -50,7 +50,7 @@ CUPY = {
 def microseconds(
     calls: dict[str, Callable[[], Any]], repeats: int = 100, rounds: int = 10
 ) -> dict[str, float]:
-    """Median time until each call returns; the calls take turns, since the host's pace varies."""
+    """Median time until each call returns; they take turns, since the host's pace varies."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
