@@ -21,7 +21,7 @@ from adaattn_torch.info import AttentionInfo, announce
 
 # Dynamo evaluates a call of this function once, on constants, and keeps the text; it looks the
 # function up in its module, which is why it is marked in place.
-torch.compiler.assume_constant_result(calls.encode_fields)
+torch.compiler.assume_constant_result(calls.encode_fields)  # type: ignore[no-untyped-call]
 
 
 class Attended(NamedTuple):
@@ -97,7 +97,7 @@ def attend(
     inputs = (query, key, value, bias)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         seen: list[AttentionInfo] = []
-        out, lse = _Attention.apply(query, key, value, allowed, bias, scale, call, seen)
+        out, lse = _Attention.apply(query, key, value, allowed, bias, scale, call, seen)  # type: ignore[no-untyped-call]
         return Attended(out, lse, seen[0])
     return Attended(*run(query, key, value, allowed, bias, scale, call))
 
@@ -153,7 +153,7 @@ class _Attention(torch.autograd.Function):
     """Forward by a backend, backward by `attention_gradient`, itself differentiable."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         query: torch.Tensor,
         key: torch.Tensor,

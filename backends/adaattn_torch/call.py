@@ -112,7 +112,9 @@ def decode(text: str) -> Call:
         If a handle was made by another process.
     """
     body = json.loads(text)
-    mask = {k: tuple(v) if isinstance(v, list) else v for k, v in body["mask"].items()}
+    mask: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in body["mask"].items()
+    }
     return Call(
         mask=Mask(**mask),
         budget=body["budget"] and ErrorBudget(**body["budget"]),

@@ -7,7 +7,7 @@ import threading
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 -- its usual name
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from adaattn_core.backend import Backend
@@ -20,7 +20,7 @@ from adaattn_torch.bridge import Attended, attend
 from adaattn_torch.info import AttentionInfo, announce, warn_of_fallback
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-torch.compiler.assume_constant_result(warn_of_fallback)
+torch.compiler.assume_constant_result(warn_of_fallback)  # type: ignore[no-untyped-call]
 
 
 class _Bypass(threading.local):
@@ -280,9 +280,9 @@ def _reason(
         return "too few dimensions"
     if not query.device == key.device == value.device:
         return "tensors on different devices"
-    if attn_mask is not None and not isinstance(attn_mask, CausalBias):
-        if attn_mask.device != query.device:
-            return "a mask on another device"
+    is_array = isinstance(attn_mask, torch.Tensor) and not isinstance(attn_mask, CausalBias)
+    if is_array and attn_mask is not None and attn_mask.device != query.device:
+        return "a mask on another device"
     if key.shape[-1] != query.shape[-1] or key.shape[-2] != value.shape[-2]:
         return "sizes that do not fit together"
     if any(0 in x.shape[:-2] or x.shape[-1] == 0 for x in tensors):
@@ -325,7 +325,7 @@ def _leading_shape(
     if shapes[0] == shapes[1] == shapes[2]:
         return (*shapes[0], *heads)
     try:
-        return (*torch.broadcast_shapes(*shapes), *heads)
+        return (*torch.broadcast_shapes(*shapes), *heads)  # type: ignore[no-untyped-call]
     except RuntimeError:
         return None
 

@@ -65,7 +65,6 @@ def attention_gradient(
     """
     batch, heads_q, len_q, _ = query.shape
     heads_kv, len_kv = key.shape[1], key.shape[2]
-    group = heads_q // heads_kv
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     d_query = torch.zeros(query.shape, dtype=wide, device=query.device)
     d_key = torch.zeros(key.shape, dtype=wide, device=query.device)
@@ -80,18 +79,18 @@ def attention_gradient(
             (block.batch, slice(None), block.rows),
             (block.batch, slice(None), block.keys),
         )
-        q = query[at_q].to(wide).unflatten(1, (heads_kv, group))
+        q = _grouped(query[at_q].to(wide), heads_kv)
         k = key[at_k].to(wide).unsqueeze(2)
         v = value[at_k].to(wide).unsqueeze(2)
         scores = q @ k.mT * scale
         visible = block.visible
         if allowed is not None:
             part = _part(allowed, block).expand(q.shape[0], heads_q, *scores.shape[-2:])
-            part = part.unflatten(1, (heads_kv, group))
+            part = _grouped(part, heads_kv)
             visible = part if visible is None else part & visible
         if bias is not None:
             part = _part(bias, block).to(wide).expand(q.shape[0], heads_q, *scores.shape[-2:])
-            part = part.unflatten(1, (heads_kv, group))
+            part = _grouped(part, heads_kv)
             scores = scores + part
             unmasked = part != -torch.inf
             visible = unmasked if visible is None else unmasked & visible
@@ -105,7 +104,7 @@ def attention_gradient(
         lse = torch.logsumexp(scores, -1, keepdim=True)
         weights = torch.exp(scores - torch.where(lse == -torch.inf, 0, lse))
         if grad_out is not None:
-            g = grad_out[at_q].to(wide).unflatten(1, (heads_kv, group))
+            g = _grouped(grad_out[at_q].to(wide), heads_kv)
             d_value[at_k] += (weights.mT @ g).sum(2)
             d_weights = g @ v.mT
             if visible is not None:
@@ -114,7 +113,7 @@ def attention_gradient(
         else:
             d_scores = torch.zeros_like(weights)
         if grad_lse is not None:
-            g_lse = grad_lse[at_q].to(wide).unflatten(1, (heads_kv, group)).unsqueeze(-1)
+            g_lse = _grouped(grad_lse[at_q].to(wide), heads_kv).unsqueeze(-1)
             d_scores = d_scores + weights * torch.where(lse == -torch.inf, 0, g_lse)
         d_query[at_q] += (d_scores @ k * scale).flatten(1, 2)
         d_key[at_k] += (d_scores.mT @ q * scale).sum(2)
@@ -127,6 +126,11 @@ def attention_gradient(
         d_value.to(value.dtype),
         None if d_bias is None or bias is None else d_bias.to(bias.dtype),
     )
+
+
+def _grouped(x: torch.Tensor, heads_kv: int) -> torch.Tensor:
+    """Split the axis of query heads into (heads_kv, heads of a group)."""
+    return x.reshape(x.shape[0], heads_kv, x.shape[1] // heads_kv, *x.shape[2:])
 
 
 def _part(array: torch.Tensor, block: _Block) -> torch.Tensor:

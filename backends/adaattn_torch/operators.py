@@ -48,7 +48,7 @@ def _attention(
     return out, lse
 
 
-@torch.library.register_fake(FORWARD)
+@torch.library.register_fake(FORWARD)  # type: ignore[untyped-decorator]
 def _attention_fake(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -83,7 +83,7 @@ def _backward(
     return d_query, d_key, d_value, query.new_empty(0) if d_bias is None else d_bias
 
 
-@torch.library.register_fake(BACKWARD)
+@torch.library.register_fake(BACKWARD)  # type: ignore[untyped-decorator]
 def _backward_fake(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -97,8 +97,9 @@ def _backward_fake(
     need_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     d_query, d_key, d_value = (x.new_empty(x.shape) for x in (query, key, value))
-    given = bias is not None and need_bias
-    return d_query, d_key, d_value, bias.new_empty(bias.shape) if given else query.new_empty(0)
+    if bias is None or not need_bias:
+        return d_query, d_key, d_value, query.new_empty(0)
+    return d_query, d_key, d_value, bias.new_empty(bias.shape)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -1,0 +1,267 @@
+"""Hugging Face transformers: ``model.set_attn_implementation("adaattn")``.
+
+Attention and mask function are registered under one key. A causal prefill without padding gets
+no mask tensor, so that a plan may choose every structure; anything else gets the boolean mask
+that transformers makes for PyTorch's own attention.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from adaattn_core.backend import Backend
+from adaattn_core.budget import ErrorBudget
+from adaattn_core.errors import BackendUnavailableError, UnsupportedError
+from adaattn_core.policies.base import Policy
+from adaattn_torch.info import AttentionInfo, announce, warn_of_fallback
+from adaattn_torch.mode import Rule, enable
+
+KEY = "adaattn"
+"""Name of the attention implementation in transformers."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    rules: tuple[Rule, ...] = (Rule(),)
+    strict: bool = False
+
+
+class _Overrides(threading.local):
+    def __init__(self) -> None:
+        self.stack: list[_Settings] = []
+
+
+_defaults = _Settings()
+_overrides = _Overrides()
+
+
+def register_transformers(
+    budget: ErrorBudget | float | None = None,
+    *,
+    policy: Policy | str | None = None,
+    backend: Backend | str = "auto",
+    rules: Iterable[Rule] = (),
+    strict: bool = False,
+) -> str:
+    """Make ``"adaattn"`` an attention implementation of transformers (5.0 or later).
+
+    May be called again to change the defaults; `budgets` changes them for a while.
+
+    Parameters
+    ----------
+    budget, policy, backend
+        For layers that no rule matches; see `adaattn_core.attention`.
+    rules : iterable of Rule
+        The first that matches decides; layers are named ``layers.0``, ``layers.1``, ...
+    strict : bool
+        Raise where PyTorch would have to compute.
+
+    Returns
+    -------
+    str
+        The key to pass to ``model.set_attn_implementation``.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If transformers is missing or too old.
+    """
+    global _defaults
+    try:
+        from transformers import AttentionInterface  # noqa: PLC0415 -- an optional package
+        from transformers.masking_utils import (  # noqa: PLC0415
+            AttentionMaskInterface,
+            sdpa_mask,
+        )
+    except ImportError as error:
+        raise BackendUnavailableError(
+            got=f"transformers: {error}",
+            needed="transformers 5.0 or later",
+            do="pip install 'transformers>=5'",
+        ) from error
+    _defaults = _settings(budget, policy, backend, rules, strict)
+    AttentionInterface.register(KEY, attention_forward)
+    # Under the same key: a model asks for the mask function of its attention's name.
+    AttentionMaskInterface.register(KEY, sdpa_mask)
+    return KEY
+
+
+@contextmanager
+def budgets(
+    budget: ErrorBudget | float | None = None,
+    *,
+    policy: Policy | str | None = None,
+    backend: Backend | str = "auto",
+    rules: Iterable[Rule] = (),
+    strict: bool = False,
+) -> Iterator[None]:
+    """Use other settings than the registered ones, in this context and thread.
+
+    Parameters are those of `register_transformers`.
+    """
+    _overrides.stack.append(_settings(budget, policy, backend, rules, strict))
+    try:
+        yield
+    finally:
+        _overrides.stack.pop()
+
+
+def _settings(
+    budget: ErrorBudget | float | None,
+    policy: Policy | str | None,
+    backend: Backend | str,
+    rules: Iterable[Rule],
+    strict: bool,
+) -> _Settings:
+    return _Settings((*rules, Rule(budget=budget, policy=policy, backend=backend)), strict)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    cache: Any = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Compute attention for transformers; the signature is its attention interface.
+
+    Soft-capped scores and attention sinks change the softmax itself: plain PyTorch operations
+    compute them exactly, visibly (a `FallbackWarning`, and the info says so). A sliding window
+    reaches this function inside `attention_mask`.
+
+    Parameters
+    ----------
+    query : Tensor, shape (batch, heads_q, len_q, dim)
+    key, value : Tensor, shape (batch, heads_kv, len_kv, dim)
+    attention_mask : Tensor or None, broadcastable to (batch, heads_q, len_q, len_kv)
+        Boolean (True = may attend) or additive.
+
+    Returns
+    -------
+    out : Tensor, shape (batch, len_q, heads_q, dim), contiguous
+    weights : None
+
+    Raises
+    ------
+    UnsupportedError
+        For paged caches, or attention weights; with ``strict``, for all that falls back.
+    """
+    settings = _overrides.stack[-1] if _overrides.stack else _defaults
+    layer = _layer_name(module)
+    if cache is not None:
+        raise UnsupportedError(
+            got="a paged cache",
+            needed="keys and values as tensors",
+            do='use model.generate, or another implementation such as "paged|sdpa"',
+        )
+    if kwargs.get("output_attentions"):
+        raise UnsupportedError(
+            got="output_attentions=True",
+            needed="a call without attention weights: they are never formed as a whole",
+            do='use model.set_attn_implementation("eager") to look at weights',
+        )
+    if is_causal is None:
+        is_causal = bool(getattr(module, "is_causal", True))
+    len_q, len_kv = query.shape[2], key.shape[2]
+    # transformers' own rule: a mask says it all; one query row sees every key.
+    causal = len_q > 1 and attention_mask is None and is_causal
+    if causal and len_kv > len_q:  # first fill of a static cache: later slots hold nothing
+        key, value = key[:, :, :len_q], value[:, :, :len_q]
+        position_bias = None if position_bias is None else position_bias[..., :len_q]
+    if position_bias is not None:
+        attention_mask, causal = _with_bias(attention_mask, position_bias, causal, query), False
+    reasons = [
+        name for name, x in (("softcap", softcap), ("attention sinks", s_aux)) if x is not None
+    ]
+    if reasons:
+        reason = " and ".join(reasons)
+        if settings.strict:
+            raise UnsupportedError(
+                got=reason,
+                needed="a plain softmax of the scores, because strict=True",
+                do="leave strict out: PyTorch operations then compute this layer exactly",
+            )
+        out = _exact(query, key, value, attention_mask, causal, scaling, softcap, s_aux)
+        if dropout:
+            out = torch.nn.functional.dropout(out, dropout)
+        warn_of_fallback(reason)
+        announce(AttentionInfo.of_fallback(reason, layer))
+    else:
+        mode = enable(rules=settings.rules, strict=settings.strict)
+        out = mode.call(
+            layer,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout,
+            causal,
+            scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _layer_name(module: torch.nn.Module) -> str:
+    number = getattr(module, "layer_idx", None)
+    return "" if number is None else f"layers.{number}"
+
+
+def _with_bias(
+    mask: torch.Tensor | None, bias: torch.Tensor, causal: bool, query: torch.Tensor
+) -> torch.Tensor:
+    """Return one additive mask: what may be attended to, with its bias."""
+    if mask is not None and mask.dtype != torch.bool:
+        return (bias + mask).to(query.dtype)
+    if causal:
+        shape = (query.shape[2], bias.shape[-1])
+        mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
+    out = bias if mask is None else torch.where(mask, bias, -torch.inf)
+    return out.to(query.dtype)
+
+
+def _exact(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention with soft-capped scores and sinks (one logit per head, without a value)."""
+    group = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = query.to(wide) @ key.to(wide).mT * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        hidden = ~mask if mask.dtype == torch.bool else mask == -torch.inf
+        if mask.dtype != torch.bool:
+            scores = scores + mask
+        scores = scores.masked_fill(hidden, -torch.inf)
+    total = torch.logsumexp(scores, -1, keepdim=True)
+    if sinks is not None:
+        total = torch.logaddexp(total, sinks.to(wide).reshape(1, -1, 1, 1))
+    weights = torch.exp(scores - torch.where(total == -torch.inf, 0, total))
+    return (weights @ value.to(wide)).to(query.dtype)
