@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -95,7 +95,11 @@ class ModelReport:
     def save(self, path: str | Path) -> None:
         """Write the report as JSON."""
         text = json.dumps(self.to_json(), indent=1) + "\n"
-        atomic_write(Path(path), lambda file: file.write(text.encode()))
+
+        def write(file: BinaryIO) -> None:
+            file.write(text.encode())
+
+        atomic_write(Path(path), write)
 
     def __str__(self) -> str:
         """Return a table of layers: structures, share, largest certified error, entropy."""

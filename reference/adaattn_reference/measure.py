@@ -268,7 +268,8 @@ class _Judge:
     def _skip_tiles(self, size: int) -> list[tuple[Float, Float]]:
         """Softmax weights and exact outputs of the last tile of rows and of a middle one."""
         if size not in self._tiles:
-            view, tiles = self.view, []
+            view = self.view
+            tiles: list[tuple[Float, Float]] = []
             for stop in {view.len_q, max(view.len_q // 2, 1)}:
                 rows = np.arange(max(stop - size, 0), stop)
                 keys = int(view.stop[rows].max())
