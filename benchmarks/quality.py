@@ -167,8 +167,9 @@ def markdown(report: dict[str, Any]) -> str:
         "SmolLM2-135M-Instruct (4-bit weights dequantised to float32, so no figure of"
         " SmolLM2's own), every layer and head through"
         ' `model.set_attn_implementation("adaattn")` on the CPU backend; sampled guarantee,'
-        " 95% of the rows, confidence 0.95. Plans are chosen as if measuring and certifying"
-        " cost nothing: with their cost counted, a CPU runs windows this short dense at any budget.",
+        " 95% of the rows, confidence 0.95. Plans are chosen as if measuring and"
+        " certifying cost nothing: with their cost counted, a CPU runs windows this short"
+        " dense at any budget.",
         "",
         f"{report['machine']}, {report['date']}, PyTorch {report['torch']},"
         f" transformers {report['transformers']}. Command: `python benchmarks/quality.py"
