@@ -182,7 +182,7 @@ def _host(lengths: torch.Tensor | Sequence[int]) -> list[int]:
 
 def _refuse(**arguments: object) -> None:
     for name, value in arguments.items():
-        if value is not None and value is not False and value != 0:
+        if isinstance(value, torch.Tensor) or value not in (None, False, 0):
             raise UnsupportedError(
                 got=f"{name} in a call of another library's signature",
                 needed=f"a call without {name}: nothing is ignored",
