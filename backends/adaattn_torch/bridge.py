@@ -21,7 +21,7 @@ from adaattn_torch.info import AttentionInfo, announce
 
 # Dynamo evaluates a call of this function once, on constants, and keeps the text; it looks the
 # function up in its module, which is why it is marked in place.
-torch.compiler.assume_constant_result(calls.encode_fields)  # type: ignore[no-untyped-call]
+torch.compiler.assume_constant_result(calls.encode_constants)  # type: ignore[no-untyped-call]
 
 
 class Attended(NamedTuple):
@@ -85,13 +85,9 @@ def attend(
     if isinstance(budget, int | float):
         budget = ErrorBudget(rel=float(budget))
     call = Call(structural(mask), budget, policy, plan, backend, layer, seed)
-    if torch.compiler.is_compiling():
-        text = encode(call)
-        out, lse = torch.ops.adaattn.attention(query, key, value, allowed, bias, scale, text)
-        return Attended(out, lse, None)
-    if _needs_dispatcher(query):
+    if torch.compiler.is_compiling() or _needs_dispatcher(query):
         out, lse = torch.ops.adaattn.attention(
-            query, key, value, allowed, bias, scale, encode(call)
+            query, key, value, allowed, bias, scale, *encode(call)
         )
         return Attended(out, lse, None)
     inputs = (query, key, value, bias)

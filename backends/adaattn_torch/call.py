@@ -1,4 +1,4 @@
-"""Call: what is asked of one attention, apart from the tensors; and its form as text."""
+"""Call: what is asked of one attention, apart from the tensors; and what operators carry."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from adaattn_core.plan import Plan
 from adaattn_core.policies.base import Policy
 
 _STRUCTURAL = ("alignment", "left", "right", "lengths", "cu_seqlens_q", "cu_seqlens_kv")
-_BUDGET = ("rel", "rows", "confidence", "guarantee", "on_violation")
 _handles: dict[str, Any] = {}
 _handle_of: dict[int, str] = {}
 
@@ -51,48 +50,45 @@ def structural(mask: Mask) -> Mask:
     return mask if mask.is_structural else replace(mask, allowed=None, bias=None)
 
 
-def encode(call: Call) -> str:
-    """Write a call as text, which operators can carry.
+def encode(call: Call) -> tuple[str, float, float, float]:
+    """Write a call as what operators can carry: a text, and the budget's rel, rows, confidence.
 
-    Numbers and names are written out, so that a compiled graph kept on disk means the same in
-    another process. Objects (plans, policies, backends) are named by a handle of this process.
+    Names are written out, so that a compiled graph kept on disk means the same in another
+    process; objects (plans, policies, backends) are named by a handle of this process. The
+    budget's numbers stay numbers, which a compiler may treat as variables; rel is 0 without
+    a budget.
     """
     mask, budget = call.mask, call.budget
-    return encode_fields(
+    text = encode_constants(
         (mask.alignment, mask.left, mask.right),
         (mask.lengths, mask.cu_seqlens_q, mask.cu_seqlens_kv),
-        None
-        if budget is None
-        else (
-            budget.rel,
-            budget.rows,
-            budget.confidence,
-            budget.guarantee,
-            budget.on_violation,
-        ),
+        None if budget is None else (budget.guarantee, budget.on_violation),
         call.policy,
         call.plan,
         call.backend,
         call.layer,
         call.seed,
     )
+    if budget is None:
+        return text, 0.0, 0.0, 0.0
+    return text, budget.rel, budget.rows, budget.confidence
 
 
-def encode_fields(
+def encode_constants(
     window: tuple[Any, ...],
     lengths: tuple[Any, ...],
-    budget: tuple[Any, ...] | None,
+    budget: tuple[str, str] | None,
     policy: Any,
     plan: Any,
     backend: Any,
     layer: str,
     seed: int | None,
 ) -> str:
-    """Write the fields of a call; a compiler runs this while tracing, on plain constants."""
+    """Write what is constant in a compiled graph; a compiler runs this while tracing."""
     return json.dumps(
         {
             "mask": dict(zip(_STRUCTURAL, (*window, *lengths), strict=True)),
-            "budget": None if budget is None else dict(zip(_BUDGET, budget, strict=True)),
+            "budget": budget,
             "policy": _named(policy),
             "plan": _named(plan),
             "backend": _named(backend),
@@ -103,7 +99,7 @@ def encode_fields(
 
 
 @lru_cache(maxsize=1024)
-def decode(text: str) -> Call:
+def decode(text: str, rel: float = 0.0, rows: float = 0.0, confidence: float = 0.0) -> Call:
     """Invert `encode`.
 
     Raises
@@ -113,11 +109,15 @@ def decode(text: str) -> Call:
     """
     body = json.loads(text)
     mask: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in body["mask"].items()
+        name: tuple(x) if isinstance(x, list) else x for name, x in body["mask"].items()
     }
+    words = body["budget"]
     return Call(
         mask=Mask(**mask),
-        budget=body["budget"] and ErrorBudget(**body["budget"]),
+        # A gradient is exact attention's: its operator carries no numbers of a budget.
+        budget=None
+        if words is None or rel == 0
+        else ErrorBudget(rel, rows, confidence, *words),
         policy=_object(body["policy"]),
         plan=_object(body["plan"]),
         backend=_object(body["backend"]),

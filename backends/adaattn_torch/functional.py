@@ -12,7 +12,12 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from adaattn_core.backend import Backend
 from adaattn_core.budget import ErrorBudget
-from adaattn_core.errors import BackendUnavailableError, UnsupportedError
+from adaattn_core.errors import (
+    ArgumentError,
+    BackendUnavailableError,
+    ShapeError,
+    UnsupportedError,
+)
 from adaattn_core.mask import Mask
 from adaattn_core.plan import Plan
 from adaattn_core.policies.base import Policy
@@ -174,8 +179,6 @@ def scaled_dot_product_attention(
                 layer=layer,
                 seed=seed,
             )
-            out = attended.out.reshape(prepared.shape)
-            return (out, _info(attended)) if return_info else out
         except UnsupportedError as error:
             if strict:
                 raise
@@ -184,6 +187,9 @@ def scaled_dot_product_attention(
             if strict or backend != "auto":
                 raise
             reason = f"{error.got}; needed {error.needed}"
+        else:
+            out = attended.out.reshape(prepared.shape)
+            return (out, _info(attended)) if return_info else out
     assert reason is not None
     out = _fall_back(
         reason, strict, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
@@ -267,7 +273,11 @@ def _reason(
     if dropout_p != 0.0:
         return "dropout"
     if is_causal and attn_mask is not None:
-        return "attn_mask together with is_causal"
+        raise ArgumentError(  # some of PyTorch's kernels ignore one of the two
+            got="attn_mask together with is_causal=True",
+            needed="one of the two",
+            do="merge the causal mask into attn_mask",
+        )
     tensors = (query, key, value)
     if any(x.is_nested or x.layout != torch.strided for x in tensors):
         return "nested or sparse tensors"
@@ -283,8 +293,14 @@ def _reason(
     is_array = isinstance(attn_mask, torch.Tensor) and not isinstance(attn_mask, CausalBias)
     if is_array and attn_mask is not None and attn_mask.device != query.device:
         return "a mask on another device"
-    if key.shape[-1] != query.shape[-1] or key.shape[-2] != value.shape[-2]:
-        return "sizes that do not fit together"
+    if key.shape[-2] != value.shape[-2]:
+        raise ShapeError(  # some of PyTorch's kernels read past the end
+            got=f"{key.shape[-2]} keys, {value.shape[-2]} values",
+            needed="as many values as keys",
+            do="check that key and value come from the same layer and cache",
+        )
+    if key.shape[-1] != query.shape[-1]:
+        return "queries and keys of different lengths of vectors"
     if any(0 in x.shape[:-2] or x.shape[-1] == 0 for x in tensors):
         return "a dimension of size 0 other than a length"
     return None

@@ -19,7 +19,11 @@ from adaattn_torch.gradient import attention_gradient
 FORWARD, BACKWARD = "adaattn::attention", "adaattn::attention_backward"
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? allowed, Tensor? bias, float scale"
 
-torch.library.define(FORWARD, f"({_INPUTS}, str call) -> (Tensor out, Tensor lse)")
+torch.library.define(
+    FORWARD,
+    f"({_INPUTS}, str call, float rel, float rows, float confidence)"
+    " -> (Tensor out, Tensor lse)",
+)
 torch.library.define(
     BACKWARD,
     f"({_INPUTS}, str call, Tensor? grad_out, Tensor? grad_lse, bool need_bias)"
@@ -43,8 +47,12 @@ def _attention(
     bias: torch.Tensor | None,
     scale: float,
     call: str,
+    rel: float,
+    rows: float,
+    confidence: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse, _ = _forward[0](query, key, value, allowed, bias, scale, decode(call))
+    asked = decode(call, rel, rows, confidence)
+    out, lse, _ = _forward[0](query, key, value, allowed, bias, scale, asked)
     return out, lse
 
 
@@ -57,6 +65,9 @@ def _attention_fake(
     bias: torch.Tensor | None,
     scale: float,
     call: str,
+    rel: float,
+    rows: float,
+    confidence: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out = empty_output(query, value.shape[-1])
     return out, query.new_empty(query.shape[:-1], dtype=torch.float32)
@@ -103,7 +114,7 @@ def _backward_fake(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    query, key, value, allowed, bias, scale, call = inputs
+    query, key, value, allowed, bias, scale, call = inputs[:7]
     ctx.save_for_backward(query, key, value, allowed, bias)
     ctx.scale, ctx.call = scale, call
     ctx.need_bias = bias is not None and bias.requires_grad
@@ -116,7 +127,7 @@ def _differentiate(
     d_query, d_key, d_value, d_bias = torch.ops.adaattn.attention_backward(
         query, key, value, allowed, bias, ctx.scale, ctx.call, grad_out, grad_lse, ctx.need_bias
     )
-    return d_query, d_key, d_value, None, d_bias if ctx.need_bias else None, None, None
+    return d_query, d_key, d_value, None, d_bias if ctx.need_bias else None, *(None,) * 5
 
 
 def _refuse_twice(ctx: Any, *grads: Any) -> NoReturn:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
 
 from adaattn_torch.info import forget_warnings
 
@@ -24,27 +24,45 @@ def _fresh_warnings():
     forget_warnings()
 
 
-def oracle(query, key, value, mask=None, **options):
-    """PyTorch's own attention of the same numbers in float64, by its plain formula."""
-    wide = [x.detach().double() for x in (query, key, value)]
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask.double()
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        return F.scaled_dot_product_attention(*wide, mask, **options)
+def oracle(query, key, value, mask=None, *, scale=None, is_causal=False, enable_gqa=False):
+    """Attention by its formula, in the machine's longest float; and the size of its scores.
+
+    Returns the output and the largest score that anybody sees.
+    """
+    query, key, value = (x.detach().double().numpy() for x in (query, key, value))
+    query, key, value = (x.astype(np.longdouble) for x in (query, key, value))
+    if enable_gqa:
+        group = query.shape[-3] // key.shape[-3]
+        key, value = (np.repeat(x, group, axis=-3) for x in (key, value))
+    scale = 1 / np.sqrt(np.longdouble(query.shape[-1])) if scale is None else scale
+    scores = np.matmul(query, np.swapaxes(key, -1, -2)) * scale
+    if is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        scores = np.where(mask.numpy(), scores, -np.inf)
+    elif mask is not None:
+        scores = scores + mask.detach().double().numpy()
+    top = scores.max(axis=-1, keepdims=True, initial=-np.inf)
+    weights = np.exp(scores - np.where(top == -np.inf, 0, top))
+    total = weights.sum(axis=-1, keepdims=True)
+    out = np.matmul(weights, value) / np.where(total == 0, 1, total)
+    return out, float(np.abs(scores, where=np.isfinite(scores), out=0 * weights).max(initial=0))
 
 
-def assert_as_good(ours, theirs, exact):
-    """At most twice PyTorch's error, plus a floor of a few roundings of the largest value.
+def assert_as_good(ours, theirs, exact, value):
+    """At most twice PyTorch's error, plus a floor: on tiny problems that error is 0 by luck.
 
-    The floor is there because PyTorch's error may be 0 by luck on tiny problems; four roundings
-    are what an exact result may differ by after two sums in the format.
+    The floor is four roundings of the result, and four of each score in the format that scores
+    are kept in (an error of a score is a relative error of its weight).
     """
     assert ours.shape == theirs.shape
     assert ours.dtype == theirs.dtype
-    if not exact.numel():
+    exact, largest_score = exact
+    if not exact.size:
         return
-    floor = 4 * ROUNDOFF[ours.dtype] * max(float(exact.abs().max()), 2.0**-14)
-    error = float((ours.double() - exact).abs().max())
-    known = float((theirs.double() - exact).abs().max())
+    own, inner = ROUNDOFF[ours.dtype], min(ROUNDOFF[ours.dtype], 2.0**-24)
+    floor = 4 * own * max(float(np.abs(exact).max()), 2.0**-14)
+    floor += 4 * inner * (1 + largest_score) * float(value.double().abs().max())
+    error, known = (np.abs(x.detach().double().numpy() - exact).max() for x in (ours, theirs))
     assert math.isfinite(error)
     assert error <= 2 * known + floor
