@@ -83,6 +83,9 @@ class RunFacts:
         Largest finite magnitude of the additive mask.
     keys_max : int
         Most visible keys of a row.
+    sum_keys_max : int
+        Most keys that are summed in one product before it is added to the row's running sums;
+        0 where that is not known: a row's keys may then make one long sum.
     output_rms : float
         Root-mean-square norm of the returned rows.
     nonfinite : bool
@@ -104,6 +107,7 @@ class RunFacts:
     dropped_mass_upper: float = 0.0
     bias_max_abs: float = 0.0
     keys_max: int = 0
+    sum_keys_max: int = 0
     output_rms: float = 0.0
     nonfinite: bool = False
 

@@ -328,7 +328,8 @@ def _accumulation_error(
     )
 
     keys = facts.keys_max
-    path = keys + 2 * arithmetic.chunks + SPARE_ROUNDINGS
+    summed = min(keys, facts.sum_keys_max) if facts.sum_keys_max else keys
+    path = summed + 2 * arithmetic.chunks + SPARE_ROUNDINGS
     normaliser = bounds.gamma_nearest(path, arithmetic.unit)
     flush = plan.flush_keys if plan.flush_keys > 0 else None
     numerator = bounds.product_sum_error(path, plan.pv, flush)

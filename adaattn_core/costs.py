@@ -92,7 +92,7 @@ class CostModel:
         return self.head_cost(stats, HeadPlan(structure=Dense(), qk=qk, pv=pv), 1.0)
 
 
-CERTIFY_ROWS = 288
+CERTIFY_ROWS = 576
 """Rows that a sampled certificate typically evaluates (for cost prediction only)."""
 
 COST_MODELS: dict[str, CostModel] = {

@@ -25,7 +25,7 @@ from adaattn_core.stats import HeadStats, ProblemStats
 ROUNDS = 2
 """Certificates that one call may draw per head: the first and that of one escalation; a sampled
 confidence is split over them. A later escalation goes to dense, which a theorem certifies."""
-SAMPLE_FACTOR = 4
+SAMPLE_FACTOR = 8
 """Certificate rows over the fewest that could do: more rows make a tighter order statistic, and
 so cheaper plans and fewer escalations (docs/design/0007)."""
 

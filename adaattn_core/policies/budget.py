@@ -69,7 +69,7 @@ class BudgetPolicy:
 
     taus: tuple[float, ...] = (0.1, 0.02)
     lams: tuple[float, ...] = (2e-2, 1e-2, 5e-3, 2e-3)
-    margin: float = 0.75
+    margin: float = 0.7
     worthwhile: float = 0.8
     diffuse: float = 0.97
     low_rank_participation: float = 0.25

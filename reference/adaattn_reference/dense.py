@@ -43,6 +43,8 @@ class HeadOutput:
         Columns standing for the far field, or feature rank.
     dropped_mass_upper : float
         Largest share of a row's mass left out; inf where nothing is known.
+    sum_keys_max : int
+        Most keys of one product P·V; 0 where it is not recorded.
     """
 
     out: Float
@@ -50,6 +52,7 @@ class HeadOutput:
     computed: int
     rank: int = 0
     dropped_mass_upper: float = 0.0
+    sum_keys_max: int = 0
 
     @classmethod
     def empty(cls, view: HeadView, operands: Operands) -> HeadOutput:
@@ -68,6 +71,7 @@ def dense(view: HeadView, operands: Operands) -> HeadOutput:
         rows = slice(first, min(first + TILE_ROWS, view.len_q))
         result.out[rows], result.lse[rows] = dense_tile(view, operands, rows)
     result.computed = view.visible
+    result.sum_keys_max = CHUNK_KEYS
     return result
 
 
@@ -111,6 +115,7 @@ def score_skip(view: HeadView, operands: Operands, structure: ScoreSkip) -> Head
         result.computed += tile.computed
         result.out[rows], result.lse[rows] = tile.accumulator.finish()
         result.dropped_mass_upper = max(result.dropped_mass_upper, tile.dropped_mass_upper())
+        result.sum_keys_max = max(result.sum_keys_max, tile.sum_keys_max)
     return result
 
 
@@ -127,6 +132,7 @@ class _SkipTile:
         self.top = self.accumulator.top.copy()
         self.dropped = np.zeros(rows.stop - rows.start, operands.query.dtype)
         self.computed = 0
+        self.sum_keys_max = 1
         self._scores: list[Float] = []
         self._keys: list[NDArray[np.int64]] = []
         self._waiting = 0
@@ -150,6 +156,7 @@ class _SkipTile:
         scores, keys = np.hstack(self._scores), np.concatenate(self._keys)
         self._scores, self._keys, self._waiting = [], [], 0
         self.computed += int((scores != -np.inf).sum())
+        self.sum_keys_max = max(self.sum_keys_max, len(keys))
         _add_chunk(self.view, self.operands, self.accumulator, scores, keys, keys)
 
     def dropped_mass_upper(self) -> float:
@@ -228,6 +235,7 @@ def block_sparse(
             _add_chunk(view, operands, accumulator, scores, chunk, chunk)
         result.out[rows], result.lse[rows] = accumulator.finish()
     result.dropped_mass_upper = 0.0 if complete else np.inf
+    result.sum_keys_max = CHUNK_KEYS
     return result
 
 

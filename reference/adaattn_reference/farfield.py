@@ -15,6 +15,7 @@ See docs/explanation/structures for why the low rank lives in the token dimensio
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,21 @@ class GroupProbe:
     rows: NDArray[np.int64]
     lse: Float
     mass: Float
+
+    @cached_property
+    def order(self) -> NDArray[np.int64]:
+        """Keys by falling mass."""
+        return np.argsort(-self.mass)
+
+    def landmark_counts(self, taus: tuple[float, ...]) -> list[int]:
+        """Fewest heaviest keys, in multiples of 64, that leave at most each tau to others."""
+        mass = self.mass
+        rest = mass.sum() - np.cumsum(mass[self.order])
+        counts = []
+        for tau in taus:
+            needed = int((rest > tau).sum()) + 1 if mass.size and mass.sum() > tau else 0
+            counts.append(min(-(-needed // LANDMARK_STEP) * LANDMARK_STEP, len(mass)))
+        return counts
 
 
 @dataclass(frozen=True)
@@ -166,32 +182,16 @@ def far_mass(weights: Float, rows: NDArray[np.int64], geometry: Geometry) -> Flo
     return np.maximum(mass, 0, out=mass) / max(len(rows), 1)
 
 
-def landmark_counts(
-    mass: Float, taus: tuple[float, ...]
-) -> tuple[NDArray[np.int64], list[int]]:
-    """Keys by falling mass, and how many of them leave at most each tau (multiples of 64)."""
-    order = np.argsort(-mass)
-    rest = mass.sum() - np.cumsum(mass[order])
-    counts = []
-    for tau in taus:
-        needed = int((rest > tau).sum()) + 1 if mass.size and mass.sum() > tau else 0
-        counts.append(min(-(-needed // LANDMARK_STEP) * LANDMARK_STEP, len(mass)))
-    return order, counts
-
-
 def build_far_field(
     view: HeadView,
     operands: Operands,
     geometry: Geometry,
     probe: GroupProbe,
     count: int,
-    order: NDArray[np.int64] | None = None,
 ) -> FarField:
     """Gather the `count` heaviest keys as landmarks and pool the others, block by block."""
     structure = geometry.structure
-    if order is None:
-        order = np.argsort(-probe.mass)
-    landmarks = np.sort(order[:count])
+    landmarks = np.sort(probe.order[:count])
     landmarks = landmarks[probe.mass[landmarks] > 0]
     key, value = operands.key[landmarks], operands.value[landmarks]
     keys = len(probe.mass)

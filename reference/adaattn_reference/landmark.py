@@ -19,7 +19,6 @@ from adaattn_reference.farfield import (
     Geometry,
     GroupProbe,
     build_far_field,
-    landmark_counts,
     probe_head,
 )
 from adaattn_reference.operands import Operands
@@ -57,8 +56,8 @@ def landmark(
     columns = []
     for number, group in enumerate(geometry.groups()):
         probe = probes[number]
-        order, (count,) = landmark_counts(probe.mass, (structure.tau,))
-        far = build_far_field(view, operands, geometry, probe, count, order)
+        (count,) = probe.landmark_counts((structure.tau,))
+        far = build_far_field(view, operands, geometry, probe, count)
         columns.append(len(far.landmarks) + len(far.pool_bias))
         last = group.stop
         if structure.tail and last == view.len_q:
