@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -61,11 +61,48 @@ def map_heads(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
     todo = list(items)
     workers = min(thread_count(), len(todo))
     with threadpool_limits(1):
-        if workers <= 1:
+        if workers <= 1 or getattr(_LOCAL, "inside", False):
             return [quiet(item) for item in todo]
-        with _prompt_switching(), ThreadPoolExecutor(workers) as pool:
-            return list(pool.map(quiet, todo))
+        with _prompt_switching():
+            return _on_workers(quiet, todo, workers)
 
+
+_LOCAL = threading.local()
+_pools: dict[int, ThreadPoolExecutor] = {}
+
+
+def _on_workers(work: Callable[[T], R], todo: list[T], workers: int) -> list[R]:
+    """Map over the worker threads, which outlive the call with their buffers.
+
+    Threads of its own would make every call fault its megabytes of buffers in again. A worker
+    never waits for other workers: a call from inside one runs right there.
+    """
+    with _switching:
+        if workers not in _pools:
+            _pools[workers] = ThreadPoolExecutor(workers, "adaattn", _mark_worker)
+        pool = _pools[workers]
+    futures = [pool.submit(work, item) for item in todo]
+    try:
+        return [future.result() for future in futures]
+    finally:
+        for future in futures:  # after an exception: start no more, leave none running
+            future.cancel()
+        wait(futures)
+
+
+def _mark_worker() -> None:
+    _LOCAL.inside = True
+
+
+def _forget_workers() -> None:
+    """Start afresh in a forked child: it has no threads, and maybe a lock that one held."""
+    global _switching
+    _switching = threading.Lock()
+    _pools.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_workers)
 
 _switching = threading.Lock()
 _switchers = 0
