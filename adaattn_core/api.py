@@ -142,7 +142,7 @@ def attention(
         certificate=certificate,
         provenance=provenance,
         stats=stats,
-        facts=dict(raw.facts),
+        facts=raw.facts,  # not copied: reading some backends' facts waits for a device
     )
 
 

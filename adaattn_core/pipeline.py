@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from adaattn_core.backend import Backend, RawResult
+from adaattn_core.backend import Backend, RawResult, RunFacts
 from adaattn_core.bounds import minimal_sample_size
 from adaattn_core.budget import ErrorBudget
-from adaattn_core.certificate import Certificate, HeadCertificate
+from adaattn_core.certificate import Certificate, HeadCertificate, LazyHeads
 from adaattn_core.certify import sampled_certificate, theorem_certificate
 from adaattn_core.costs import CostModel
 from adaattn_core.errors import BudgetInfeasibleError, CertificateViolation, UnsupportedError
-from adaattn_core.plan import Plan
+from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.policies.base import Policy, PolicyContext
 from adaattn_core.policies.fixed import ExactPolicy
 from adaattn_core.problem import AttentionProblem, HeadIndex
@@ -74,7 +75,10 @@ def run_pipeline(
     raw = backend.run(problem, plan, workspace=workspace)
     clock.stop("run_seconds")
     certifier = _Certifier(problem, backend, budget, seed)
-    certificate = certifier.certify(raw, plan, list(plan))
+    if budget is None:  # nobody waits for the verdict: a device may still be computing
+        certificate = certifier.later(raw, plan)
+    else:
+        certificate = certifier.certify(raw, plan, list(plan))
     clock.stop("certify_seconds")
     escalated: dict[str, list[str]] = {}
     if budget is not None:
@@ -104,6 +108,45 @@ def run_pipeline(
     return raw, plan, certificate, stats, {**clock.seconds, "escalated": escalated}
 
 
+@dataclass(frozen=True, slots=True)
+class _Theorem:
+    """What the theorems need besides facts and plan: sizes, and the guarantee asked for."""
+
+    dim_qk: int
+    dim_v: int
+    scale: float
+    dtype: str
+    len_q: tuple[int, ...]
+    guarantee: str
+    confidence: float
+
+    @classmethod
+    def of(cls, problem: AttentionProblem, budget: ErrorBudget | None) -> _Theorem:
+        probabilistic = budget is not None and budget.guarantee == "probabilistic"
+        return cls(
+            problem.dim_qk,
+            problem.dim_v,
+            problem.scale,
+            problem.dtype,
+            tuple(span.len_q for span in problem.sequences),
+            "probabilistic" if probabilistic else "worst_case",
+            budget.confidence if budget is not None and probabilistic else 0.95,
+        )
+
+    def certify(self, facts: RunFacts, head: HeadPlan, sequence: int) -> HeadCertificate:
+        return theorem_certificate(
+            facts,
+            head,
+            dim_qk=self.dim_qk,
+            dim_v=self.dim_v,
+            scale=self.scale,
+            dtype=self.dtype,
+            len_q=self.len_q[sequence],
+            guarantee=self.guarantee,
+            confidence=self.confidence,
+        )
+
+
 class _Certifier:
     """Certificates of a problem's heads; counts the sampling rounds that each head has used."""
 
@@ -111,6 +154,7 @@ class _Certifier:
         self, problem: AttentionProblem, backend: Backend, budget: ErrorBudget | None, seed: int
     ) -> None:
         self.problem, self.backend, self.budget, self.seed = problem, backend, budget, seed
+        self.shape = (len(problem.sequences), problem.heads_q)
         self.rounds: dict[HeadIndex, int] = {}
 
     def exhausted(self, index: HeadIndex) -> bool:
@@ -119,7 +163,8 @@ class _Certifier:
 
     def certify(self, raw: RawResult, plan: Plan, heads: Collection[HeadIndex]) -> Certificate:
         """Certify some heads: by theorem where that suffices, else by fresh rows."""
-        certificates = {index: self._theorem(raw, plan, index) for index in heads}
+        theorem = _Theorem.of(self.problem, self.budget)
+        certificates = {i: theorem.certify(raw.facts[i], plan[i], i[0]) for i in heads}
         if self.budget is not None and self.budget.guarantee == "sampled":
             budget = self.budget
             todo = [
@@ -129,23 +174,16 @@ class _Certifier:
             ]
             if todo:
                 certificates |= self._sample(raw, todo, budget)
-        shape = (len(self.problem.sequences), self.problem.heads_q)
-        return Certificate(certificates, shape)
+        return Certificate(certificates, self.shape)
 
-    def _theorem(self, raw: RawResult, plan: Plan, index: HeadIndex) -> HeadCertificate:
-        budget, problem = self.budget, self.problem
-        probabilistic = budget is not None and budget.guarantee == "probabilistic"
-        return theorem_certificate(
-            raw.facts[index],
-            plan[index],
-            dim_qk=problem.dim_qk,
-            dim_v=problem.dim_v,
-            scale=problem.scale,
-            dtype=problem.dtype,
-            len_q=problem.sequences[index[0]].len_q,
-            guarantee="probabilistic" if probabilistic else "worst_case",
-            confidence=budget.confidence if budget is not None and probabilistic else 0.95,
-        )
+    def later(self, raw: RawResult, plan: Plan) -> Certificate:
+        """Certify every head by theorem, when somebody looks; keeps no input array alive."""
+        theorem, facts = _Theorem.of(self.problem, self.budget), raw.facts
+
+        def make() -> dict[HeadIndex, HeadCertificate]:
+            return {i: theorem.certify(facts[i], head, i[0]) for i, head in plan.heads.items()}
+
+        return Certificate(LazyHeads(make), self.shape)
 
     def _sample(
         self, raw: RawResult, todo: list[HeadIndex], budget: ErrorBudget

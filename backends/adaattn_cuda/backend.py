@@ -22,6 +22,7 @@ from adaattn_cuda.arrays import ArrayView, broadcast, contiguous, view
 from adaattn_cuda.facts import LazyFacts
 from adaattn_cuda.launch import Launch, LaunchCache, Sm80Launch
 from adaattn_cuda.library import library_of
+from adaattn_cuda.row_facts import RowFacts
 from adaattn_cuda.toolchain import nvrtc_version
 
 __all__ = ["CudaBackend"]
@@ -144,7 +145,13 @@ class CudaBackend:
             for formats, chosen in groups.items()
         ]
         self._last.launches, self._last.device = launches, query.device
-        return self._result(problem, plan, heads, into, out, lse)
+        records = RowFacts(problem, (*arrays[:3], out_view), library, stream)
+        chosen = plan.heads if heads is None else {index: plan[index] for index in heads}
+        if into is None:
+            facts = LazyFacts(problem, records, chosen)
+            return RawResult(out, lse, cast("dict[HeadIndex, RunFacts]", facts))
+        cast(LazyFacts, into.facts).replan(records, chosen)
+        return into
 
     def provenance(self) -> dict[str, str]:
         """Device, compiler, and the kernels of this thread's last run."""
@@ -234,22 +241,6 @@ class CudaBackend:
             self._groups.pop(next(iter(self._groups)), None)
         self._groups[id(plan)] = (plan, groups)
         return groups
-
-    @staticmethod
-    def _result(
-        problem: AttentionProblem,
-        plan: Plan,
-        heads: Collection[HeadIndex] | None,
-        into: RawResult | None,
-        out: Any,
-        lse: Any,
-    ) -> RawResult:
-        chosen = plan.heads if heads is None else {index: plan[index] for index in heads}
-        if into is None:
-            facts = LazyFacts(problem, out, chosen)
-            return RawResult(out, lse, cast("dict[HeadIndex, RunFacts]", facts))
-        cast(LazyFacts, into.facts).replan(chosen)
-        return into
 
 
 def _group(plan: Plan, heads: Collection[HeadIndex]) -> Groups:

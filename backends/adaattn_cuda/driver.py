@@ -27,6 +27,7 @@ __all__ = [
     "device_facts",
     "is_capturing",
     "load_driver",
+    "read",
 ]
 
 _SUCCESS = 0
@@ -206,6 +207,26 @@ def is_capturing(stream: int) -> bool:
         "asking a stream",
     )
     return state.value != 0
+
+
+def read(address: int, size_bytes: int, device: int) -> bytes:
+    """Return bytes from device memory, after everything that the device was asked to do.
+
+    Raises
+    ------
+    AdaAttnError
+        If a stream is recording a CUDA graph, in which nothing may be waited for.
+    """
+    library, found = load_driver(), ctypes.create_string_buffer(size_bytes)
+    with OnDevice(device):
+        _check(library.cuCtxSynchronize(), "waiting for the figures of a certificate")
+        _check(
+            library.cuMemcpyDtoH_v2(
+                found, ctypes.c_uint64(address), ctypes.c_size_t(size_bytes)
+            ),
+            "reading the figures of a certificate",
+        )
+    return found.raw
 
 
 class Kernel:

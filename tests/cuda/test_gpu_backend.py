@@ -197,3 +197,122 @@ def test_more_than_2_31_elements(backend) -> None:
     raw = backend.run(problem, plan_of(problem))
     expected = exact(query[:, -1:, -5:], key, value)
     assert relative(raw.out[:, -1:, -5:], expected) <= UNIT["bfloat16"]
+
+
+def true_facts(x: Any) -> tuple[Any, Any]:
+    """Largest norm and largest distance between two rows, in float64, per head."""
+    wide = x.double()
+    return wide.norm(dim=-1).amax(-1), torch.cdist(wide, wide).amax((-1, -2))
+
+
+@pytest.mark.parametrize("dtype", UNIT)
+@pytest.mark.parametrize("magnitude", [1.0, 1e-30, 1e30])
+def test_facts_bound_the_truth(backend, dtype: str, magnitude: float) -> None:
+    if dtype == "float16":
+        magnitude = {1.0: 1.0, 1e-30: 2.0**-20, 1e30: 2.0**12}[magnitude]
+    q, k, v = ((x.double() * magnitude).to(x.dtype) for x in arrays(dtype, length=777))
+    k = k[:, :2]
+    v = (v[:, :2].double() + 3 * magnitude).to(v.dtype)
+    problem = AttentionProblem.from_arrays(q, k, v, scale=1.0)
+    raw = backend.run(problem, plan_of(problem))
+    q_norm, k_norm, v_norm = (true_facts(x)[0].cpu().numpy() for x in (q, k, v))
+    diameter = true_facts(v)[1].cpu().numpy()
+    rms = raw.out.double().square().sum(-1).mean(-1).sqrt().cpu().numpy()
+    for (sequence, head), facts in raw.facts.items():
+        kv = (sequence, head // 2)
+        for got, true in (
+            (facts.query_norm_upper, q_norm[sequence, head]),
+            (facts.key_norm_upper, k_norm[kv]),
+            (facts.value_norm_upper, v_norm[kv]),
+        ):
+            assert true * (1 - 1e-12) <= got <= true * (1 + 1e-9)
+        assert diameter[kv] <= facts.value_diameter_upper <= 3 * diameter[kv]
+        if np.isfinite(rms[sequence, head]):
+            assert 0.999999 * rms[sequence, head] <= facts.output_rms
+            assert facts.output_rms <= rms[sequence, head] * (1 + 1e-12)
+        assert facts.nonfinite == (not np.isfinite(rms[sequence, head]))
+
+
+@pytest.mark.parametrize("name", ["bf16", "f16", "tf32"])
+def test_residuals_are_those_of_the_operands(backend, name: str) -> None:
+    q, k, v = arrays("float32", length=300)
+    q[0, 0, 5, 7] = 1e5  # beyond f16, which saturates
+    problem = AttentionProblem.from_arrays(q, k, v)
+    raw = backend.run(problem, Plan.uniform(problem, HeadPlan(qk=name, pv=name)))
+
+    def lost(x: Any) -> Any:
+        if name == "tf32":
+            bits = (x.view(torch.int32) + 0x1000) & ~0x1FFF
+            kept = bits.view(torch.float32)
+        elif name == "f16":
+            kept = x.clamp(-65504, 65504).half().float()
+        else:
+            kept = x.bfloat16().float()
+        return (x.double() - kept.double()).norm(dim=-1).amax(-1).cpu().numpy()
+
+    for (sequence, head), facts in raw.facts.items():
+        true = lost(q)[sequence, head]
+        assert true * (1 - 1e-12) <= facts.query_residual_upper <= true * (1 + 1e-9) + 1e-30
+        assert facts.value_residual_upper >= lost(v)[sequence, head]
+
+
+def test_facts_of_packed_sequences(backend) -> None:
+    """Each sequence's facts are those of its own rows, as if it had been alone."""
+    lengths = (70, 0, 200, 30)
+    edges = tuple(int(x) for x in np.cumsum((0, *lengths)))
+    q, k, v = (x[:1] for x in arrays("float32", length=edges[-1]))
+    q[0, :, edges[2] :] *= 7
+    mask = Mask(cu_seqlens_q=edges, cu_seqlens_kv=edges)
+    problem = AttentionProblem.from_arrays(q, k, v, mask=mask)
+    raw = backend.run(problem, plan_of(problem))
+    for (sequence, head), facts in raw.facts.items():
+        rows = slice(edges[sequence], edges[sequence + 1])
+        if lengths[sequence]:
+            true = float(true_facts(q[0, head, rows])[0])
+            assert true * (1 - 1e-12) <= facts.query_norm_upper <= true * (1 + 1e-9)
+
+
+def test_nonfinite_rows(backend) -> None:
+    q, k, v = arrays("float32")
+    v[0, 1, 3, 3] = float("nan")
+    problem = AttentionProblem.from_arrays(q, k, v)
+    facts = backend.run(problem, plan_of(problem)).facts
+    assert facts[0, 1].nonfinite
+    assert not facts[0, 0].nonfinite
+    assert np.isfinite(facts[0, 1].value_norm_upper)
+
+
+def test_attention_does_not_wait() -> None:
+    """The call returns while the device is busy; looking at the certificate waits."""
+    q, k, v = arrays()
+    attention(q, k, v, backend="cuda")
+    torch.cuda.synchronize()
+    torch.cuda._sleep(400_000_000)
+    started = time.perf_counter()
+    result = attention(q, k, v, backend="cuda")
+    called = time.perf_counter()
+    q.zero_()  # what the caller does to the arrays afterwards changes no certificate
+    upper = result.certificate.upper
+    assert called - started < 0.05, "the call waited for the device"
+    assert time.perf_counter() - called > 0.05, "the certificate did not wait"
+    assert (upper > 0).all()
+    assert result.facts[0, 0].query_norm_upper > 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_attention_is_captured(dtype: str) -> None:
+    from adaattn_torch import scaled_dot_product_attention  # noqa: PLC0415 -- needs torch
+
+    q, k, v = arrays(dtype)
+    for call in (
+        lambda: attention(q, k, v, backend="cuda", mask=Mask.causal()).out,
+        lambda: scaled_dot_product_attention(q, k, v, is_causal=True),
+    ):
+        call()  # warm-up: compiles and loads
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = call()
+        q.copy_(torch.randn_like(q))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert relative(out, exact(q, k, v, causal=True)) <= UNIT[dtype]

@@ -1,0 +1,200 @@
+// row_facts.cuh -- largest norms and rounding residuals of query, key, value; sum of squares of out.
+//
+// Algorithm    The figures that certificates rest on, in one pass over the four arrays. A unit is one head
+//              of one array; kBlocks blocks share its rows, a warp takes kRowsAtOnce rows at a time, a lane
+//              every 32nd column. Every block writes its own record of kSlots doubles, so the host's
+//              reduction over records gives the same bits whatever order the blocks ran in.
+//                query, key, value   largest |x|^2; largest |x - round(x)|^2 in bf16, f16, tf32
+//                value               also largest |x - c|^2, c near the mean: any c bounds the diameter by
+//                                    twice the distance (triangle inequality)
+//                out                 sum of |x|^2
+//              Source: this project, docs/math/08-composition.md, theorem 8, which needs these facts.
+// Numerics     Elements widen to f64 exactly, and squares of f32 numbers neither overflow nor underflow there,
+//              so nothing is scaled: relative error below 300 * 2^-53, covered by the host. Roundings are
+//              those of the attention kernels' operands: f16 saturates, tf32 rounds ties away from zero.
+//              Rows of query, key and value that hold NaN or Inf are left out (a row that sees one is not
+//              finite, and the certificate says so); out keeps them, so that its sum is not finite either.
+// Tiles        None: rows are streamed.
+// Shared mem   | name    | type | shape          | live                 |
+//              | centre  | f32  | kMaxDim        | value units          |
+//              | records | f64  | kWarps, kSlots | after the last row   |
+//              Static; no dynamic shared memory.
+// Registers    kRowsAtOnce * kSlots doubles of sums.
+// Barriers     (1) all threads, after the centre is written and before rows read it; (2) all threads, after
+//              each warp's record and before thread 0..kSlots-1 reduce them.
+// Limits       dim <= kMaxDim (the host has checked); 64-bit offsets.
+// Ladder       none: it moves each array once.
+//
+// Budget: registers<=255 spill_bytes=0 smem_bytes<=8192
+#pragma once
+
+#include "adaattn/attn/sm80_format.cuh"
+#include "adaattn/common/types.cuh"
+
+namespace adaattn::row_facts {
+
+using sm80::Format;
+
+constexpr int kArrays = 4;  // query, key, value, out
+constexpr int kValue = 2, kOut = 3;
+constexpr int kSlots = 5;  // norm, bf16, f16, tf32, distance: all squared
+constexpr int kMaxDim = 256;
+constexpr int kCentreRows = 32;
+
+// (batch, head, row, dim) with unit stride along dim; strides in elements. Mirrored in adaattn_cuda/row_facts.py.
+struct Rows {
+    const void* data;
+    i64 batch;
+    i64 head;
+    i64 row;
+    i32 heads;
+    i32 len;
+    i32 dim;
+    i32 first_unit;
+};
+
+struct Params {
+    Rows arrays[kArrays];
+    double* records;  // (units, blocks, kSlots)
+    i32 blocks;
+    i32 unused;
+};
+
+static_assert(sizeof(Params) == 208, "mirrored by the host");
+
+template <Format kInput_>
+struct Traits {
+    static constexpr Format kInput = kInput_;
+    static constexpr int kWarps = 8;
+    static constexpr int kThreads = 32 * kWarps;
+    static constexpr int kRowsAtOnce = 4;
+    static constexpr int kSmemBytes = 0;
+};
+
+ADAATTN_DEVICE bool is_finite(float x) { return (sm80::float_bits(x) & 0x7f800000u) != 0x7f800000u; }
+
+ADAATTN_DEVICE double larger_double(double a, double b) { return a < b ? b : a; }
+
+// Squared residual of one rounding; exact zero where the input already has the format.
+template <Format kInput, Format kTo>
+ADAATTN_DEVICE double residual(float x) {
+    if constexpr (kInput == kTo || (kTo == Format::tf32 && kInput != Format::f32)) {
+        return 0.0;
+    } else {
+        float rounded;
+        if constexpr (kTo == Format::tf32) {
+            rounded = sm80::bits_float(sm80::tf32_high(sm80::float_bits(x)));
+        } else {
+            const float kept = kTo == Format::f16 ? sm80::saturate_f16(x) : x;
+            const u16 bits = static_cast<u16>(sm80::pack_pair<kTo>(kept, 0.0f) & 0xffffu);
+            rounded = kTo == Format::bf16 ? sm80::from_bf16(bits) : sm80::from_f16(bits);
+        }
+        const double lost = static_cast<double>(x) - static_cast<double>(rounded);
+        return lost * lost;
+    }
+}
+
+// Mean of up to kCentreRows evenly spaced rows, column by column; what is not finite counts as 0.
+template <class T>
+ADAATTN_DEVICE void find_centre(const Rows& rows, i64 base, float* centre) {
+    const int count = smaller(rows.len, kCentreRows);
+    for (int column = static_cast<int>(threadIdx.x); column < rows.dim; column += T::kThreads) {
+        double sum = 0.0;
+        for (int i = 0; i < count; ++i) {
+            const i64 row = static_cast<i64>(i) * rows.len / count;
+            const float x = sm80::load_element<T::kInput>(rows.data, base + row * rows.row + column);
+            sum += is_finite(x) ? static_cast<double>(x) : 0.0;
+        }
+        centre[column] = static_cast<float>(sum / larger(count, 1));
+    }
+}
+
+template <class T>
+ADAATTN_DEVICE void run(const Params& params) {
+    __shared__ float centre[kMaxDim];
+    __shared__ double records[T::kWarps][kSlots];
+    const int lane = static_cast<int>(threadIdx.x) & 31, warp = static_cast<int>(threadIdx.x) >> 5;
+    const int unit = static_cast<int>(blockIdx.x) / params.blocks;
+    const int block = static_cast<int>(blockIdx.x) % params.blocks;
+    int which = 0;
+    while (which + 1 < kArrays && unit >= params.arrays[which + 1].first_unit) {
+        ++which;
+    }
+    const Rows rows = params.arrays[which];
+    const int index = unit - rows.first_unit;
+    const i64 base = (index / rows.heads) * rows.batch + (index % rows.heads) * rows.head;
+    const bool is_out = which == kOut, is_value = which == kValue;
+    if (is_value) {
+        find_centre<T>(rows, base, centre);
+    }
+    __syncthreads();  // all threads: the centre is written before anyone reads it
+
+    double best[kSlots] = {0.0, 0.0, 0.0, 0.0, 0.0};
+    const int step = params.blocks * T::kWarps;
+    for (int first = block * T::kWarps + warp; first < rows.len; first += step * T::kRowsAtOnce) {
+        double sums[T::kRowsAtOnce][kSlots] = {};
+        bool finite[T::kRowsAtOnce];
+#pragma unroll
+        for (int r = 0; r < T::kRowsAtOnce; ++r) {
+            finite[r] = true;
+        }
+        for (int column = lane; column < rows.dim; column += 32) {
+#pragma unroll
+            for (int r = 0; r < T::kRowsAtOnce; ++r) {
+                const int row = first + r * step;
+                if (row < rows.len) {
+                    const float x =
+                        sm80::load_element<T::kInput>(rows.data, base + static_cast<i64>(row) * rows.row + column);
+                    const double wide = static_cast<double>(x);
+                    sums[r][0] += wide * wide;
+                    if (!is_out) {
+                        finite[r] = finite[r] && is_finite(x);
+                        sums[r][1] += residual<T::kInput, Format::bf16>(x);
+                        sums[r][2] += residual<T::kInput, Format::f16>(x);
+                        sums[r][3] += residual<T::kInput, Format::tf32>(x);
+                    }
+                    if (is_value) {
+                        const double apart = wide - static_cast<double>(centre[column]);
+                        sums[r][4] += apart * apart;
+                    }
+                }
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < T::kRowsAtOnce; ++r) {
+            const bool counts = __all_sync(kFullWarp, finite[r]) != 0;
+#pragma unroll
+            for (int slot = 0; slot < kSlots; ++slot) {
+                double sum = sums[r][slot];
+#pragma unroll
+                for (int distance = 16; distance > 0; distance >>= 1) {
+                    sum += __shfl_xor_sync(kFullWarp, sum, distance);
+                }
+                if (is_out) {
+                    best[slot] += sum;
+                } else if (counts) {
+                    best[slot] = larger_double(best[slot], sum);
+                }
+            }
+        }
+    }
+    if (lane < kSlots) {
+        double mine = best[0];
+#pragma unroll
+        for (int slot = 1; slot < kSlots; ++slot) {
+            mine = lane == slot ? best[slot] : mine;
+        }
+        records[warp][lane] = mine;
+    }
+    __syncthreads();  // all threads: every warp's record is there before it is reduced
+    if (threadIdx.x < kSlots) {
+        double total = 0.0;
+        for (int w = 0; w < T::kWarps; ++w) {
+            const double one = records[w][threadIdx.x];
+            total = is_out ? total + one : larger_double(total, one);
+        }
+        params.records[static_cast<i64>(blockIdx.x) * kSlots + threadIdx.x] = total;
+    }
+}
+
+}  // namespace adaattn::row_facts
