@@ -11,6 +11,7 @@ import itertools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from numbers import Integral
 from typing import Any, Literal
 
@@ -182,6 +183,10 @@ class Mask:
         start = np.clip(start, 0, len_kv)
         return start, np.maximum(np.clip(stop, 0, len_kv), start)
 
+    def extent(self, len_q: int, len_kv: int) -> tuple[int, int]:
+        """Scores that one sequence's intervals leave in all, and most of them in one row."""
+        return _extent(self.alignment, self.left, self.right, len_q, len_kv)
+
     def describe(self) -> str:
         """One short phrase for tables and error messages."""
         parts = []
@@ -198,6 +203,15 @@ class Mask:
         if self.bias is not None:
             parts.append("additive")
         return " & ".join(parts) or "none"
+
+
+@lru_cache(maxsize=4096)
+def _extent(
+    alignment: CausalAlignment, left: int | None, right: int | None, len_q: int, len_kv: int
+) -> tuple[int, int]:
+    start, stop = Mask(alignment=alignment, left=left, right=right).intervals(len_q, len_kv)
+    counts = stop - start
+    return int(counts.sum()), int(counts.max(initial=0))
 
 
 def _whole_numbers(name: str, values: Sequence[int]) -> tuple[int, ...]:

@@ -204,8 +204,8 @@ class AttentionProblem:
 
     def visible_scores(self, sequence: int) -> int:
         """Count the scores that the structural mask leaves in one head of the sequence."""
-        start, stop = self.intervals(sequence)
-        return int((stop - start).sum())
+        span = self.sequences[sequence]
+        return self.mask.extent(span.len_q, span.len_kv)[0]
 
 
 def _check_shapes(q: Any, k: Any, v: Any) -> None:

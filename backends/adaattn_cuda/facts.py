@@ -68,7 +68,8 @@ class LazyFacts(MutableMapping[HeadIndex, RunFacts]):
         self._dims = problem.dim_qk, problem.dim_v
         self._group_size = problem.group_size
         self._len_q = [span.len_q for span in problem.sequences]
-        self._keys_max = [_keys_max(problem, span.index) for span in problem.sequences]
+        extent = problem.mask.extent
+        self._keys_max = [extent(span.len_q, span.len_kv)[1] for span in problem.sequences]
         self._bias = _bias_max_abs(problem.mask.bias)
         self._read: list[NDArray[np.float64]] | None = None
 
@@ -129,11 +130,6 @@ class LazyFacts(MutableMapping[HeadIndex, RunFacts]):
             output_rms=math.sqrt(mean) / _SLACK**2,
             nonfinite=not finite,
         )
-
-
-def _keys_max(problem: AttentionProblem, sequence: int) -> int:
-    start, stop = problem.intervals(sequence)
-    return int((stop - start).max(initial=0))
 
 
 def _root(record: NDArray[np.float64], slot: str) -> float:

@@ -21,7 +21,7 @@ ARRAYS = ("query", "key", "value", "out")
 SLOTS = ("norm", "bf16", "f16", "tf32", "distance")
 """Columns of a record, all squared: the kernel's kSlots."""
 THREADS = 256
-ROWS_PER_BLOCK, MAX_BLOCKS = 128, 32
+ROWS_PER_BLOCK, MAX_BLOCKS = 128, 64
 """Rows that one block should have at least, and most blocks of one head of one array."""
 
 
@@ -42,7 +42,7 @@ class _Params(ctypes.Structure):
         ("arrays", _Rows * len(ARRAYS)),
         ("records", ctypes.c_void_p),
         ("blocks", ctypes.c_int32),
-        ("unused", ctypes.c_int32),
+        ("vectorised", ctypes.c_int32),
     )
 
 
@@ -99,9 +99,9 @@ class RowFacts:
         address = library.pointer(self._records)
         arch = driver.device_facts(self._device).arch
         kernel = kernel_of(_spec(query.dtype, arch), THREADS)
-        units = self._shape[1]
+        units, vectorised = self._shape[1], int(all(map(_is_vectorised, arrays)))
         for part in parts:
-            params = _Params(records=address, blocks=blocks)
+            params = _Params(records=address, blocks=blocks, vectorised=vectorised)
             first = 0
             for i, array in enumerate(arrays):
                 params.arrays[i] = _rows(array, part, is_query=i in (0, 3), first_unit=first)
@@ -129,6 +129,14 @@ class RowFacts:
         from adaattn_cuda.library import library_of  # noqa: PLC0415 -- only when read
 
         return library_of(self._records).pointer(self._records)
+
+
+def _is_vectorised(array: ArrayView) -> bool:
+    """Whether every row begins on 16 bytes and holds whole chunks of 16 bytes."""
+    chunk = 16 // array.item_bytes
+    steps = zip(array.shape[:3], array.strides[:3], strict=True)
+    whole = not any(step % chunk for n, step in steps if n > 1)
+    return whole and array.pointer % 16 == 0 and array.shape[3] % chunk == 0
 
 
 def split_records(

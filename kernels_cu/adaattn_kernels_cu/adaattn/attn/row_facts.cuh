@@ -1,8 +1,8 @@
 // row_facts.cuh -- largest norms and rounding residuals of query, key, value; sum of squares of out.
 //
 // Algorithm    The figures that certificates rest on, in one pass over the four arrays. A unit is one head
-//              of one array; kBlocks blocks share its rows, a warp takes kRowsAtOnce rows at a time, a lane
-//              every 32nd column. Every block writes its own record of kSlots doubles, so the host's
+//              of one array; params.blocks blocks share its rows; a warp reads four rows at a time, a row by
+//              eight lanes, 16 bytes each where the rows allow it. Every block writes its own record of kSlots doubles, so the host's
 //              reduction over records gives the same bits whatever order the blocks ran in.
 //                query, key, value   largest |x|^2; largest |x - round(x)|^2 in bf16, f16, tf32
 //                value               also largest |x - c|^2, c near the mean: any c bounds the diameter by
@@ -40,6 +40,8 @@ constexpr int kValue = 2, kOut = 3;
 constexpr int kSlots = 5;  // norm, bf16, f16, tf32, distance: all squared
 constexpr int kMaxDim = 256;
 constexpr int kCentreRows = 32;
+constexpr int kRowLanes = 8;  // lanes that share a row
+constexpr int kWarpRows = 32 / kRowLanes;
 
 // (batch, head, row, dim) with unit stride along dim; strides in elements. Mirrored in adaattn_cuda/row_facts.py.
 struct Rows {
@@ -57,7 +59,7 @@ struct Params {
     Rows arrays[kArrays];
     double* records;  // (units, blocks, kSlots)
     i32 blocks;
-    i32 unused;
+    i32 vectorised;  // every row begins on 16 bytes and holds whole 16-byte chunks
 };
 
 static_assert(sizeof(Params) == 208, "mirrored by the host");
@@ -67,7 +69,8 @@ struct Traits {
     static constexpr Format kInput = kInput_;
     static constexpr int kWarps = 8;
     static constexpr int kThreads = 32 * kWarps;
-    static constexpr int kRowsAtOnce = 4;
+    static constexpr int kRowsAtOnce = 2;
+    static constexpr int kChunk = sm80::is_narrow(kInput) ? 8 : 4;  // elements in 16 bytes
     static constexpr int kSmemBytes = 0;
 };
 
@@ -94,13 +97,37 @@ ADAATTN_DEVICE double residual(float x) {
     }
 }
 
+// The first `count` of kChunk elements, zeros after them.
+template <class T>
+ADAATTN_DEVICE void load_chunk(float (&x)[T::kChunk], const void* data, i64 index, int count, bool vectorised) {
+    if (vectorised && count == T::kChunk) {
+        const i64 byte = index * sm80::storage_bytes(T::kInput);
+        const uint4 packed = *reinterpret_cast<const uint4*>(static_cast<const char*>(data) + byte);
+        const u32 words[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+        for (int i = 0; i < T::kChunk; ++i) {
+            if constexpr (sm80::is_narrow(T::kInput)) {
+                const u16 bits = static_cast<u16>(words[i / 2] >> (16 * (i % 2)));
+                x[i] = T::kInput == Format::bf16 ? sm80::from_bf16(bits) : sm80::from_f16(bits);
+            } else {
+                x[i] = sm80::bits_float(words[i]);
+            }
+        }
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < T::kChunk; ++i) {
+        x[i] = i < count ? sm80::load_element<T::kInput>(data, index + i) : 0.0f;
+    }
+}
+
 // Mean of up to kCentreRows evenly spaced rows, column by column; what is not finite counts as 0.
 template <class T>
 ADAATTN_DEVICE void find_centre(const Rows& rows, i64 base, float* centre) {
     const int count = smaller(rows.len, kCentreRows);
-    for (int column = static_cast<int>(threadIdx.x); column < rows.dim; column += T::kThreads) {
+    for (int column = static_cast<int>(threadIdx.x); column < kMaxDim; column += T::kThreads) {
         double sum = 0.0;
-        for (int i = 0; i < count; ++i) {
+        for (int i = 0; column < rows.dim && i < count; ++i) {
             const i64 row = static_cast<i64>(i) * rows.len / count;
             const float x = sm80::load_element<T::kInput>(rows.data, base + row * rows.row + column);
             sum += is_finite(x) ? static_cast<double>(x) : 0.0;
@@ -129,32 +156,42 @@ ADAATTN_DEVICE void run(const Params& params) {
     }
     __syncthreads();  // all threads: the centre is written before anyone reads it
 
+    // Lanes 8 i .. 8 i + 7 of a warp share row i of each four; best is the same in all eight.
+    const int part = lane % kRowLanes;
+    constexpr int kChunk = T::kChunk;
     double best[kSlots] = {0.0, 0.0, 0.0, 0.0, 0.0};
-    const int step = params.blocks * T::kWarps;
-    for (int first = block * T::kWarps + warp; first < rows.len; first += step * T::kRowsAtOnce) {
+    const int start = (block * T::kWarps + warp) * kWarpRows;
+    const int step = params.blocks * T::kWarps * kWarpRows;
+    for (int first = start; first < rows.len; first += step * T::kRowsAtOnce) {
         double sums[T::kRowsAtOnce][kSlots] = {};
         bool finite[T::kRowsAtOnce];
 #pragma unroll
         for (int r = 0; r < T::kRowsAtOnce; ++r) {
             finite[r] = true;
         }
-        for (int column = lane; column < rows.dim; column += 32) {
+        for (int column = part * kChunk; column < rows.dim; column += kRowLanes * kChunk) {
+            float x[T::kRowsAtOnce][kChunk];
 #pragma unroll
             for (int r = 0; r < T::kRowsAtOnce; ++r) {
-                const int row = first + r * step;
-                if (row < rows.len) {
-                    const float x =
-                        sm80::load_element<T::kInput>(rows.data, base + static_cast<i64>(row) * rows.row + column);
-                    const double wide = static_cast<double>(x);
+                const int row = first + lane / kRowLanes + r * step;
+                const int count = row < rows.len ? smaller(rows.dim - column, kChunk) : 0;
+                load_chunk<T>(x[r], rows.data, base + static_cast<i64>(row) * rows.row + column, count,
+                              params.vectorised != 0);
+            }
+#pragma unroll
+            for (int r = 0; r < T::kRowsAtOnce; ++r) {
+#pragma unroll
+                for (int i = 0; i < kChunk; ++i) {
+                    const double wide = static_cast<double>(x[r][i]);
                     sums[r][0] += wide * wide;
                     if (!is_out) {
-                        finite[r] = finite[r] && is_finite(x);
-                        sums[r][1] += residual<T::kInput, Format::bf16>(x);
-                        sums[r][2] += residual<T::kInput, Format::f16>(x);
-                        sums[r][3] += residual<T::kInput, Format::tf32>(x);
+                        finite[r] = finite[r] && is_finite(x[r][i]);
+                        sums[r][1] += residual<T::kInput, Format::bf16>(x[r][i]);
+                        sums[r][2] += residual<T::kInput, Format::f16>(x[r][i]);
+                        sums[r][3] += residual<T::kInput, Format::tf32>(x[r][i]);
                     }
-                    if (is_value) {
-                        const double apart = wide - static_cast<double>(centre[column]);
+                    if (is_value) {  // columns past dim read as 0, and so does the centre there
+                        const double apart = wide - static_cast<double>(centre[column + i]);
                         sums[r][4] += apart * apart;
                     }
                 }
@@ -162,12 +199,14 @@ ADAATTN_DEVICE void run(const Params& params) {
         }
 #pragma unroll
         for (int r = 0; r < T::kRowsAtOnce; ++r) {
-            const bool counts = __all_sync(kFullWarp, finite[r]) != 0;
+            const bool exists = first + lane / kRowLanes + r * step < rows.len;
+            const u32 agreed = __ballot_sync(kFullWarp, finite[r]) >> (lane & ~(kRowLanes - 1));
+            const bool counts = exists && (agreed & ((1u << kRowLanes) - 1)) == (1u << kRowLanes) - 1;
 #pragma unroll
             for (int slot = 0; slot < kSlots; ++slot) {
                 double sum = sums[r][slot];
 #pragma unroll
-                for (int distance = 16; distance > 0; distance >>= 1) {
+                for (int distance = kRowLanes / 2; distance > 0; distance >>= 1) {
                     sum += __shfl_xor_sync(kFullWarp, sum, distance);
                 }
                 if (is_out) {
@@ -178,13 +217,21 @@ ADAATTN_DEVICE void run(const Params& params) {
             }
         }
     }
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+#pragma unroll
+        for (int distance = kRowLanes; distance < 32; distance <<= 1) {
+            const double other = __shfl_xor_sync(kFullWarp, best[slot], distance);
+            best[slot] = is_out ? best[slot] + other : larger_double(best[slot], other);
+        }
+    }
     if (lane < kSlots) {
-        double mine = best[0];
+        double own = best[0];
 #pragma unroll
         for (int slot = 1; slot < kSlots; ++slot) {
-            mine = lane == slot ? best[slot] : mine;
+            own = lane == slot ? best[slot] : own;
         }
-        records[warp][lane] = mine;
+        records[warp][lane] = own;
     }
     __syncthreads();  // all threads: every warp's record is there before it is reduced
     if (threadIdx.x < kSlots) {
