@@ -155,7 +155,7 @@ def _sum_error(keys: int, pv: str) -> float:
 
 def _bias_max_abs(bias: Any) -> Any:
     """Largest finite magnitude of an additive mask: a number, or an array that will hold it."""
-    if bias is None:
+    if bias is None or 0 in bias.shape:
         return 0.0
     xp = array_api_compat.array_namespace(bias)
     wide = xp.astype(bias, xp.float32)

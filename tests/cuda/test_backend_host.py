@@ -87,9 +87,9 @@ def figures(x: Any) -> Any:
         wide - wide.astype(ml_dtypes.bfloat16).astype(np.float64),
         wide - np.clip(wide, -65504, 65504).astype(np.float16).astype(np.float64),
         wide - ((tf32 + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32),
-        (wide - wide.mean(2, keepdims=True)) * good[..., None],
+        (wide - wide.sum(2, keepdims=True) / max(wide.shape[2], 1)) * good[..., None],
     )
-    return np.stack([(part**2).sum(-1).max(-1) for part in kept], axis=-1)
+    return np.stack([(part**2).sum(-1).max(-1, initial=0) for part in kept], axis=-1)
 
 
 def host_view(x: Any) -> ArrayView:
@@ -318,3 +318,9 @@ def test_facts_of_escalated_heads_are_measured_again(backend: CudaBackend) -> No
     backend.run(p, plan.with_heads({(0, 1): HeadPlan()}), heads=[(0, 1)], into=raw)
     assert raw.facts[0, 1].query_residual_upper < 1e-30 < before
     assert raw.facts[0, 0].query_residual_upper == pytest.approx(before, rel=0.5)
+
+
+def test_facts_of_an_empty_additive_mask(backend: CudaBackend) -> None:
+    p = problem(mask=Mask.additive(np.zeros((0, 50), np.float32)), len_q=0)
+    raw = backend.run(p, Plan.uniform(p, HeadPlan()))
+    assert raw.facts[0, 0].bias_max_abs == 0
