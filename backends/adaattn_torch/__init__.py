@@ -1,5 +1,10 @@
 """PyTorch: scaled dot product attention to a stated tolerance, as function, mode and module."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from adaattn_torch import compat
 from adaattn_torch.bridge import Attended, attend
 from adaattn_torch.functional import scaled_dot_product_attention
@@ -7,16 +12,38 @@ from adaattn_torch.info import AttentionInfo, FallbackWarning, listening
 from adaattn_torch.mode import Rule, enable
 from adaattn_torch.modules import AdaptiveAttention, convert
 
+if TYPE_CHECKING:
+    from adaattn_torch.report import ModelReport, model_report
+    from adaattn_torch.transformers import budgets, register_transformers
+
 __all__ = [
     "AdaptiveAttention",
     "Attended",
     "AttentionInfo",
     "FallbackWarning",
+    "ModelReport",
     "Rule",
     "attend",
+    "budgets",
     "compat",
     "convert",
     "enable",
     "listening",
+    "model_report",
+    "register_transformers",
     "scaled_dot_product_attention",
 ]
+
+_LATE = {
+    "ModelReport": "report",
+    "model_report": "report",
+    "budgets": "transformers",
+    "register_transformers": "transformers",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what few callers need (reports, transformers) when it is asked for."""
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"adaattn_torch.{_LATE[name]}"), name)

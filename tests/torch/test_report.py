@@ -77,3 +77,10 @@ def test_figure_is_written(model, tmp_path) -> None:
     path = tmp_path / "report.png"
     model_report(model, torch.randn(1, 65, 32), budget=0.1).plot(path)
     assert path.stat().st_size > 1000
+
+
+def test_names_that_are_imported_late() -> None:
+    assert adaattn_torch.model_report is model_report
+    assert callable(adaattn_torch.register_transformers)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = adaattn_torch.nothing
