@@ -16,7 +16,7 @@ from adaattn_core.budget import ErrorBudget
 from adaattn_core.certificate import Certificate, HeadCertificate, LazyHeads
 from adaattn_core.certify import sampled_certificate, theorem_certificate
 from adaattn_core.costs import CostModel
-from adaattn_core.errors import BudgetInfeasibleError, CertificateViolation, UnsupportedError
+from adaattn_core.errors import BudgetInfeasibleError, CertificateViolation
 from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.policies.base import Policy, PolicyContext
 from adaattn_core.policies.fixed import ExactPolicy
@@ -57,8 +57,6 @@ def run_pipeline(
         seed=seed,
         layer=layer,
     )
-    if budget is not None and budget.guarantee == "sampled" and not capabilities.measures:
-        _require_theorems(backend)
     clock = _Clock()
     stats: ProblemStats | None = None
     workspace = None
@@ -74,7 +72,7 @@ def run_pipeline(
     clock.stop("plan_seconds")
     raw = backend.run(problem, plan, workspace=workspace)
     clock.stop("run_seconds")
-    certifier = _Certifier(problem, backend, budget, seed)
+    certifier = _Certifier(problem, backend, budget, seed, measures=capabilities.measures)
     if budget is None:  # nobody waits for the verdict: a device may still be computing
         certificate = certifier.later(raw, plan)
     else:
@@ -104,7 +102,7 @@ def run_pipeline(
             certificate = certificate.merge(certifier.certify(raw, plan, list(changed)))
             failing = certificate.violations(budget)
         clock.stop("escalate_seconds")
-        _check_outcome(certificate, budget, failing)
+        _check_outcome(certificate, budget, failing, backend)
     return raw, plan, certificate, stats, {**clock.seconds, "escalated": escalated}
 
 
@@ -148,25 +146,39 @@ class _Theorem:
 
 
 class _Certifier:
-    """Certificates of a problem's heads; counts the sampling rounds that each head has used."""
+    """Certificates of a problem's heads; counts the sampling rounds that each head has used.
+
+    A theorem is stronger than a sample, so it serves a sampled budget wherever it reaches it;
+    on a backend that does not measure (`measures` false) it is all there is.
+    """
 
     def __init__(
-        self, problem: AttentionProblem, backend: Backend, budget: ErrorBudget | None, seed: int
+        self,
+        problem: AttentionProblem,
+        backend: Backend,
+        budget: ErrorBudget | None,
+        seed: int,
+        *,
+        measures: bool,
     ) -> None:
         self.problem, self.backend, self.budget, self.seed = problem, backend, budget, seed
+        self.sampled = budget is not None and budget.guarantee == "sampled"
+        self.measures = measures
         self.shape = (len(problem.sequences), problem.heads_q)
         self.rounds: dict[HeadIndex, int] = {}
 
     def exhausted(self, index: HeadIndex) -> bool:
-        """Whether the head has no sampling round left."""
+        """Whether the head has no sampling round left: only a theorem can certify it then."""
+        if self.sampled and not self.measures:
+            return True
         return self.rounds.get(index, 0) >= ROUNDS
 
     def certify(self, raw: RawResult, plan: Plan, heads: Collection[HeadIndex]) -> Certificate:
         """Certify some heads: by theorem where that suffices, else by fresh rows."""
         theorem = _Theorem.of(self.problem, self.budget)
         certificates = {i: theorem.certify(raw.facts[i], plan[i], i[0]) for i in heads}
-        if self.budget is not None and self.budget.guarantee == "sampled":
-            budget = self.budget
+        budget = self.budget
+        if budget is not None and self.sampled:
             todo = [
                 index
                 for index in heads
@@ -212,18 +224,28 @@ class _Certifier:
 
 
 def _check_outcome(
-    certificate: Certificate, budget: ErrorBudget, failing: Collection[HeadIndex]
+    certificate: Certificate,
+    budget: ErrorBudget,
+    failing: Collection[HeadIndex],
+    backend: Backend,
 ) -> None:
     """Raise what the caller asked for if heads still miss the budget."""
     failing = [i for i in failing if not certificate[i].nonfinite]
     if not failing or budget.on_violation == "report":
         return
     worst = max(failing, key=lambda i: certificate[i].upper)
-    facts = {"best_upper": certificate[worst].upper, "heads": tuple(failing)}
+    upper, proved = certificate[worst].upper, certificate[worst].guarantee
+    facts = {"best_upper": upper, "heads": tuple(failing)}
     got = (
         f"{len(failing)} heads above rel={budget.rel}; worst: sequence {worst[0]}, head"
-        f" {worst[1]} with upper {certificate[worst].upper:.3g} ({budget.guarantee})"
+        f" {worst[1]} with upper {upper:.3g} ({proved})"
     )
+    do = "loosen the budget, pass wider inputs (f64), or ask for a sampled guarantee"
+    if budget.guarantee == "sampled" and not backend.capabilities().measures:
+        got += f', from backend "{backend.name}", which samples no rows'
+        do = 'loosen the budget, or use a backend that samples (backend="numpy")'
+    elif budget.guarantee == "sampled":
+        do = "loosen the budget, or pass wider inputs (f64)"
     if budget.on_violation == "raise":
         raise CertificateViolation(
             got=got,
@@ -234,16 +256,8 @@ def _check_outcome(
     raise BudgetInfeasibleError(
         got=got,
         needed=f"a plan that keeps rel={budget.rel} with guarantee {budget.guarantee}",
-        do="loosen the budget, pass wider inputs (f64), or ask for a sampled guarantee",
+        do=do,
         **facts,
-    )
-
-
-def _require_theorems(backend: Backend) -> None:
-    raise UnsupportedError(
-        got=f'a sampled guarantee from backend "{backend.name}"',
-        needed="a backend that measures rows",
-        do='ask for guarantee="worst_case", or use backend="numpy"',
     )
 
 
