@@ -132,29 +132,33 @@ ADAATTN_DEVICE void add_values_wide(Output<T>& out, const Scores<T>& weights, u3
     // n8 blocks whose short partial sums are held at a time; a long row of O leaves room for fewer.
     constexpr int kBlocks = T::kValueTiles > 16 ? 2 : 4;
     const int lane = thread_index() & 31;
+    const u32 even = value + ValueTile::element_offset(2 * (lane & 3), lane / 4);
+    const u32 odd = value + ValueTile::element_offset(2 * (lane & 3) + 1, lane / 4);
+    Fragment<T::kPv, 4> split[T::kKeyTiles][T::kRowTiles];
+#pragma unroll
+    for (int k = 0; k < T::kKeyTiles; ++k) {
+#pragma unroll
+        for (int m = 0; m < T::kRowTiles; ++m) {
+            const float(&p)[4] = weights[m][k];
+            split[k][m].high[0] = float_bits(p[0]);
+            split[k][m].high[1] = float_bits(p[2]);
+            split[k][m].high[2] = float_bits(p[1]);
+            split[k][m].high[3] = float_bits(p[3]);
+            split[k][m].split();
+        }
+    }
 #pragma unroll
     for (int first = 0; first < T::kValueTiles; first += kBlocks) {
         Accumulator<T::kRowTiles, kBlocks> partial;
         clear<T::kRowTiles, kBlocks>(partial);
 #pragma unroll
         for (int k = 0; k < T::kKeyTiles; ++k) {
-            Fragment<T::kPv, 4> a[T::kRowTiles];
-#pragma unroll
-            for (int m = 0; m < T::kRowTiles; ++m) {
-                const float(&p)[4] = weights[m][k];
-                a[m].high[0] = float_bits(p[0]);
-                a[m].high[1] = float_bits(p[2]);
-                a[m].high[2] = float_bits(p[1]);
-                a[m].high[3] = float_bits(p[3]);
-                a[m].split();
-            }
+            const auto& a = split[k];
 #pragma unroll
             for (int n = 0; n < kBlocks; ++n) {
-                const int row = 8 * k + 2 * (lane & 3);
-                const int column = 8 * (first + n) + lane / 4;
                 Fragment<T::kPv, 2> b;
-                b.high[0] = load_shared_32(value + ValueTile::element_offset(row, column));
-                b.high[1] = load_shared_32(value + ValueTile::element_offset(row + 1, column));
+                b.high[0] = load_shared_32(moved<ValueTile>(even, first + n, 8 * k));
+                b.high[1] = load_shared_32(moved<ValueTile>(odd, first + n, 8 * k));
                 b.split();
 #pragma unroll
                 for (int m = 0; m < T::kRowTiles; ++m) {
