@@ -9,8 +9,9 @@ from adaattn_torch import compat
 from adaattn_torch.bridge import Attended, attend
 from adaattn_torch.functional import scaled_dot_product_attention
 from adaattn_torch.info import AttentionInfo, FallbackWarning, listening
-from adaattn_torch.mode import Rule, enable
+from adaattn_torch.mode import enable
 from adaattn_torch.modules import AdaptiveAttention, convert
+from adaattn_torch.rules import Rule
 
 if TYPE_CHECKING:
     from adaattn_torch.report import ModelReport, model_report

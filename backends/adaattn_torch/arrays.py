@@ -14,7 +14,10 @@ def to_backend(tensor: torch.Tensor) -> Any:
 
     bfloat16 travels as its bits: NumPy's own protocol has no such type.
     """
-    tensor = tensor.detach().resolve_neg()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
     if tensor.device.type != "cpu":
         # Kernels read vectors along the last axis.
         return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] < 2 else tensor.contiguous()

@@ -9,6 +9,7 @@ import torch
 from adaattn_core import attention
 from adaattn_core.backend import Backend
 from adaattn_core.budget import ErrorBudget
+from adaattn_core.errors import UnsupportedError
 from adaattn_core.mask import Mask
 from adaattn_core.plan import Plan
 from adaattn_core.policies.base import Policy
@@ -16,8 +17,9 @@ from adaattn_torch import call as calls
 from adaattn_torch import operators
 from adaattn_torch.arrays import from_backend, in_order_of, to_backend
 from adaattn_torch.call import Call, encode, structural
+from adaattn_torch.direct import backend_for, forward_of
 from adaattn_torch.gradient import attention_gradient
-from adaattn_torch.info import AttentionInfo, announce
+from adaattn_torch.info import AttentionInfo, announce, is_heard
 
 # Dynamo evaluates a call of this function once, on constants, and keeps the text; it looks the
 # function up in its module, which is why it is marked in place.
@@ -32,7 +34,8 @@ class Attended(NamedTuple):
     out : Tensor, shape (batch, heads_q, len_q, dim_v)
     lse : Tensor of float32, shape (batch, heads_q, len_q)
     info : AttentionInfo or None
-        None where no values exist yet: under a trace, or with fake tensors.
+        None where no values exist yet (under a trace, or with fake tensors), and where it was
+        not wanted.
     """
 
     out: torch.Tensor
@@ -53,6 +56,7 @@ def attend(
     backend: Backend | str = "auto",
     layer: str = "",
     seed: int | None = None,
+    want_info: bool = True,
 ) -> Attended:
     """Attention of four-dimensional tensors, with gradients.
 
@@ -70,6 +74,9 @@ def attend(
         Factor on the scores, > 0.
     budget, policy, plan, backend, layer, seed
         See `adaattn_core.attention`.
+    want_info : bool
+        False lets an exact call that nobody listens to go without a certificate, where the
+        backend offers that; the output is the same.
 
     Returns
     -------
@@ -92,10 +99,12 @@ def attend(
         return Attended(out, lse, None)
     inputs = (query, key, value, bias)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        seen: list[AttentionInfo] = []
-        out, lse = _Attention.apply(query, key, value, allowed, bias, scale, call, seen)  # type: ignore[no-untyped-call]
+        seen: list[AttentionInfo | None] = []
+        out, lse = _Attention.apply(  # type: ignore[no-untyped-call]
+            query, key, value, allowed, bias, scale, call, want_info, seen
+        )
         return Attended(out, lse, seen[0])
-    return Attended(*run(query, key, value, allowed, bias, scale, call))
+    return Attended(*run(query, key, value, allowed, bias, scale, call, want_info))
 
 
 def _four_axes(array: torch.Tensor | None) -> torch.Tensor | None:
@@ -117,29 +126,47 @@ def run(
     bias: torch.Tensor | None,
     scale: float,
     call: Call,
-) -> tuple[torch.Tensor, torch.Tensor, AttentionInfo]:
+    want_info: bool,
+) -> tuple[torch.Tensor, torch.Tensor, AttentionInfo | None]:
     """Compute, without a gradient; the output has the query's order of strides."""
     mask = call.mask
     if allowed is not None:
         mask = mask & Mask.boolean(to_backend(allowed))
     if bias is not None:
         mask = mask & Mask.additive(to_backend(bias))
+    arrays = to_backend(query), to_backend(key), to_backend(value)
+    backend = backend_for(call.backend, query.device.type)
+    if not want_info and call.asks_nothing and not is_heard():
+        found = _directly(backend, arrays, mask, scale)
+        if found is not None:
+            return in_order_of(query, from_backend(found[0])), from_backend(found[1]), None
     result = attention(
-        to_backend(query),
-        to_backend(key),
-        to_backend(value),
+        *arrays,
         mask=mask,
         scale=scale,
         budget=call.budget,
         policy=call.policy,
         plan=call.plan,
-        backend=call.backend,
+        backend=backend,
         seed=call.seed,
         layer=call.layer,
     )
     info = AttentionInfo.of_result(result, call.layer)
     announce(info)
     return in_order_of(query, from_backend(result.out)), from_backend(result.lse), info
+
+
+def _directly(
+    backend: Backend, arrays: tuple[Any, Any, Any], mask: Mask, scale: float
+) -> tuple[Any, Any] | None:
+    """Exact attention without a certificate, if the backend offers it for such a call."""
+    forward = forward_of(backend)
+    if forward is None:
+        return None
+    try:
+        return forward(*arrays, mask=mask, scale=scale)
+    except UnsupportedError:
+        return None  # the ordinary way does it, or says why not
 
 
 operators.set_forward(run)
@@ -158,9 +185,10 @@ class _Attention(torch.autograd.Function):
         bias: torch.Tensor | None,
         scale: float,
         call: Call,
-        seen: list[AttentionInfo],
+        want_info: bool,
+        seen: list[AttentionInfo | None],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse, info = run(query, key, value, allowed, bias, scale, call)
+        out, lse, info = run(query, key, value, allowed, bias, scale, call, want_info)
         seen.append(info)
         ctx.save_for_backward(query, key, value, allowed, bias)
         ctx.scale, ctx.mask = scale, call.mask
@@ -171,9 +199,9 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         query, key, value, allowed, bias = ctx.saved_tensors
         if grads[0] is None and grads[1] is None:
-            return (None,) * 8
+            return (None,) * 9
         need_bias = ctx.needs_input_grad[4]
         d_query, d_key, d_value, d_bias = attention_gradient(
             query, key, value, allowed, bias, ctx.mask, ctx.scale, *grads, need_bias=need_bias
         )
-        return d_query, d_key, d_value, None, d_bias, None, None, None
+        return d_query, d_key, d_value, None, d_bias, *(None,) * 4

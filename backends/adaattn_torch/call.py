@@ -44,6 +44,16 @@ class Call:
     layer: str = ""
     seed: int | None = None
 
+    @property
+    def asks_nothing(self) -> bool:
+        """Whether exact attention is all that is asked for, by whatever plan."""
+        return (
+            self.budget is None
+            and self.policy is None
+            and self.plan is None
+            and self.seed is None
+        )
+
 
 def structural(mask: Mask) -> Mask:
     """Return a mask without its arrays."""

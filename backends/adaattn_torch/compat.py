@@ -164,7 +164,9 @@ def _bshd(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     query, key, value = (x.transpose(1, 2) for x in (q, k, v))
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    attended = attend(query, key, value, mask=mask, scale=factor, budget=budget)
+    attended = attend(
+        query, key, value, mask=mask, scale=factor, budget=budget, want_info=False
+    )
     return attended.out.transpose(1, 2), attended.lse
 
 

@@ -93,6 +93,11 @@ def listening(into: list[AttentionInfo]) -> Iterator[list[AttentionInfo]]:
         del _listeners.lists[index]
 
 
+def is_heard() -> bool:
+    """Whether anybody listens in this thread."""
+    return bool(_listeners.lists)
+
+
 def announce(info: AttentionInfo) -> None:
     """Tell the listeners of this thread."""
     for listener in _listeners.lists:

@@ -52,7 +52,7 @@ def _attention(
     confidence: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     asked = decode(call, rel, rows, confidence)
-    out, lse, _ = _forward[0](query, key, value, allowed, bias, scale, asked)
+    out, lse, _ = _forward[0](query, key, value, allowed, bias, scale, asked, False)
     return out, lse
 
 

@@ -17,7 +17,8 @@ from adaattn_core.plan import Plan
 from adaattn_core.policies.base import Policy
 from adaattn_core.policies.calibrated import CalibratedPolicy
 from adaattn_torch.info import AttentionInfo, listening
-from adaattn_torch.mode import Rule, enable
+from adaattn_torch.mode import enable
+from adaattn_torch.rules import Rule
 from adaattn_torch.transformers import budgets
 
 

@@ -1,16 +1,18 @@
 """Hugging Face transformers: ``model.set_attn_implementation("adaattn")``.
 
-Attention and mask function are registered under one key. A causal prefill without padding gets
-no mask tensor, so that a plan may choose every structure; anything else gets the boolean mask
-that transformers makes for PyTorch's own attention.
+Attention and mask function are registered under one key. Causal masks, causal windows and
+padding on the right reach attention as patterns (see `adaattn_torch.transformers_masks`), so
+that a plan may choose every structure; anything else gets the boolean mask that transformers
+makes for PyTorch's own attention.
 """
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -19,25 +21,20 @@ from adaattn_core.backend import Backend
 from adaattn_core.budget import ErrorBudget
 from adaattn_core.errors import BackendUnavailableError, UnsupportedError
 from adaattn_core.policies.base import Policy
+from adaattn_torch.compact import CompactMask
 from adaattn_torch.info import AttentionInfo, announce, warn_of_fallback
-from adaattn_torch.mode import Rule, enable
+from adaattn_torch.rules import Rule, Rules
 
 KEY = "adaattn"
 """Name of the attention implementation in transformers."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Settings:
-    rules: tuple[Rule, ...] = (Rule(),)
-    strict: bool = False
-
-
 class _Overrides(threading.local):
     def __init__(self) -> None:
-        self.stack: list[_Settings] = []
+        self.stack: list[Rules] = []
 
 
-_defaults = _Settings()
+_defaults = Rules()
 _overrides = _Overrides()
 
 
@@ -88,8 +85,15 @@ def register_transformers(
     _defaults = _settings(budget, policy, backend, rules, strict)
     AttentionInterface.register(KEY, attention_forward)
     # Under the same key: a model asks for the mask function of its attention's name.
-    AttentionMaskInterface.register(KEY, sdpa_mask)
+    AttentionMaskInterface.register(KEY, _mask_function(sdpa_mask))
     return KEY
+
+
+def _mask_function(sdpa_mask: Any) -> Any:
+    """Return our mask function; transformers' own where it is called in another way."""
+    if "q_offset" not in inspect.signature(sdpa_mask).parameters:
+        return sdpa_mask
+    return import_module("adaattn_torch.transformers_masks").adaattn_mask
 
 
 @contextmanager
@@ -118,8 +122,8 @@ def _settings(
     backend: Backend | str,
     rules: Iterable[Rule],
     strict: bool,
-) -> _Settings:
-    return _Settings((*rules, Rule(budget=budget, policy=policy, backend=backend)), strict)
+) -> Rules:
+    return Rules((*rules, Rule(budget=budget, policy=policy, backend=backend)), strict)
 
 
 def attention_forward(
@@ -183,11 +187,13 @@ def attention_forward(
     if causal and len_kv > len_q:  # first fill of a static cache: later slots hold nothing
         key, value = key[:, :, :len_q], value[:, :, :len_q]
         position_bias = None if position_bias is None else position_bias[..., :len_q]
-    if position_bias is not None:
-        attention_mask, causal = _with_bias(attention_mask, position_bias, causal, query), False
     reasons = [
         name for name, x in (("softcap", softcap), ("attention sinks", s_aux)) if x is not None
     ]
+    if isinstance(attention_mask, CompactMask) and (reasons or position_bias is not None):
+        attention_mask = attention_mask.dense()
+    if position_bias is not None:
+        attention_mask, causal = _with_bias(attention_mask, position_bias, causal, query), False
     if reasons:
         reason = " and ".join(reasons)
         if settings.strict:
@@ -202,8 +208,7 @@ def attention_forward(
         warn_of_fallback(reason)
         announce(AttentionInfo.of_fallback(reason, layer))
     else:
-        mode = enable(rules=settings.rules, strict=settings.strict)
-        out = mode.call(
+        out = settings.attention(
             layer,
             query,
             key,
@@ -213,6 +218,7 @@ def attention_forward(
             causal,
             scaling,
             enable_gqa=query.shape[1] != key.shape[1],
+            into=None,
         )
     return out.transpose(1, 2).contiguous(), None
 
