@@ -14,6 +14,7 @@ from adaattn_torch.modules import AdaptiveAttention, convert
 from adaattn_torch.rules import Rule
 
 if TYPE_CHECKING:
+    from adaattn_torch.flash import register_flash_attention
     from adaattn_torch.report import ModelReport, model_report
     from adaattn_torch.transformers import budgets, register_transformers
 
@@ -31,6 +32,7 @@ __all__ = [
     "enable",
     "listening",
     "model_report",
+    "register_flash_attention",
     "register_transformers",
     "scaled_dot_product_attention",
 ]
@@ -39,6 +41,7 @@ _LATE = {
     "ModelReport": "report",
     "model_report": "report",
     "budgets": "transformers",
+    "register_flash_attention": "flash",
     "register_transformers": "transformers",
 }
 
