@@ -1,10 +1,10 @@
-"""PyTorch's hook for flash attention kernels: `torch.nn.attention.activate_flash_attention_impl`.
+"""PyTorch's own hook for flash attention kernels, `torch.nn.attention`'s registry of them.
 
 Once activated, the kernel behind ``SDPBackend.FLASH_ATTENTION`` on CUDA is this library's exact
 attention: `torch.nn.functional.scaled_dot_product_attention` itself, without a mode and without
 an import in the model's code, and below PyTorch's own context parallelism. PyTorch sends there
-only 16-bit tensors without a mask. The backward pass stays PyTorch's own kernel, which takes our
-output and lse. What we do not compute goes to the kernel that was there before.
+only 16-bit tensors without a mask. The backward pass stays PyTorch's own kernel, which takes
+our output and lse. What we do not compute goes to the kernel that was there before.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def register_flash_attention(backend: Backend | str = "auto") -> str:
     except ImportError as error:
         raise BackendUnavailableError(
             got=f"PyTorch {torch.__version__}: {error}",
-            needed="torch.nn.attention.register_flash_attention_impl and torch.library.get_kernel",
+            needed="one with register_flash_attention_impl and torch.library.get_kernel",
             do="update PyTorch, or use adaattn_torch.enable(), which needs neither",
         ) from error
     register_flash_attention_impl(NAME, register_fn=partial(activate, backend=backend))
@@ -105,8 +105,9 @@ def activate(backend: Backend | str = "auto", key: str = "CUDA") -> Handle:
             needed="one to hand back to what is not computed here: a build with CUDA",
             do="install such a build, or use adaattn_torch.enable()",
         ) from error
-    library = torch.library.Library("aten", "IMPL", key)
-    library.impl(OPERATOR, partial(_kernel, backend, previous), key, with_keyset=True)
+    library = torch.library.Library("aten", "IMPL", key)  # type: ignore[no-untyped-call]
+    kernel = partial(_kernel, backend, previous)
+    library.impl(OPERATOR, kernel, key, with_keyset=True)  # type: ignore[no-untyped-call]
     return Handle(library)
 
 

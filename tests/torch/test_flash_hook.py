@@ -1,7 +1,7 @@
 """PyTorch's hook for flash attention: offered, activated, taken back; the nine outputs.
 
-The operator has no CPU kernel of its own, so one that is recognisable stands in for the one that
-was there before.
+The operator has no CPU kernel of its own, so one that is recognisable stands in for the one
+that was there before.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from adaattn_torch import FallbackWarning, flash, listening
 
 operator = torch.ops.aten._scaled_dot_product_flash_attention
 # The dispatcher says so, once in a process: it is what is wanted here.
-pytestmark = pytest.mark.filterwarnings("ignore:.*Overriding a previously registered kernel")
+pytestmark = pytest.mark.filterwarnings("ignore:Warning only once for all operators")
 
 
 def nine(out, query, key):
@@ -54,9 +54,8 @@ def active(before):
 @pytest.fixture
 def registry(monkeypatch):
     """torch's registry as it was, afterwards."""
-    monkeypatch.setattr(
-        _registry, "_FLASH_ATTENTION_IMPLS", dict(_registry._FLASH_ATTENTION_IMPLS)
-    )
+    known = dict(_registry._FLASH_ATTENTION_IMPLS)
+    monkeypatch.setattr(_registry, "_FLASH_ATTENTION_IMPLS", known)
     monkeypatch.setattr(_registry, "_FLASH_ATTENTION_ACTIVE", None)
     yield
     hooks.restore_flash_attention_impl(_raise_warn=False)
