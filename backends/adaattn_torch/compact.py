@@ -60,6 +60,14 @@ class CompactMask(torch.Tensor):
         """Pickle the boolean tensor."""
         return self.dense().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
+    def tolist(self) -> Any:
+        """Return the boolean tensor as lists."""
+        return self.dense().tolist()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """Return the boolean tensor as an array."""
+        return self.dense().numpy(force=force)
+
     def dense(self) -> torch.Tensor:
         """Return the boolean tensor, of shape (batch, 1, len_q, len_kv)."""
         if self._dense is not None:
