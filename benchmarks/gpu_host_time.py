@@ -1,6 +1,6 @@
 """Host time of one eager call at 128 tokens, beside torch's SDPA, and of a cold process.
 
-    python benchmarks/gpu_host_time.py
+    python benchmarks/gpu_host_time.py [--calls-only]
 
 A call is timed from its start to its return; the device works behind it. The cold process
 imports the backend, loads a kernel that the disk cache has, runs it and waits.
@@ -8,6 +8,7 @@ imports the backend, loads a kernel that the disk cache has, runs it and waits.
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import subprocess
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from adaattn_core import attention
+from adaattn_core.mask import Mask
 from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.problem import AttentionProblem
 from adaattn_cuda.backend import CudaBackend
@@ -75,10 +77,20 @@ def main() -> None:
     problem_f32 = AttentionProblem.from_arrays(*wide)
     plan_f32 = Plan.uniform(problem_f32, HeadPlan())
     sdpa = torch.nn.functional.scaled_dot_product_attention
+    drawn = torch.randn((300, 3, *q.shape), device="cuda", dtype=q.dtype)
+    sets = itertools.cycle([tuple(three) for three in drawn])
+    causal = Mask.causal("bottom_right")
     forward = microseconds(
         {
             "attention_forward, bf16": lambda: attention_forward(q, k, v),
+            "attention_forward, bf16, causal": lambda: attention_forward(q, k, v, mask=causal),
+            "attention_forward, bf16, 300 sets of arrays": lambda: attention_forward(
+                *next(sets)
+            ),
+            "attention_forward, f32": lambda: attention_forward(*wide),
             "torch SDPA, bf16": lambda: sdpa(q, k, v),
+            "torch SDPA, bf16, causal": lambda: sdpa(q, k, v, is_causal=True),
+            "torch SDPA, bf16, 300 sets of arrays": lambda: sdpa(*next(sets)),
             "run, bf16": lambda: backend.run(problem, plan),
             "run, f32": lambda: backend.run(problem_f32, plan_f32),
             "AttentionProblem.from_arrays": lambda: AttentionProblem.from_arrays(q, k, v),
@@ -105,6 +117,9 @@ def main() -> None:
         "kernel of bf16": backend.provenance()["kernels"],
         "microseconds": forward | certified,
     }
+    if "--calls-only" in sys.argv:
+        print(json.dumps(found, indent=1))
+        return
     for library, parts in (("torch", TORCH), ("cupy", CUPY)):
         for _ in range(3):  # the first fills the kernel cache, the second the page cache
             done = subprocess.run(

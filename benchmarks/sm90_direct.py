@@ -110,19 +110,16 @@ class Launch:
         )
         lse = torch.full((batch, heads, len_q), float("nan"), device="cuda")
         records = torch.from_numpy(plan.records.view(np.uint8).reshape(-1).copy()).cuda()
-        block = ctypes.create_string_buffer(
-            pack_params(
-                plan,
-                matrix(query),
-                [matrix(k) for k in keys],
-                [matrix(v) for v in values],
-                matrix(out),
-                matrix(lse[..., None]),
-                scale,
-                records.data_ptr(),
-                bias.data_ptr() if bias is not None else 0,
-            ),
-            1280,
+        block = pack_params(
+            plan,
+            matrix(query),
+            [matrix(k) for k in keys],
+            [matrix(v) for v in values],
+            matrix(out),
+            matrix(lse[..., None]),
+            scale,
+            records.data_ptr(),
+            bias.data_ptr() if bias is not None else 0,
         )
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(block))
         return cls(

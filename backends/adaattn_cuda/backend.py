@@ -13,14 +13,17 @@ from typing import Any, NoReturn, cast
 from numpy.typing import NDArray
 
 from adaattn_core.backend import Capabilities, RawResult, RowErrors, RunFacts
-from adaattn_core.errors import ShapeError, UnsupportedError
+from adaattn_core.errors import UnsupportedError
+from adaattn_core.mask import Mask
 from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_core.stats import MeasureRequest, ProblemStats
-from adaattn_cuda import driver, sm80, sm90_launch
-from adaattn_cuda.arrays import ArrayView, broadcast, contiguous, view
+from adaattn_cuda import driver, sm80
+from adaattn_cuda.arrays import contiguous, view
+from adaattn_cuda.dense import Arrays, addresses, input_views, make_launch, mask_views
 from adaattn_cuda.facts import LazyFacts
-from adaattn_cuda.launch import Launch, LaunchCache, Sm80Launch
+from adaattn_cuda.forward import attention_forward
+from adaattn_cuda.launch import Launch, LaunchCache
 from adaattn_cuda.library import library_of
 from adaattn_cuda.row_facts import RowFacts
 from adaattn_cuda.toolchain import nvrtc_version
@@ -28,13 +31,6 @@ from adaattn_cuda.toolchain import nvrtc_version
 __all__ = ["CudaBackend"]
 
 _PLANS_REMEMBERED = 32
-_BIAS_FORMATS = tuple(sm80.BIAS_TYPES)
-
-Arrays = tuple[
-    ArrayView, ArrayView, ArrayView, ArrayView, ArrayView, ArrayView | None, ArrayView | None
-]
-"""query, key, value, out, lse, boolean mask, additive mask."""
-
 Groups = dict[tuple[str, str], tuple[HeadIndex, ...] | None]
 """(qk, pv) -> the heads that run so; None stands for all of them."""
 
@@ -113,32 +109,20 @@ class CudaBackend:
                 needed="none: this backend measures nothing",
                 do="pass the workspace to the backend that made it",
             )
-        if problem.dtype not in sm80.INPUT_FORMATS:
-            raise UnsupportedError(
-                got=f"{problem.dtype} arrays",
-                needed=f"one of {', '.join(sm80.INPUT_FORMATS)} on the GPU",
-                do='cast them, or use backend="numpy" for float64',
-                dtype=problem.dtype,
-            )
-        query, key, value = view(problem.query), view(problem.key), view(problem.value)
+        query, key, value = input_views(problem)
         library = library_of(problem.query)
-        if into is None:
-            rows = query.shape[:3]
-            out = library.empty((*rows, value.shape[3]), problem.dtype, problem.query)
-            lse = library.empty(rows, "f32", problem.query)
-            groups = self._groups_of(plan) if heads is None else _group(plan, heads)
-        else:
-            out, lse = into.out, into.lse
-            groups = _group(plan, plan.heads if heads is None else heads)
+        rows, dim_v = query.shape[:3], value.shape[3]
         if into is None:  # the library's own, C-contiguous
             device = query.device
-            out_view = contiguous(
-                library.pointer(out), (*rows, value.shape[3]), query.dtype, device
-            )
-            lse_view = contiguous(library.pointer(lse), rows, "f32", device)
+            out, lse, written = library.outputs((*rows, dim_v), problem.dtype, problem.query)
+            out_view = contiguous(written[0], (*rows, dim_v), query.dtype, device)
+            lse_view = contiguous(written[1], rows, "f32", device)
+            groups = self._groups_of(plan) if heads is None else _group(plan, heads)
         else:
-            out_view, lse_view = view(out), view(lse)
-        arrays = (query, key, value, out_view, lse_view, *_mask_views(problem, query.device))
+            out_view, lse_view = view(into.out), view(into.lse)
+            groups = _group(plan, plan.heads if heads is None else heads)
+        masks = mask_views(problem.mask, (*rows, problem.len_kv), query.device)
+        arrays = (query, key, value, out_view, lse_view, *masks)
         stream = library.stream(query.device)
         launches = [
             self._start(problem, arrays, formats, chosen, stream)
@@ -146,6 +130,8 @@ class CudaBackend:
         ]
         self._last.launches, self._last.device = launches, query.device
         records = RowFacts(problem, (*arrays[:3], out_view), library, stream)
+        kept = records.workspace_bytes + sum(launch.workspace_bytes for launch in launches)
+        self._last.workspace_bytes = kept
         chosen = plan.heads if heads is None else {index: plan[index] for index in heads}
         if into is None:
             facts = LazyFacts(problem, records, chosen)
@@ -153,8 +139,64 @@ class CudaBackend:
         cast(LazyFacts, into.facts).replan(records, chosen)
         return into
 
+    def forward(
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        *,
+        mask: Mask | None = None,
+        scale: float | None = None,
+    ) -> tuple[Any, Any]:
+        """Compute exact attention without plan, facts or certificate, for the cost of a launch.
+
+        Parameters
+        ----------
+        query : array, shape (batch, heads_q, len_q, dim_qk)
+        key : array, shape (batch, heads_kv, len_kv, dim_qk)
+        value : array, shape (batch, heads_kv, len_kv, dim_v)
+            Torch tensors or CuPy arrays as they are, other libraries' through DLPack: on one
+            CUDA device, all f32, f16 or bf16, the last axis contiguous. heads_q must be a
+            multiple of heads_kv; head dims are 1 to 256.
+        mask : Mask, optional
+            Any mask; arrays in it on the same device. Default: every key is visible.
+        scale : float, optional
+            Factor on the scores, > 0. Default 1/sqrt(dim_qk).
+
+        Returns
+        -------
+        out : array, shape (batch, heads_q, len_q, dim_v)
+            In the library and dtype of `query`; contiguous; rows that see nothing are 0.
+        lse : array of float32, shape (batch, heads_q, len_q)
+            Natural log; -inf where a row sees nothing.
+
+        Raises
+        ------
+        ShapeError, DTypeError, ArgumentError
+            If the arguments do not fit together, or are on different devices.
+        UnsupportedError
+            For float64, host arrays, arrays that require a gradient, a stride other than 1
+            along the last axis, head dims above 256, lengths above 2^29; and for the first call
+            of a shape while its stream records a CUDA graph.
+        KernelCompileError
+            If the first call of its kind cannot compile its kernel.
+        AdaAttnError
+            If device memory runs out, or the driver reports an error.
+
+        Notes
+        -----
+        It works on the stream that is current in the caller's library and returns without
+        waiting. Kernel choice and launch plan are remembered by shapes, strides, dtypes, mask
+        and scale.
+        """
+        return attention_forward(query, key, value, mask=mask, scale=scale)
+
     def provenance(self) -> dict[str, str]:
-        """Device, compiler, and the kernels of this thread's last run."""
+        """Device, compiler, and kernels and workspace of this thread's last run.
+
+        ``workspace_bytes`` is the device memory beside inputs and outputs: work lists, kept
+        with the launch plan, and the figures of the certificate, kept with the result.
+        """
         device = getattr(self._last, "device", max(driver.current_device(), 0))
         facts = driver.device_facts(device)
         return {
@@ -162,6 +204,7 @@ class CudaBackend:
             "arch": facts.arch,
             "nvrtc": nvrtc_version(),
             "kernels": "; ".join(launch.name for launch in self.last_launches()),
+            "workspace_bytes": str(getattr(self._last, "workspace_bytes", 0)),
         }
 
     def last_launches(self) -> tuple[Launch, ...]:
@@ -179,15 +222,6 @@ class CudaBackend:
     ) -> Launch:
         query, key, value, out, lse, allowed, bias = arrays
         mask = problem.mask
-        pointers = (
-            query.pointer,
-            key.pointer,
-            value.pointer,
-            out.pointer,
-            lse.pointer,
-            allowed.pointer if allowed else 0,
-            bias.pointer if bias else 0,
-        )
         # Everything but the addresses; of those, only whether rows begin on 16 bytes.
         known_by = (
             (query[1:], key[1:], value[1:], out[1:], lse[1:]),
@@ -200,34 +234,10 @@ class CudaBackend:
         )
         launch = self._launches.get(known_by)
         if launch is None:
-            launch = self._make(problem, arrays, formats, heads, stream)  # may compile
+            launch = make_launch(problem, arrays, formats, heads, stream)  # may compile
             self._launches.put(known_by, launch)
-        launch.start(pointers, query.device, stream)
+        launch.start(addresses(arrays), query.device, stream)
         return launch
-
-    @staticmethod
-    def _make(
-        problem: AttentionProblem,
-        arrays: Arrays,
-        formats: tuple[str, str],
-        heads: tuple[HeadIndex, ...] | None,
-        stream: int,
-    ) -> Launch:
-        """Choose the kernel: Hopper's own where it takes the task, else the sm80 family."""
-        query, key, value, out, lse, allowed, bias = arrays
-        _check_strides((query, key, value))
-        facts = driver.device_facts(query.device)
-        own_formats = heads is None and set(formats) == {problem.dtype}
-        hopper = facts.arch == "sm_90a" and own_formats
-        if hopper and sm90_launch.refusal(problem, arrays[:4]) is None:
-            return sm90_launch.Sm90Launch(problem, arrays[:5], stream)
-        mask = problem.mask
-        task = sm80.DenseTask(
-            query, key, value, out, lse, allowed, bias, problem.sequences,
-            mask.left, mask.right, mask.alignment == "bottom_right", problem.scale,
-            *formats, heads,
-        )  # fmt: skip
-        return Sm80Launch(task, query.device)
 
     def _groups_of(self, plan: Plan) -> Groups:
         """Return the groups of a plan, remembered for as long as the plan is used again."""
@@ -257,48 +267,6 @@ def _group(plan: Plan, heads: Collection[HeadIndex]) -> Groups:
             )
         groups.setdefault((head.qk, head.pv), []).append(index)
     return {formats: tuple(found) for formats, found in groups.items()}
-
-
-def _check_strides(arrays: tuple[ArrayView, ...]) -> None:
-    for name, array in zip(("query", "key", "value"), arrays, strict=True):
-        if min(array.shape) > 0 and array.shape[3] > 1 and array.strides[3] != 1:
-            raise UnsupportedError(
-                got=f"{name} with stride {array.strides[3]} along its last axis",
-                needed="stride 1 there; the other strides are free",
-                do="copy it once to contiguous memory (torch: x.contiguous())",
-                strides=array.strides,
-            )
-
-
-def _mask_views(
-    problem: AttentionProblem, device: int
-) -> tuple[ArrayView | None, ArrayView | None]:
-    """Boolean and additive mask, broadcast by strides alone."""
-    mask = problem.mask
-    if mask.is_structural:
-        return None, None
-    shape = (problem.batch, problem.heads_q, problem.len_q, problem.len_kv)
-    found: list[ArrayView | None] = []
-    for name, array in (("boolean", mask.allowed), ("additive", mask.bias)):
-        if array is None:
-            found.append(None)
-            continue
-        seen = view(array)
-        if seen.device != device:
-            raise ShapeError(
-                got=f"a {name} mask on device {seen.device}, arrays on device {device}",
-                needed="mask and arrays on one device",
-                do="move the mask first: nothing is copied between devices silently",
-            )
-        if name == "additive" and seen.dtype not in _BIAS_FORMATS:
-            raise UnsupportedError(
-                got=f"an additive mask of {seen.dtype}",
-                needed=f"one of {', '.join(_BIAS_FORMATS)}",
-                do="cast the mask to float32",
-                dtype=seen.dtype,
-            )
-        found.append(broadcast(seen, shape))
-    return found[0], found[1]
 
 
 def _refuse_sampling(what: str) -> NoReturn:

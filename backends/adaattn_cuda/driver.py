@@ -162,11 +162,21 @@ def device_facts(device: int) -> DeviceFacts:
     )
 
 
+class _Answer(threading.local):
+    """Where the driver writes a device's number; one of each thread, since it is used often."""
+
+    def __init__(self) -> None:
+        self.device = ctypes.c_int()
+        self.address = ctypes.byref(self.device)
+
+
+_answer = _Answer()
+
+
 def current_device() -> int:
     """Return the device of the calling thread's context, or -1 without one."""
-    device = ctypes.c_int()
-    status = load_driver().cuCtxGetDevice(ctypes.byref(device))
-    return device.value if status == _SUCCESS else -1
+    status = load_driver().cuCtxGetDevice(_answer.address)
+    return _answer.device.value if status == _SUCCESS else -1
 
 
 @cache
@@ -281,12 +291,21 @@ class Kernel:
 
         The driver copies the parameters before it returns.
         """
-        self.call(device, grid, params).start(device, stream)
-
-    def call(self, device: int, grid: int, params: Any) -> Call:
-        """Return the launch of ``grid`` blocks on a device, to be started again and again."""
         self.prepare(device)
-        return Call(self, params, grid)
+        Call(self, params, grid, stream).start(device)
+
+
+class _LaunchConfig(ctypes.Structure):
+    """``CUlaunchConfig`` of cuda.h."""
+
+    _fields_ = (
+        *((f"grid_{axis}", ctypes.c_uint) for axis in "xyz"),
+        *((f"block_{axis}", ctypes.c_uint) for axis in "xyz"),
+        ("smem_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("attribute_count", ctypes.c_uint),
+    )
 
 
 class Call:
@@ -295,22 +314,27 @@ class Call:
     The parameters are read at every start, so what is written into them in between counts.
     """
 
-    def __init__(self, kernel: Kernel, params: Any, grid: int) -> None:
-        self._launch = load_driver().cuLaunchKernel
+    def __init__(self, kernel: Kernel, params: Any, grid: int, stream: int = 0) -> None:
+        self._launch = load_driver().cuLaunchKernelEx
         self._params = params  # kept: the array below holds its address
-        self._before = (
-            kernel.function, grid, 1, 1, kernel.threads, 1, 1, kernel.smem_bytes
+        self._config = _LaunchConfig(
+            grid, 1, 1, kernel.threads, 1, 1, kernel.smem_bytes, stream
         )  # fmt: skip
-        self._arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+        self._arguments = (ctypes.byref(self._config), kernel.function, pointers, None)
 
-    def start(self, device: int, stream: int) -> None:
+    def to(self, stream: int) -> Call:
+        """Choose the stream of the starts that follow."""
+        self._config.stream = stream
+        return self
+
+    def start(self, device: int) -> None:
         """Enqueue it."""
-        handle = ctypes.c_void_p(stream)
         if current_device() == device:
-            status = self._launch(*self._before, handle, self._arguments, None)
+            status = self._launch(*self._arguments)
         else:
             with OnDevice(device):
-                status = self._launch(*self._before, handle, self._arguments, None)
+                status = self._launch(*self._arguments)
         if status != _SUCCESS:
             _check(status, "launching a kernel")
 

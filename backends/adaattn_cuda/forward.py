@@ -8,35 +8,35 @@ launch.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Hashable
-from typing import Any, NamedTuple
+from typing import Any
 
-from adaattn_core.errors import UnsupportedError
 from adaattn_core.mask import Mask
-from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.problem import AttentionProblem
 from adaattn_cuda.arrays import view
-from adaattn_cuda.backend import CudaBackend
+from adaattn_cuda.dense import addresses, input_views, make_launch, mask_views
 from adaattn_cuda.launch import Launch
-from adaattn_cuda.library import library_of
+from adaattn_cuda.library import Library, library_of
 
 __all__ = ["attention_forward"]
 
 _LAYOUTS_REMEMBERED = 256
 
 
-class _Prepared(NamedTuple):
-    """All that a call needs besides addresses."""
+class _Prepared:
+    """All that a call needs besides addresses; `used` tells who may be forgotten."""
 
-    launch: Launch
-    out_shape: tuple[int, ...]
-    dtype: str
-    device: int
+    __slots__ = ("device", "dtype", "launch", "out_shape", "used")
+
+    def __init__(
+        self, launch: Launch, out_shape: tuple[int, ...], dtype: str, device: int
+    ) -> None:
+        self.launch, self.out_shape, self.dtype, self.device = launch, out_shape, dtype, device
+        self.used = False
 
 
-_prepared: OrderedDict[Hashable, _Prepared] = OrderedDict()
-_lock = threading.Lock()
+_prepared: dict[Hashable, _Prepared] = {}
+_lock = threading.Lock()  # for writers: a dict is read safely without it
 
 
 def attention_forward(
@@ -52,7 +52,7 @@ def attention_forward(
         On one CUDA device, of one library and one dtype out of f32, f16 and bf16; the last axis
         contiguous.
     mask : Mask, optional
-        Structural: causal, window, key lengths, ragged. Default: every key is visible.
+        Default: every key is visible. Its arrays, if any, are on the same device.
     scale : float, optional
         Default 1/sqrt(dim_qk).
 
@@ -67,54 +67,54 @@ def attention_forward(
     ------
     ShapeError, DTypeError, ArgumentError
         As `AttentionProblem.from_arrays` does.
-    UnsupportedError
-        For array masks, and for what `CudaBackend.run` does not take.
+    UnsupportedError, KernelCompileError, AdaAttnError
+        As `CudaBackend.run` does; `CudaBackend.forward` lists the cases.
     """
-    structure = None if mask is None else _structure(mask)
     library = library_of(query)
-    known_by: Hashable = None
-    prepared = None
-    if type(query) is type(key) is type(value):  # else: checked below, and refused if foreign
-        pointers = (library.pointer(query), library.pointer(key), library.pointer(value))
-        known_by = (
-            library.layout(query),
-            library.layout(key),
-            library.layout(value),
-            (pointers[0] | pointers[1] | pointers[2]) & 15,
-            structure,
-            scale,
-        )
-        with _lock:
-            prepared = _prepared.get(known_by)
-            if prepared is not None:
-                _prepared.move_to_end(known_by)
+    if not (type(query) is type(key) is type(value)):
+        return _first(library, query, key, value, mask, scale, None)  # most likely refused
+    pointers, layout = library.inputs(query, key, value)
+    aligned = (pointers[0] | pointers[1] | pointers[2]) & 15
+    known_by: Hashable = (layout, aligned, scale)
+    masks = (0, 0)
+    if mask is not None:
+        known_by, masks = _with_mask(known_by, library, mask, type(query))
+    prepared = _prepared.get(known_by)
     if prepared is None:
-        return _first(query, key, value, mask, scale, known_by)
-    shape = prepared.out_shape
-    out = library.empty(shape, prepared.dtype, query)
-    lse = library.empty(shape[:3], "f32", query)
-    prepared.launch.start(
-        (*pointers, library.pointer(out), library.pointer(lse), 0, 0),
-        prepared.device,
-        library.stream(prepared.device),
-    )
+        return _first(library, query, key, value, mask, scale, known_by)
+    prepared.used = True
+    out, lse, written = library.outputs(prepared.out_shape, prepared.dtype, query)
+    device = prepared.device
+    prepared.launch.start((*pointers, *written, *masks), device, library.stream(device))
     return out, lse
 
 
-def _structure(mask: Mask) -> Hashable:
-    if not mask.is_structural:
-        raise UnsupportedError(
-            got=f"a {mask.describe()} mask",
-            needed="a structural mask: causal, window, key lengths, ragged",
-            do='use attention(..., backend="cuda"), which takes array masks',
-        )
-    return (
+def _with_mask(
+    known_by: Hashable, library: Library, mask: Mask, kind: type
+) -> tuple[Hashable, tuple[int, int]]:
+    """Add the mask to a key, all but the addresses of its arrays, which are returned beside.
+
+    The key is None where a mask's array is of another library: such a call is not remembered.
+    """
+    structure = (
         mask.left, mask.right, mask.alignment,
         mask.lengths, mask.cu_seqlens_q, mask.cu_seqlens_kv,
     )  # fmt: skip
+    if mask.allowed is None and mask.bias is None:
+        return (known_by, structure), (0, 0)
+    layouts: list[Hashable] = []
+    pointers: list[int] = []
+    for array in (mask.allowed, mask.bias):
+        if array is not None and type(array) is not kind:
+            return None, (0, 0)
+        layouts.append(None if array is None else library.layout(array))
+        pointers.append(0 if array is None else library.pointer(array))
+    known_by = (known_by, structure, *layouts, pointers[1] & 3)  # misaligned ones are refused
+    return known_by, (pointers[0], pointers[1])
 
 
 def _first(
+    library: Library,
     query: Any,
     key: Any,
     value: Any,
@@ -122,17 +122,31 @@ def _first(
     scale: float | None,
     known_by: Hashable,
 ) -> tuple[Any, Any]:
-    """Check everything, run it through the backend, and keep the launch."""
+    """Check everything, choose and load the kernel, start it, and remember the launch."""
     problem = AttentionProblem.from_arrays(query, key, value, mask=mask, scale=scale)
-    backend = CudaBackend()
-    plan = Plan.uniform(problem, HeadPlan(qk=problem.dtype, pv=problem.dtype))
-    raw = backend.run(problem, plan)
-    (launch,) = backend.last_launches()
-    shape = tuple(int(n) for n in raw.out.shape)
-    prepared = _Prepared(launch, shape, problem.dtype, view(query).device)
+    inputs = input_views(problem)
+    device, rows = inputs[0].device, inputs[0].shape[:3]
+    masks = mask_views(problem.mask, (*rows, problem.len_kv), device)
+    out, lse, _ = library.outputs((*rows, problem.dim_v), problem.dtype, query)
+    arrays = (*inputs, view(out), view(lse), *masks)
+    stream = library.stream(device)
+    launch = make_launch(problem, arrays, (problem.dtype, problem.dtype), None, stream)
+    launch.start(addresses(arrays), device, stream)
     if known_by is not None:
+        prepared = _Prepared(launch, (*rows, problem.dim_v), problem.dtype, device)
         with _lock:
             _prepared[known_by] = prepared
             while len(_prepared) > _LAYOUTS_REMEMBERED:
-                _prepared.popitem(last=False)
-    return raw.out, raw.lse
+                _forget_one()
+    return out, lse
+
+
+def _forget_one() -> None:
+    """Forget the oldest layout that was not used since it was last looked at here."""
+    while True:
+        key = next(iter(_prepared))
+        oldest = _prepared.pop(key)
+        if not oldest.used:
+            return
+        oldest.used = False
+        _prepared[key] = oldest  # a second chance, behind all others

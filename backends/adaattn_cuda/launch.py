@@ -7,17 +7,20 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Protocol
 
+from adaattn_core.errors import UnsupportedError
 from adaattn_cuda import driver, sm80
 from adaattn_cuda.compile import build
 from adaattn_cuda.spec import KernelSpec
 
-__all__ = ["LaunchCache", "Sm80Launch", "kernel_of"]
+__all__ = ["Launch", "LaunchCache", "Sm80Launch", "kernel_of", "refuse_capture"]
 
 
 class Launch(Protocol):
     """A task made ready for a device: what is left to say is where the arrays are."""
 
     name: str
+    workspace_bytes: int
+    """Device memory that it keeps for itself, between its starts as well."""
 
     def start(self, pointers: tuple[int, ...], device: int, stream: int) -> None:
         """Enqueue it: query, key, value, out, lse, allowed, bias (0 = none)."""
@@ -28,23 +31,42 @@ _kernels: dict[KernelSpec, driver.Kernel] = {}
 _kernels_lock = threading.Lock()
 
 
-def kernel_of(spec: KernelSpec, threads: int) -> driver.Kernel:
-    """Return a loaded kernel: from this process, the disk cache, or the compiler."""
+def kernel_of(spec: KernelSpec, threads: int, stream: int) -> driver.Kernel:
+    """Return a loaded kernel: from this process, the disk cache, or the compiler.
+
+    Raises
+    ------
+    UnsupportedError
+        If it would have to be loaded while `stream` records a CUDA graph.
+    """
     with _kernels_lock:
         if spec not in _kernels:
+            refuse_capture(stream, "loads its kernels")
             _kernels[spec] = driver.Kernel(build(spec).cubin, spec.smem_bytes, threads)
         return _kernels[spec]
+
+
+def refuse_capture(stream: int, what: str) -> None:
+    """Raise if `stream` records a CUDA graph, during which nobody may do `what`."""
+    if driver.is_capturing(stream):
+        raise UnsupportedError(
+            got="the first run of its kind during a CUDA-graph capture",
+            needed=f"one run before the capture, which {what}",
+            do="run the problem once (a warm-up), then capture",
+        )
 
 
 class Sm80Launch:
     """A dense task on the sm80 family."""
 
-    def __init__(self, task: sm80.DenseTask, device: int) -> None:
+    workspace_bytes = 0
+
+    def __init__(self, task: sm80.DenseTask, device: int, stream: int) -> None:
         arch = driver.device_facts(device).arch
         chosen = sm80.specialisation(task, arch)
         spec = chosen.spec(arch)
         self.name = spec.name
-        self._kernel = kernel_of(spec, chosen.threads)
+        self._kernel = kernel_of(spec, chosen.threads, stream)
         self._kernel.prepare(device)
         self._ready = [
             (driver.Call(self._kernel, params, blocks), sm80.pointer_slots(params))
@@ -57,7 +79,7 @@ class Sm80Launch:
         with self._lock:
             for call, slots in self._ready:
                 slots[:] = pointers
-                call.start(device, stream)
+                call.to(stream).start(device)
 
 
 class LaunchCache:

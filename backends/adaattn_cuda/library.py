@@ -26,6 +26,12 @@ class Library(Protocol):
         """Return an uninitialised array beside `like`, as ``f32`` or in the dtype of `like`."""
         ...
 
+    def outputs(
+        self, shape: tuple[int, ...], dtype: str, like: Any
+    ) -> tuple[Any, Any, tuple[int, int]]:
+        """Return an output of `shape`, an f32 array of its rows, and their addresses."""
+        ...
+
     def stream(self, device: int) -> int:
         """Return the handle of the stream that the caller works on."""
         ...
@@ -38,12 +44,17 @@ class Library(Protocol):
         """Return the address of element 0."""
         ...
 
+    def inputs(self, query: Any, key: Any, value: Any) -> tuple[tuple[int, int, int], Hashable]:
+        """Return the addresses of the three, and what their layouts have to say together."""
+        ...
+
 
 class TorchLibrary:
     """Torch tensors."""
 
     def __init__(self) -> None:
         self._torch = sys.modules["torch"]
+        self._float32 = self._torch.float32
         # What torch's own generated code calls; the public way builds an object, for 3 us.
         raw = getattr(self._torch._C, "_cuda_getCurrentRawStream", None)
         self._raw_stream: Callable[[int], int] = raw or self._public_stream
@@ -52,10 +63,20 @@ class TorchLibrary:
         """Allocate from torch's caching allocator."""
         try:
             if dtype == "f32":
-                return like.new_empty(shape, dtype=self._torch.float32)
+                return like.new_empty(shape, dtype=self._float32)
             return like.new_empty(shape)
         except self._torch.OutOfMemoryError as error:
             raise _out_of_memory(shape, dtype) from error
+
+    def outputs(
+        self, shape: tuple[int, ...], dtype: str, like: Any
+    ) -> tuple[Any, Any, tuple[int, int]]:
+        """Allocate as `empty` does."""
+        try:
+            out, lse = like.new_empty(shape), like.new_empty(shape[:3], dtype=self._float32)
+        except self._torch.OutOfMemoryError as error:
+            raise _out_of_memory(shape, dtype) from error
+        return out, lse, (out.data_ptr(), lse.data_ptr())
 
     def stream(self, device: int) -> int:
         """Torch's current stream on the device."""
@@ -69,7 +90,19 @@ class TorchLibrary:
 
     def pointer(self, array: Any) -> int:
         """Address by `data_ptr`."""
-        return int(array.data_ptr())
+        pointer: int = array.data_ptr()
+        return pointer
+
+    def inputs(self, query: Any, key: Any, value: Any) -> tuple[tuple[int, int, int], Hashable]:
+        """By attributes alone, the device by its number: this is on the path of every call."""
+        pointers = (query.data_ptr(), key.data_ptr(), value.data_ptr())
+        layout = (
+            query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride(),
+            query.dtype, key.dtype, value.dtype,
+            query.get_device(), key.get_device(), value.get_device(),  # -1 for the host
+            query.requires_grad, key.requires_grad, value.requires_grad,
+        )  # fmt: skip
+        return pointers, layout
 
     def _public_stream(self, device: int) -> int:
         return int(self._torch.cuda.current_stream(device).cuda_stream)
@@ -90,16 +123,24 @@ class CupyLibrary:
             ) from None
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
-        """Allocate from CuPy's memory pool."""
+        """Allocate from CuPy's memory pool, on the device of `like`."""
         kind = "float32" if dtype == "f32" else like.dtype
         try:
-            return self._cupy.empty(shape, kind)
+            with self._cupy.cuda.Device(view(like).device):
+                return self._cupy.empty(shape, kind)
         except self._cupy.cuda.memory.OutOfMemoryError as error:
             raise _out_of_memory(shape, dtype) from error
 
+    def outputs(
+        self, shape: tuple[int, ...], dtype: str, like: Any
+    ) -> tuple[Any, Any, tuple[int, int]]:
+        """Allocate both."""
+        out, lse = self.empty(shape, dtype, like), self.empty(shape[:3], "f32", like)
+        return out, lse, (self.pointer(out), self.pointer(lse))
+
     def stream(self, device: int) -> int:
-        """CuPy's current stream."""
-        return int(self._cupy.cuda.get_current_stream().ptr)
+        """CuPy's current stream on the device."""
+        return int(self._cupy.cuda.get_current_stream(device).ptr)
 
     def layout(self, array: Any) -> Hashable:
         """Everything in its view but the address."""
@@ -108,6 +149,11 @@ class CupyLibrary:
     def pointer(self, array: Any) -> int:
         """Address by its view."""
         return view(array).pointer
+
+    def inputs(self, query: Any, key: Any, value: Any) -> tuple[tuple[int, int, int], Hashable]:
+        """By the three views."""
+        q, k, v = view(query), view(key), view(value)
+        return (q.pointer, k.pointer, v.pointer), (q[1:], k[1:], v[1:])
 
 
 class ForeignLibrary(CupyLibrary):
@@ -122,22 +168,22 @@ class ForeignLibrary(CupyLibrary):
         return namespace.from_dlpack(super().empty(shape, dtype, like))
 
 
-_libraries: dict[str, Library] = {}
+_libraries: dict[type, Library] = {}
 
 
 def library_of(array: Any) -> Library:
     """Library of an array, by the package that its type comes from."""
-    name = type(array).__module__.split(".", 1)[0]
-    found = _libraries.get(name)
+    found = _libraries.get(type(array))
     if found is None:
-        if hasattr(array, "data_ptr") and "torch" in sys.modules:
-            found = TorchLibrary()
-        elif name == "cupy":
-            found = CupyLibrary()
-        else:
-            found = ForeignLibrary(name)
-        _libraries[name] = found
+        found = _libraries[type(array)] = _find(array)
     return found
+
+
+def _find(array: Any) -> Library:
+    name = type(array).__module__.split(".", 1)[0]
+    if hasattr(array, "data_ptr") and "torch" in sys.modules:
+        return TorchLibrary()
+    return CupyLibrary() if name == "cupy" else ForeignLibrary(name)
 
 
 def _out_of_memory(shape: tuple[int, ...], dtype: str) -> AdaAttnError:

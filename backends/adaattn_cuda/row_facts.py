@@ -95,10 +95,11 @@ class RowFacts:
         self._batch, self._heads = batch, heads
         # Doubles, asked for as pairs of floats: allocators align far beyond eight bytes.
         size = 2 * int(np.prod(self._shape))
+        self.workspace_bytes = 4 * size
         self._records = library.empty((size,), "f32", problem.query)
         address = library.pointer(self._records)
         arch = driver.device_facts(self._device).arch
-        kernel = kernel_of(_spec(query.dtype, arch), THREADS)
+        kernel = kernel_of(_spec(query.dtype, arch), THREADS, stream)
         units, vectorised = self._shape[1], int(all(map(_is_vectorised, arrays)))
         for part in parts:
             params = _Params(records=address, blocks=blocks, vectorised=vectorised)

@@ -28,6 +28,7 @@ __all__ = [
     "LaunchPlan",
     "Params",
     "layout_reason",
+    "move_params",
     "pack_params",
     "plan_launch",
     "supports",
@@ -201,7 +202,7 @@ def pack_params(
     scale: float,
     records_pointer: int,
     bias_pointer: int = 0,
-) -> bytes:
+) -> Params:
     """Pack the kernel's parameter block, 1,280 bytes, to be passed by value.
 
     Parameters
@@ -225,9 +226,7 @@ def pack_params(
     AdaAttnError
         If the driver refuses a tensor map; `layout_reason` names what it would refuse.
     """
-    size = ctypes.sizeof(Params)
-    memory = ctypes.create_string_buffer(size + _MAP_ALIGNMENT_BYTES)
-    params = Params.from_buffer(memory, -ctypes.addressof(memory) % _MAP_ALIGNMENT_BYTES)
+    params = _aligned_params()
     _encode(params.query_map, query, plan.tile.tile_m, plan.dtype)
     for index, (key, value) in enumerate(zip(keys, values, strict=True)):
         _encode(params.key_map[index], key, plan.tile.tile_n, plan.dtype)
@@ -240,7 +239,47 @@ def pack_params(
     params.slack = SLACK_LOG2 / params.scale_log2
     params.rounds = plan.rounds
     params.dim_qk, params.dim_v = query.shape[3], out.shape[3]
-    return bytes(params)
+    return params
+
+
+def move_params(params: Params, pointers: Sequence[int]) -> Params:
+    """Return a copy of a parameter block with a single source, for arrays at other addresses.
+
+    Parameters
+    ----------
+    params : Params
+    pointers : sequence of int
+        Addresses of query, key, value, out and lse; whatever follows is not looked at.
+
+    Raises
+    ------
+    AdaAttnError
+        If the driver refuses an address: none that is a multiple of 16 bytes.
+    """
+    moved = _aligned_params()
+    ctypes.memmove(ctypes.addressof(moved), ctypes.addressof(params), ctypes.sizeof(Params))
+    matrices = (moved.query, moved.key[0], moved.value[0], moved.out, moved.lse)
+    for matrix, pointer in zip(matrices, pointers, strict=False):
+        matrix.data = pointer
+    replace_address = driver.load_driver().cuTensorMapReplaceAddress
+    for place, pointer in zip(
+        (moved.query_map, moved.key_map[0], moved.value_map[0]), pointers, strict=False
+    ):
+        status = replace_address(ctypes.byref(place), ctypes.c_void_p(pointer))
+        if status:
+            raise AdaAttnError(
+                got=f"CUDA error {status} for an array at {pointer:#x}",
+                needed="an address that the copy engine takes",
+                do="copy the array to memory of its own",
+                status=status,
+            )
+    return moved
+
+
+def _aligned_params() -> Params:
+    """Return zeros where the driver may write tensor maps: on a multiple of 64 bytes."""
+    memory = ctypes.create_string_buffer(ctypes.sizeof(Params) + _MAP_ALIGNMENT_BYTES)
+    return Params.from_buffer(memory, -ctypes.addressof(memory) % _MAP_ALIGNMENT_BYTES)
 
 
 def _matrix(matrix: DeviceMatrix) -> Matrix:

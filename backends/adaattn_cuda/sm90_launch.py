@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, cast
 
-from adaattn_core.errors import UnsupportedError
 from adaattn_core.problem import AttentionProblem
 from adaattn_cuda import driver, sm90
 from adaattn_cuda.arrays import ArrayView
-from adaattn_cuda.launch import kernel_of
+from adaattn_cuda.launch import kernel_of, refuse_capture
 from adaattn_cuda.sm90_work import Geometry
 
 __all__ = ["Sm90Launch", "refusal"]
 
-_ADDRESSES_REMEMBERED = 64
+_ADDRESSES_REMEMBERED = 128
 _NAMES = ("query", "key", "value", "out")
 
 
@@ -67,41 +65,42 @@ class Sm90Launch:
         spec = tile.spec(problem.dtype)
         self.name = spec.name
         self._arrays, self._scale = tuple(arrays[:5]), problem.scale
-        self._calls: OrderedDict[tuple[int, ...], driver.Call] = OrderedDict()
+        self._calls: OrderedDict[tuple[int, tuple[int, ...]], driver.Call] = OrderedDict()
+        self._packed: sm90.Params | None = None
         self._lock = threading.Lock()
+        self.workspace_bytes = 0
         self._table: driver.DeviceTable | None = None
         if self._plan.grid == 0:
             return
-        if driver.is_capturing(stream):
-            raise UnsupportedError(
-                got="the first run of this geometry during a CUDA-graph capture",
-                needed="one run before the capture, which copies the work list to the device",
-                do="run the problem once (a warm-up), then capture",
-            )
-        self._kernel = kernel_of(spec, tile.threads)
+        refuse_capture(stream, "copies the work list to the device")
+        self._kernel = kernel_of(spec, tile.threads, stream)
         self._kernel.prepare(device)
         self._table = driver.DeviceTable(self._plan.records.tobytes(), device)
+        self.workspace_bytes = self._table.size_bytes
 
     def start(self, pointers: tuple[int, ...], device: int, stream: int) -> None:
         """Enqueue it; tensor maps are encoded once per set of addresses."""
         if self._table is None:
             return
-        call = self._calls.get(pointers)
+        call = self._calls.get((stream, pointers))
         if call is None:
-            call = self._kernel.call(device, self._plan.grid, self._pack(pointers))
+            call = driver.Call(self._kernel, self._pack(pointers), self._plan.grid, stream)
             with self._lock:
-                self._calls[pointers] = call
+                self._calls[stream, pointers] = call
                 if len(self._calls) > _ADDRESSES_REMEMBERED:
                     self._calls.popitem(last=False)
-        call.start(device, stream)  # nothing writes to its parameters any more
+        call.start(device)  # nothing writes to its parameters any more
 
-    def _pack(self, pointers: tuple[int, ...]) -> Any:
+    def _pack(self, pointers: tuple[int, ...]) -> sm90.Params:
+        """Parameters for a set of addresses: packed once, for others a copy is moved there."""
+        if self._packed is not None:
+            return sm90.move_params(self._packed, pointers)
         assert self._table is not None
         query, key, value, out, lse = (
             sm90.DeviceMatrix(pointer, matrix.shape, matrix.strides)
             for pointer, matrix in zip(pointers, map(_matrix, self._arrays), strict=False)
         )
-        packed = sm90.pack_params(
+        self._packed = sm90.pack_params(
             self._plan, query, [key], [value], out, lse, self._scale, self._table.address
         )
-        return ctypes.create_string_buffer(packed, len(packed))
+        return self._packed

@@ -11,15 +11,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from adaattn_core import ErrorBudget, attention
 from adaattn_core.backend import Backend, RawResult
-from adaattn_core.errors import ShapeError, UnsupportedError
+from adaattn_core.errors import BudgetInfeasibleError, ShapeError, UnsupportedError
 from adaattn_core.mask import Mask
 from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.problem import AttentionProblem
 from adaattn_core.structure import Landmark
 from adaattn_core.testing.oracles import exact_attention, rms_row_norm
 from adaattn_cuda import backend as backend_module
-from adaattn_cuda import driver, sm90_launch
+from adaattn_cuda import dense, driver, sm90_launch
 from adaattn_cuda.arrays import ArrayView
 from adaattn_cuda.backend import CudaBackend
 from adaattn_cuda.launch import LaunchCache
@@ -33,6 +34,10 @@ class HostLibrary:
         made = np.full(shape, 7, np.float32 if dtype == "f32" else like.dtype)
         HostRecords.outputs[made.ctypes.data] = made
         return made
+
+    def outputs(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+        out, lse = self.empty(shape, dtype, like), self.empty(shape[:3], "f32", like)
+        return out, lse, (self.pointer(out), self.pointer(lse))
 
     def stream(self, device: int) -> int:
         return 99
@@ -50,7 +55,9 @@ class Recorder:
     made: list[DenseTask]
     started: list[tuple[tuple[int, ...], int, int]]
 
-    def __init__(self, task: DenseTask, device: int) -> None:
+    workspace_bytes = 8
+
+    def __init__(self, task: DenseTask, device: int, stream: int) -> None:
         self.name = f"kernel of {task.qk}/{task.pv}"
         Recorder.made.append(task)
 
@@ -60,6 +67,8 @@ class Recorder:
 
 class HostRecords:
     """Stands in for `RowFacts`: the same figures, of whatever the arrays hold when read."""
+
+    workspace_bytes = 1000
 
     def __init__(self, problem: AttentionProblem, arrays: Any, library: Any, stream: int):
         self.problem, self.out = problem, HostRecords.outputs[arrays[3].pointer]
@@ -104,8 +113,9 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaBackend]:
     monkeypatch.setattr(driver, "device_facts", lambda device: facts)
     monkeypatch.setattr(driver, "current_device", lambda: -1)
     monkeypatch.setattr(backend_module, "view", host_view)
+    monkeypatch.setattr(dense, "view", host_view)
     monkeypatch.setattr(backend_module, "library_of", lambda array: HostLibrary())
-    monkeypatch.setattr(backend_module, "Sm80Launch", Recorder)
+    monkeypatch.setattr(dense, "Sm80Launch", Recorder)
     monkeypatch.setattr(backend_module, "RowFacts", HostRecords)
     monkeypatch.setattr(backend_module, "nvrtc_version", lambda: "13.5")
     Recorder.made, Recorder.started = [], []
@@ -138,7 +148,8 @@ def test_one_kernel_on_the_callers_stream(backend: CudaBackend) -> None:
     assert raw.out.shape == (1, 2, 40, 24)
     assert raw.lse.dtype == np.float32
     assert backend.provenance() == {
-        "device": "a card", "arch": "sm_80", "nvrtc": "13.5", "kernels": "kernel of f32/f32"
+        "device": "a card", "arch": "sm_80", "nvrtc": "13.5", "kernels": "kernel of f32/f32",
+        "workspace_bytes": "1008",
     }  # fmt: skip
 
 
@@ -220,6 +231,23 @@ def test_last_axis_must_be_contiguous(backend: CudaBackend) -> None:
         backend.run(p, Plan.uniform(p, HeadPlan()))
 
 
+@pytest.mark.parametrize("name", ["key", "the additive mask"])
+def test_elements_must_begin_on_multiples_of_their_size(
+    backend: CudaBackend, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    p = problem(mask=Mask.additive(np.zeros((40, 50), np.float32)))
+    misaligned = p.key if name == "key" else p.mask.bias
+
+    def shifted(x: Any) -> ArrayView:
+        seen = host_view(x)
+        return seen._replace(pointer=seen.pointer + 2) if x is misaligned else seen
+
+    monkeypatch.setattr(dense, "view", shifted)
+    with pytest.raises(UnsupportedError, match=f"{name} at address"):
+        backend.run(p, Plan.uniform(p, HeadPlan()))
+    assert Recorder.started == []
+
+
 def test_mask_on_another_device(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     p = problem(mask=Mask.boolean(np.ones((40, 50), bool)))
 
@@ -228,7 +256,7 @@ def test_mask_on_another_device(backend: CudaBackend, monkeypatch: pytest.Monkey
         device = 1 if seen.dtype == "bool" else 0
         return ArrayView(seen.pointer, seen.shape, seen.strides, seen.dtype, device)
 
-    monkeypatch.setattr(backend_module, "view", elsewhere)
+    monkeypatch.setattr(dense, "view", elsewhere)
     with pytest.raises(ShapeError, match="boolean mask on device 1"):
         backend.run(p, Plan.uniform(p, HeadPlan()))
 
@@ -238,6 +266,18 @@ def test_nothing_is_measured(backend: CudaBackend) -> None:
         backend.measure(problem(), None)  # type: ignore[arg-type]
     with pytest.raises(UnsupportedError, match='backend="numpy"'):
         backend.row_errors(problem(), RawResult(None, None), {})
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_sampled_budgets_are_kept_by_theorem(backend: CudaBackend, dtype: Any) -> None:
+    p, budget = problem(dtype), ErrorBudget(rel=0.1)
+    name = NAMES[str(np.dtype(dtype))]
+    result = attention(p.query, p.key, p.value, budget=budget, backend=backend)
+    assert result.certificate.holds(budget)
+    assert set(result.certificate.guarantee.ravel()) == {"worst_case"}
+    assert [(t.qk, t.pv, t.heads) for t in Recorder.made] == [(name, name, None)]
+    with pytest.raises(BudgetInfeasibleError, match='backend "cuda", which samples no rows'):
+        attention(p.query, p.key, p.value, budget=ErrorBudget(rel=1e-6), backend=backend)
 
 
 def test_launch_cache_forgets_the_least_recently_used() -> None:

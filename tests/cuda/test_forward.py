@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
-from adaattn_core.errors import ShapeError, UnsupportedError
+from adaattn_core.errors import AdaAttnError, ShapeError
 from adaattn_core.mask import Mask
-from adaattn_core.plan import Plan
 from adaattn_core.problem import AttentionProblem
-from adaattn_cuda import forward
+from adaattn_cuda import dense, driver, forward
 from adaattn_cuda.arrays import ArrayView
+from adaattn_cuda.backend import CudaBackend
 
 
 class HostLibrary:
-    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
-        return np.full(shape, 7, np.float32 if dtype == "f32" else like.dtype)
+    def outputs(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+        assert (dtype == "f32") == (like.dtype == np.float32)
+        out, lse = np.full(shape, 7, like.dtype), np.full(shape[:3], 7, np.float32)
+        return out, lse, (out.ctypes.data, lse.ctypes.data)
 
     def stream(self, device: int) -> int:
         return 99
@@ -29,40 +31,41 @@ class HostLibrary:
     def pointer(self, array: Any) -> int:
         return int(array.ctypes.data)
 
+    def inputs(self, *three: Any) -> Any:
+        return tuple(map(self.pointer, three)), tuple(map(self.layout, three))
+
 
 class Recorder:
-    name = "a kernel"
+    """Stands in for a launch; `made` are those that were asked for."""
 
-    def __init__(self) -> None:
+    name = "a kernel"
+    made: ClassVar[list[Recorder]] = []
+
+    def __init__(
+        self, problem: AttentionProblem, arrays: Any, formats: Any, heads: Any, stream: int
+    ) -> None:
+        self.problem, self.arrays, self.formats = problem, arrays, formats
         self.started: list[tuple[tuple[int, ...], int, int]] = []
+        assert heads is None
+        Recorder.made.append(self)
 
     def start(self, pointers: tuple[int, ...], device: int, stream: int) -> None:
         self.started.append((pointers, device, stream))
 
 
-class FakeBackend:
-    """Stands in for `CudaBackend`: hands out a recorder for every first run."""
-
-    made: list[tuple[AttentionProblem, Plan, Recorder]]
-
-    def run(self, problem: AttentionProblem, plan: Plan) -> Any:
-        FakeBackend.made.append((problem, plan, Recorder()))
-        rows = problem.query.shape[:3]
-        raw = type("Raw", (), {})()
-        raw.out = np.zeros((*rows, problem.dim_v), problem.query.dtype)
-        raw.lse = np.zeros(rows, np.float32)
-        return raw
-
-    def last_launches(self) -> tuple[Recorder, ...]:
-        return (FakeBackend.made[-1][2],)
+def host_view(x: Any) -> ArrayView:
+    names = {"float32": "f32", "float16": "f16", "bool": "bool"}
+    steps = tuple(s // x.dtype.itemsize for s in x.strides)
+    return ArrayView(x.ctypes.data, x.shape, steps, names[str(x.dtype)], 3)
 
 
 @pytest.fixture(autouse=True)
 def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    FakeBackend.made = []
-    monkeypatch.setattr(forward, "CudaBackend", FakeBackend)
+    Recorder.made.clear()
+    monkeypatch.setattr(forward, "make_launch", Recorder)
     monkeypatch.setattr(forward, "library_of", lambda array: HostLibrary())
-    monkeypatch.setattr(forward, "view", lambda x: ArrayView(0, (), (), "f32", 3))
+    monkeypatch.setattr(forward, "view", host_view)
+    monkeypatch.setattr(dense, "view", host_view)
     forward._prepared.clear()
     yield
     forward._prepared.clear()
@@ -78,11 +81,22 @@ def test_second_call_only_starts_the_launch() -> None:
     forward.attention_forward(*arrays())
     q, k, v = arrays()
     out, lse = forward.attention_forward(q, k, v)
-    ((_, plan, launch),) = FakeBackend.made
-    assert plan[0, 1].qk == plan[0, 1].pv == "f32"
-    assert launch.started == [((*(x.ctypes.data for x in (q, k, v, out, lse)), 0, 0), 3, 99)]
+    (launch,) = Recorder.made
+    assert launch.formats == ("f32", "f32")
+    last = ((*(x.ctypes.data for x in (q, k, v, out, lse)), 0, 0), 3, 99)
+    assert launch.started[1:] == [last]
+    assert len(launch.started) == 2
     assert (out.shape, out.dtype) == ((1, 2, 40, 24), np.float32)
     assert (lse.shape, lse.dtype) == ((1, 2, 40), np.float32)
+
+
+def test_it_is_the_backends_cheap_door(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "load_driver", lambda: None)
+    out, lse = CudaBackend().forward(*arrays(), mask=Mask.key_lengths([7]), scale=2.0)
+    (launch,) = Recorder.made
+    assert launch.problem.mask.lengths == (7,)
+    assert launch.problem.scale == 2.0
+    assert (out.shape, lse.shape) == ((1, 2, 40, 24), (1, 2, 40))
 
 
 @pytest.mark.parametrize(
@@ -98,8 +112,8 @@ def test_second_call_only_starts_the_launch() -> None:
 def test_whatever_changes_the_launch_makes_another(other: Any, options: Any) -> None:
     forward.attention_forward(*arrays())
     forward.attention_forward(*other, **options)
-    assert len(FakeBackend.made) == 2
-    problem = FakeBackend.made[-1][0]
+    assert len(Recorder.made) == 2
+    problem = Recorder.made[-1].problem
     assert problem.scale == options.get("scale", 0.25)
     assert problem.mask.right == (0 if "mask" in options and not problem.mask.lengths else None)
 
@@ -107,12 +121,41 @@ def test_whatever_changes_the_launch_makes_another(other: Any, options: Any) -> 
 def test_equal_masks_share_a_launch() -> None:
     for _ in range(3):
         forward.attention_forward(*arrays(), mask=Mask.causal("top_left"))
-    assert len(FakeBackend.made) == 1
+    assert len(Recorder.made) == 1
 
 
-def test_array_masks_go_elsewhere() -> None:
-    with pytest.raises(UnsupportedError, match="structural mask"):
-        forward.attention_forward(*arrays(), mask=Mask.boolean(np.ones((40, 50), bool)))
+def test_array_masks_are_known_by_layout_and_passed_by_address() -> None:
+    bias = np.zeros((2, 40, 50), np.float32)
+    for allowed in (np.ones((40, 50), bool), np.zeros((40, 50), bool)):
+        mask = Mask.boolean(allowed) & Mask.additive(bias) & Mask.causal("top_left")
+        forward.attention_forward(*arrays(), mask=mask)
+        pointers, _, _ = Recorder.made[0].started[-1]
+        assert pointers[5:] == (allowed.ctypes.data, bias.ctypes.data)
+    (launch,) = Recorder.made
+    assert launch.arrays[5].strides == (0, 0, 50, 1)
+    assert launch.arrays[6].strides == (0, 2000, 50, 1)
+    forward.attention_forward(*arrays(), mask=Mask.additive(bias[:1]))
+    forward.attention_forward(*arrays(), mask=Mask.additive(bias[:, :1]))
+    forward.attention_forward(*arrays(), mask=Mask.boolean(np.ones((40, 50), bool)))
+    assert len(Recorder.made) == 4
+
+
+def test_a_mask_of_another_library_is_checked_every_time() -> None:
+    class Foreign(np.ndarray):
+        pass
+
+    mask = Mask.boolean(np.ones((40, 50), bool).view(Foreign))
+    for _ in range(2):
+        forward.attention_forward(*arrays(), mask=mask)
+    assert len(Recorder.made) == 2
+    assert not forward._prepared
+
+
+def test_arrays_of_different_types_are_checked_every_time() -> None:
+    q, k, v = arrays()
+    with pytest.raises(AdaAttnError):
+        forward.attention_forward(q, k.tolist(), v)
+    assert not forward._prepared
 
 
 def test_shapes_are_checked_on_the_first_call() -> None:
@@ -126,4 +169,4 @@ def test_least_recently_used_layout_is_forgotten(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(forward, "_LAYOUTS_REMEMBERED", 2)
     for len_q in (1, 2, 1, 3, 1, 2):  # 2 is forgotten for 3, and made again
         forward.attention_forward(*arrays(len_q=len_q))
-    assert len(FakeBackend.made) == 4
+    assert len(Recorder.made) == 4

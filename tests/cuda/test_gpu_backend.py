@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any
 
@@ -78,6 +79,74 @@ def test_forward_without_a_plan(dtype: str) -> None:
         hidden = torch.ones(300, 300, device="cuda").triu(1) > 0
         exact_lse = scores.masked_fill(hidden, -torch.inf).logsumexp(-1)
         assert (lse - exact_lse).abs().max() <= 2.0**-18 * exact_lse.abs().max()
+
+
+@pytest.mark.parametrize("dtype", UNIT)
+def test_forward_with_array_masks(backend, dtype: str) -> None:
+    """Masks are passed by address: the second call has other ones of the same layout."""
+    for _ in range(2):
+        q, k, v = arrays(dtype)
+        allowed = torch.rand((300, 300), device="cuda") > 0.3
+        bias = torch.randn((4, 1, 300), device="cuda", dtype=q.dtype)
+        out, _ = backend.forward(q, k, v, mask=Mask.boolean(allowed) & Mask.additive(bias))
+        added = bias.double().expand(2, 4, 300, 300).masked_fill(~allowed, -torch.inf)
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            q.double(), k.double(), v.double(), attn_mask=added
+        )
+        assert relative(out, expected) <= UNIT[dtype]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_forward_is_captured_after_a_warm_up(backend, dtype: str) -> None:
+    q, k, v = arrays(dtype, length=301, dim=72)  # a kernel and a geometry of their own
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(UnsupportedError, match="CUDA-graph capture"), torch.cuda.graph(graph):
+        backend.forward(q, k, v)
+    torch.cuda.synchronize()
+    backend.forward(q, k, v)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = backend.forward(q, k, v)
+    q.copy_(torch.randn_like(q))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert relative(out, exact(q, k, v)) <= UNIT[dtype]
+
+
+def test_forward_on_many_addresses_streams_and_threads(backend) -> None:
+    """More sets of addresses than are remembered, from two threads on their own streams."""
+    sets = [arrays(length=64, heads=1) for _ in range(150)]
+    torch.cuda.synchronize()
+    found: dict[int, list[Any]] = {}
+
+    def work(name: int) -> None:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            found[name] = [backend.forward(*three)[0] for three in sets + sets]
+        stream.synchronize()
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for outs in found.values():
+        for out, three in zip(outs, sets + sets, strict=True):
+            assert relative(out, exact(*three)) <= UNIT["bfloat16"]
+    assert set(found) == {0, 1}
+
+
+@pytest.mark.parametrize("dtype", UNIT)
+def test_sampled_budgets_are_kept_by_theorem(dtype: str) -> None:
+    q, k, v = arrays(dtype)
+    budget = ErrorBudget(rel=0.1)
+    result = attention(q, k, v, budget=budget, backend="cuda")
+    assert result.certificate.holds(budget)
+    expected = exact(q, k, v)
+    rms = result.out.double().square().sum(-1).mean(-1).sqrt().cpu().numpy()
+    worst = (result.out.double() - expected).norm(dim=-1).amax(-1).cpu().numpy()
+    assert (worst <= result.certificate.upper * rms).all()
+    assert int(result.provenance["workspace_bytes"]) > 0
 
 
 def test_auto_finds_the_backend() -> None:
@@ -171,6 +240,33 @@ def test_bad_input(backend) -> None:
     huge = AttentionProblem.from_arrays(*(x[:, :, :1] for x in arrays(dim=264)))
     with pytest.raises(UnsupportedError, match="at most 256"):
         backend.run(huge, plan_of(huge))
+
+
+def test_rows_that_begin_anywhere(backend) -> None:
+    """Rows and arrays off the 16-byte grid are computed all the same, by the sm80 family."""
+    for dtype, shift in (("bfloat16", 1), ("float16", 3), ("float32", 2)):
+        flat = torch.randn(2 * 4 * 300 * 65 + 8, device="cuda", dtype=getattr(torch, dtype))
+        q = flat[shift : shift + 2 * 4 * 300 * 65].view(2, 4, 300, 65)[..., :64]
+        assert q.data_ptr() % 16
+        problem = AttentionProblem.from_arrays(q, q, q)
+        raw = backend.run(problem, plan_of(problem))
+        assert relative(raw.out, exact(q, q, q)) <= UNIT[dtype]
+        assert "sm80_attn_fwd" in backend.provenance()["kernels"]
+        out, _ = backend.forward(q, q, q)
+        assert torch.equal(out, raw.out)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.device_count() < 2, reason="needs two devices"
+)
+def test_arrays_on_a_device_that_is_not_current(backend) -> None:
+    q, k, v = (x.to("cuda:1") for x in arrays())
+    out, lse = backend.forward(q, k, v)
+    assert (out.device, lse.device) == (q.device, q.device)
+    assert relative(out, exact(q, k, v)) <= UNIT["bfloat16"]
+    assert torch.cuda.current_device() == 0
+    with pytest.raises(ShapeError, match="one device"):
+        backend.forward(q, k.to("cuda:0"), v)
 
 
 def test_out_of_memory_says_so(backend) -> None:

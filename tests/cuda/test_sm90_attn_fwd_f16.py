@@ -192,6 +192,13 @@ class FakeDriver:
         sizes, strides, box, *_ = rest
         self.maps.append((kind, rank, address.value, list(sizes), list(strides), list(box)))
         assert ctypes.addressof(place._obj) % 64 == 0
+        place._obj[0] = 42
+        return self.status
+
+    def cuTensorMapReplaceAddress(self, place, address):  # noqa: N802
+        assert ctypes.addressof(place._obj) % 64 == 0
+        assert place._obj[0] == 42, "a map that was encoded before"
+        self.maps.append(("moved", address.value))
         return self.status
 
 
@@ -200,10 +207,9 @@ def packed(monkeypatch: pytest.MonkeyPatch, fake: FakeDriver) -> sm90.Params:
     spans = (SequenceSpan(0, 0, 0, 5, 0, 5), SequenceSpan(1, 1, 0, 5, 0, 5))
     plan = sm90.plan_launch(Geometry(spans, 3, 3, 64, 64), "bf16", BLOCKS)
     lse = matrix(shape=(2, 3, 5, 1), strides=(15, 5, 1))
-    block = sm90.pack_params(
+    return sm90.pack_params(
         plan, matrix(), [matrix(512)], [matrix(1024)], matrix(2048), lse, 0.5, 77
     )
-    return sm90.Params.from_buffer_copy(block)
 
 
 def test_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,6 +233,23 @@ def test_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
         (9, 4, 512, sizes, steps, [64, tile.tile_n, 1, 1]),
         (9, 4, 1024, sizes, steps, [64, tile.tile_n, 1, 1]),
     ]
+
+
+def test_parameters_are_moved_to_other_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeDriver()
+    params = packed(monkeypatch, fake)
+    before = bytes(params)
+    moved = sm90.move_params(params, (16, 32, 48, 64, 80, 0, 0))
+    assert bytes(params) == before
+    assert fake.maps[3:] == [("moved", 16), ("moved", 32), ("moved", 48)]
+    matrices = (moved.query, moved.key[0], moved.value[0], moved.out, moved.lse)
+    assert [m.data for m in matrices] == [16, 32, 48, 64, 80]
+    for matrix, address in zip(matrices, (256, 512, 1024, 2048, 256), strict=True):
+        matrix.data = address
+    assert bytes(moved) == before, "nothing else has changed"
+    fake.status = 1
+    with pytest.raises(sm90.AdaAttnError, match="error 1 for an array at 0x10"):
+        sm90.move_params(params, (16, 32, 48, 64, 80))
 
 
 def test_a_refused_tensor_map_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
