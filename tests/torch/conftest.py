@@ -29,7 +29,7 @@ def oracle(query, key, value, mask=None, *, scale=None, is_causal=False, enable_
 
     Returns the output and the largest score that anybody sees.
     """
-    query, key, value = (x.detach().double().numpy() for x in (query, key, value))
+    query, key, value = (x.detach().double().cpu().numpy() for x in (query, key, value))
     query, key, value = (x.astype(np.longdouble) for x in (query, key, value))
     if enable_gqa:
         group = query.shape[-3] // key.shape[-3]
@@ -39,9 +39,9 @@ def oracle(query, key, value, mask=None, *, scale=None, is_causal=False, enable_
     if is_causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
     if mask is not None and mask.dtype == torch.bool:
-        scores = np.where(mask.numpy(), scores, -np.inf)
+        scores = np.where(mask.cpu().numpy(), scores, -np.inf)
     elif mask is not None:
-        scores = scores + mask.detach().double().numpy()
+        scores = scores + mask.detach().double().cpu().numpy()
     top = scores.max(axis=-1, keepdims=True, initial=-np.inf)
     weights = np.exp(scores - np.where(top == -np.inf, 0, top))
     total = weights.sum(axis=-1, keepdims=True)
@@ -63,6 +63,8 @@ def assert_as_good(ours, theirs, exact, value):
     own, inner = ROUNDOFF[ours.dtype], min(ROUNDOFF[ours.dtype], 2.0**-24)
     floor = 4 * own * max(float(np.abs(exact).max()), 2.0**-14)
     floor += 4 * inner * (1 + largest_score) * float(value.double().abs().max())
-    error, known = (np.abs(x.detach().double().numpy() - exact).max() for x in (ours, theirs))
+    error, known = (
+        np.abs(x.detach().double().cpu().numpy() - exact).max() for x in (ours, theirs)
+    )
     assert math.isfinite(error)
     assert error <= 2 * known + floor
