@@ -232,7 +232,7 @@ def _mask_axes(
 ) -> torch.Tensor | None:
     """Bring a mask to four dimensions, broadcast axes of length 1; None if it does not fit."""
     full = (*lead, len_q, len_kv)
-    if mask.dim() > len(full):
+    if not 2 <= mask.dim() <= len(full):
         return None
     pairs = zip(reversed(mask.shape), reversed(full), strict=False)
     if any(n not in (1, whole) for n, whole in pairs):
