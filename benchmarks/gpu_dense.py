@@ -53,8 +53,18 @@ Burst = Callable[[int], list[float]]
 """Runs a number of calls; returns milliseconds of single calls (or of their mean)."""
 
 
-def cells() -> Iterator[tuple[int, int, bool]]:
-    """Yield (dim, len, causal)."""
+Cell = tuple[int, int, bool]
+"""dim, len, causal"""
+
+
+def cell_named(text: str) -> Cell:
+    """Return the cell of a text like ``128:16384:full``."""
+    dim, length, mask = text.split(":")
+    return int(dim), int(length), {"full": False, "causal": True}[mask]
+
+
+def cells() -> Iterator[Cell]:
+    """Yield all of them."""
     for dim in DIMS:
         for causal in (False, True):
             for length in LENGTHS:
@@ -169,7 +179,7 @@ def ceilings() -> dict[str, float]:
     }
 
 
-def measure(rounds: int, burst_ms: float, revision: str) -> dict[str, Any]:
+def measure(rounds: int, burst_ms: float, revision: str, chosen: list[Cell]) -> dict[str, Any]:
     """Run everything."""
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
@@ -189,7 +199,7 @@ def measure(rounds: int, burst_ms: float, revision: str) -> dict[str, Any]:
         "ceilings_before": ceilings(),
         "cells": [],
     }  # fmt: skip
-    for dim, length, causal in cells():
+    for dim, length, causal in chosen or cells():
         shape = (TOKENS // length, WIDTH // dim, length, dim)
         sets = [
             [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
@@ -312,13 +322,20 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--burst-ms", type=float, default=40.0)
+    parser.add_argument(
+        "--cells", nargs="*", type=cell_named, default=[], metavar="DIM:LEN:full|causal",
+        help="only these, to stdout: nothing is written",
+    )  # fmt: skip
     options = parser.parse_args()
     if options.render:
         report = json.loads(options.render.read_text())
         options.render.with_suffix(".md").write_text(markdown(report))
         plot(report, options.render.with_suffix(".png"))
         return
-    report = measure(options.rounds, options.burst_ms, options.revision)
+    report = measure(options.rounds, options.burst_ms, options.revision, options.cells)
+    if options.cells:
+        print(json.dumps(report, indent=1))
+        return
     (options.out / "gpu_dense.json").write_text(json.dumps(report, indent=1))
     (options.out / "gpu_dense.md").write_text(markdown(report))
     print(f"geometric mean {report['geometric_mean']:.3f}, worst {report['worst']:.3f}")

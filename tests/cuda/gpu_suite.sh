@@ -27,6 +27,12 @@ for tool in memcheck racecheck synccheck; do
         "$python" benchmarks/gpu_check_sm80.py --group sanitize >"$out/$tool.log" 2>&1
     finish "compute-sanitizer $tool" $?
 done
+"$python" benchmarks/gpu_check_facts.py >/dev/null 2>&1
+for tool in memcheck racecheck synccheck; do
+    timeout 120 compute-sanitizer --tool $tool --report-api-errors no --error-exitcode 9 \
+        "$python" benchmarks/gpu_check_facts.py >"$out/facts_$tool.log" 2>&1
+    finish "compute-sanitizer $tool, facts" $?
+done
 for tool in memcheck racecheck synccheck; do # PyTorch asks the driver in vain: no API errors
     timeout 120 compute-sanitizer --tool $tool --report-api-errors no --error-exitcode 9 \
         "$python" benchmarks/gpu_check_sm90.py --profile "128/128 2x128 bf16" --length 1024 \

@@ -177,15 +177,14 @@ ADAATTN_DEVICE void separate_nonfinite(Output<T>& out, u32 value, const Params& 
 #pragma unroll
         for (int n = 0; n < T::kValueTiles; ++n) {
 #pragma unroll
-            for (int e = 0; e < 2; ++e) {
+            for (int e = 0; e < 4; ++e) {
                 const float x = shared_element<T::kPv>(
                     moved_bytes(own, n * 8 * ValueTile::kElementBytes) +
-                    e * ValueTile::kElementBytes);
+                    (e & 1) * ValueTile::kElementBytes);
                 if ((float_bits(x) & 0x7f800000u) == 0x7f800000u) {
 #pragma unroll
                     for (int m = 0; m < T::kRowTiles; ++m) {
-                        out[m][n][e] += sees[m][0] ? x : 0.0f;
-                        out[m][n][2 + e] += sees[m][1] ? x : 0.0f;
+                        out[m][n][e] += sees[m][e / 2] ? x : 0.0f;
                     }
                 }
             }
