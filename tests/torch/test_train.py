@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 import adaattn_torch
+from adaattn_core import FixedPolicy
 from adaattn_torch import bridge
 
-LENGTH, BATCH, WIDTH, HEADS, STEPS = 64, 4, 64, 4, 120
+LENGTH, BATCH, WIDTH, HEADS, STEPS = 64, 2, 64, 4, 200
 
 
 class Block(torch.nn.Module):
@@ -59,8 +60,9 @@ def train(budget: float | None, steps: int = STEPS) -> np.ndarray:
     optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3)
     batches = torch.Generator().manual_seed(1)
     losses = []
-    policy = skipping() if budget is not None else None
-    for _ in range(steps):
+    policy = FixedPolicy(qk="e4m3", pv="e4m3")  # left to itself, a CPU runs short heads exactly
+    approximated = []
+    for step in range(steps):
         starts = torch.randint(len(data) - LENGTH - 1, (BATCH,), generator=batches)
         window = data[starts[:, None] + torch.arange(LENGTH + 1)]
         if budget is None:
@@ -69,20 +71,19 @@ def train(budget: float | None, steps: int = STEPS) -> np.ndarray:
             with adaattn_torch.enable(budget, policy=policy) as mode:
                 logits = model(window[:, :-1])
             assert len(mode.infos) == 2
-            assert all(info.fell_back is None for info in mode.infos)
+            assert all((info.certificate.upper <= budget).all() for info in mode.infos)
+            formats = [head.qk for info in mode.infos for head in info.plan.heads.values()]
+            approximated.append(np.mean([name in ("e4m3", "i8") for name in formats]))
+            if step == 0:  # the same weights: what the budget changes, certified and true
+                change = (logits - model(window[:, :-1])).norm() / logits.norm()
+                assert 1e-3 < change < budget
         loss = F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         losses.append(float(loss.detach()))
+    assert budget is None or np.mean(approximated) > 0.8
     return np.array(losses)
-
-
-def skipping():
-    """Score-then-skip at a threshold that the budget allows: short heads would run dense."""
-    from adaattn_core import FixedPolicy, ScoreSkip  # noqa: PLC0415
-
-    return FixedPolicy(ScoreSkip(lam=0.03, tile_q=32, tile_kv=1))
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -93,7 +94,7 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 
 @pytest.fixture(scope="module")
 def exact() -> np.ndarray:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     return train(None)
 
 
@@ -101,7 +102,6 @@ def exact() -> np.ndarray:
 def test_budget_follows_the_exact_curve(exact) -> None:
     losses = train(0.05)
     assert exact[-10:].mean() < 0.7 * exact[:10].mean()  # it learns at all
-    assert not np.array_equal(losses, exact)  # and is approximated
     assert distance(losses, exact) < 0.03 * exact[0]
 
 
@@ -113,5 +113,5 @@ def test_wrong_gradient_is_noticed(exact, monkeypatch) -> None:
         return -d_query, d_key, -d_value, d_bias
 
     monkeypatch.setattr(bridge, "attention_gradient", wrong)
-    steps = STEPS // 2
+    steps = STEPS // 4
     assert distance(train(0.05, steps), exact[:steps]) > 0.03 * exact[0]
