@@ -15,7 +15,7 @@ from adaattn_torch.rules import Rule
 
 if TYPE_CHECKING:
     from adaattn_torch.flash import register_flash_attention
-    from adaattn_torch.report import ModelReport, model_report
+    from adaattn_torch.report import ModelReport, calibrate, model_report
     from adaattn_torch.transformers import budgets, register_transformers
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Rule",
     "attend",
     "budgets",
+    "calibrate",
     "compat",
     "convert",
     "enable",
@@ -39,6 +40,7 @@ __all__ = [
 
 _LATE = {
     "ModelReport": "report",
+    "calibrate": "report",
     "model_report": "report",
     "budgets": "transformers",
     "register_flash_attention": "flash",

@@ -35,6 +35,12 @@ def from_backend(array: Any) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
+def lowered(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor in autocast's lower precision, if autocast would cast it."""
+    eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(dtype) if eligible else tensor
+
+
 def empty_output(query: torch.Tensor, dim_v: int) -> torch.Tensor:
     """Return an empty (batch, heads, len_q, dim_v) tensor with the query's order of strides."""
     strides = query.stride()

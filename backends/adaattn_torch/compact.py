@@ -73,7 +73,7 @@ class CompactMask(torch.Tensor):
         if self._dense is not None:
             return self._dense
         assert self.pattern is not None
-        return _written_out(self.pattern, tuple(self.shape), self.device)
+        return written_out(self.pattern, tuple(self.shape), self.device)
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         """Become the boolean tensor: what a compiled graph takes is values."""
@@ -109,7 +109,8 @@ class CompactMask(torch.Tensor):
         return self._dense
 
 
-def _written_out(pattern: Mask, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+def written_out(pattern: Mask, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Write a structural mask out as a boolean tensor of shape (batch, 1, len_q, len_kv)."""
     batch, _, len_q, len_kv = shape
     row = torch.arange(len_q, device=device)[:, None]
     column = torch.arange(len_kv, device=device)

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 
 from adaattn_core.errors import UnsupportedError
-from adaattn_torch.arrays import empty_output
+from adaattn_torch.arrays import empty_output, lowered
 from adaattn_torch.call import decode
 from adaattn_torch.gradient import attention_gradient
 
@@ -128,6 +128,37 @@ def _differentiate(
         query, key, value, allowed, bias, ctx.scale, ctx.call, grad_out, grad_lse, ctx.need_bias
     )
     return d_query, d_key, d_value, None, d_bias if ctx.need_bias else None, *(None,) * 5
+
+
+def _autocast(kind: str, device: str) -> None:
+    """Register what autocast does: cast as `scaled_dot_product_attention` does, then go on.
+
+    ``torch.library.register_autocast`` would fix the lower precision once and for all; it is
+    the active context that names it.
+    """
+    without = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, kind))
+
+    @torch.library.impl(FORWARD, kind)
+    def cast(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        allowed: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        *rest: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = (lowered(x, dtype) for x in (query, key, value))
+        bias = None if bias is None else lowered(bias, dtype)
+        with torch._C._ExcludeDispatchKeyGuard(without):
+            found: tuple[torch.Tensor, torch.Tensor] = torch.ops.adaattn.attention(
+                query, key, value, allowed, bias, *rest
+            )
+        return found
+
+
+_autocast("AutocastCPU", "cpu")
+_autocast("AutocastCUDA", "cuda")
 
 
 def _refuse_twice(ctx: Any, *grads: Any) -> NoReturn:

@@ -10,6 +10,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from adaattn_core.errors import ArgumentError, ShapeError
 from adaattn_core.mask import Mask
+from adaattn_torch.arrays import lowered
 from adaattn_torch.compact import CompactMask
 
 DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
@@ -185,14 +186,10 @@ def _autocast(
     if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
         return query, key, value, attn_mask
     dtype = torch.get_autocast_dtype(kind)
-
-    def cast(x: torch.Tensor) -> torch.Tensor:
-        eligible = x.is_floating_point() and x.dtype != torch.float64
-        return x.to(dtype) if eligible else x
-
     if attn_mask is not None and not isinstance(attn_mask, CausalBias):
-        attn_mask = cast(attn_mask)
-    return cast(query), cast(key), cast(value), attn_mask
+        attn_mask = lowered(attn_mask, dtype)
+    query, key, value = (lowered(x, dtype) for x in (query, key, value))
+    return query, key, value, attn_mask
 
 
 def _leading_shape(

@@ -196,6 +196,48 @@ def model_report(
     return _report(found)
 
 
+def calibrate(
+    model: torch.nn.Module,
+    batches: Iterable[Any],
+    budget: ErrorBudget | float,
+    *,
+    policy: Policy | str | None = None,
+    rules: Iterable[Rule] = (),
+) -> CalibratedPolicy:
+    """Freeze what a budget chooses for a few batches: each head's most expensive plan.
+
+    Parameters
+    ----------
+    model, budget, policy, rules
+        See `model_report`.
+    batches : iterable
+        What the model is called with, once per batch; see `model_report`.
+
+    Returns
+    -------
+    CalibratedPolicy
+        Pass it as `policy`; ``save(folder)`` writes one plan file per layer.
+
+    Raises
+    ------
+    ArgumentError
+        If there is no batch; and as `model_report`.
+    """
+    rules = tuple(rules)
+    plans: dict[str, list[Plan]] = {}
+    for inputs in batches:
+        report = model_report(model, inputs, budget, policy=policy, rules=rules)
+        for layer, known in report.plans.items():
+            plans.setdefault(layer, []).extend(known)
+    if not plans:
+        raise ArgumentError(
+            got="no batch, or none that a backend planned for",
+            needed="at least one batch through a model whose attention runs on a backend",
+            do="pass a list of what the model is called with",
+        )
+    return CalibratedPolicy.from_runs(plans)
+
+
 def _report(infos: list[AttentionInfo]) -> ModelReport:
     heads: list[HeadReport] = []
     plans: dict[str, list[Plan]] = {}

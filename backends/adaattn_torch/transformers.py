@@ -20,8 +20,9 @@ import torch
 from adaattn_core.backend import Backend
 from adaattn_core.budget import ErrorBudget
 from adaattn_core.errors import BackendUnavailableError, UnsupportedError
+from adaattn_core.mask import Mask
 from adaattn_core.policies.base import Policy
-from adaattn_torch.compact import CompactMask
+from adaattn_torch.compact import CompactMask, written_out
 from adaattn_torch.info import AttentionInfo, announce, warn_of_fallback
 from adaattn_torch.rules import Rule, Rules
 
@@ -146,7 +147,8 @@ def attention_forward(
 
     Soft-capped scores and attention sinks change the softmax itself: plain PyTorch operations
     compute them exactly, visibly (a `FallbackWarning`, and the info says so). A sliding window
-    reaches this function inside `attention_mask`.
+    is part of the mask; without a mask, `sliding_window` is what rows see, themselves included,
+    the last row at the last key.
 
     Parameters
     ----------
@@ -187,6 +189,9 @@ def attention_forward(
     if causal and len_kv > len_q:  # first fill of a static cache: later slots hold nothing
         key, value = key[:, :, :len_q], value[:, :, :len_q]
         position_bias = None if position_bias is None else position_bias[..., :len_q]
+        len_kv = len_q
+    if attention_mask is None and sliding_window is not None and len_kv > sliding_window:
+        attention_mask, causal = _window(sliding_window, is_causal, query, len_kv), False
     reasons = [
         name for name, x in (("softcap", softcap), ("attention sinks", s_aux)) if x is not None
     ]
@@ -221,6 +226,21 @@ def attention_forward(
             into=None,
         )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _window(size: int, is_causal: bool, query: torch.Tensor, len_kv: int) -> torch.Tensor:
+    """Return the mask of a causal window that no mask states."""
+    if not is_causal:
+        raise UnsupportedError(
+            got=f"sliding_window={size} on both sides of {len_kv} keys, without a mask",
+            needed="a mask: libraries differ in what such a window holds",
+            do="pass attention_mask, as transformers' own mask functions make it",
+        )
+    pattern = Mask.sliding_window(size - 1, 0, "bottom_right")
+    shape = (query.shape[0], 1, query.shape[2], len_kv)
+    if torch.compiler.is_compiling():
+        return written_out(pattern, shape, query.device)
+    return CompactMask(pattern, shape, query.device)
 
 
 def _layer_name(module: torch.nn.Module) -> str:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
+from adaattn_core import FixedPolicy
 from adaattn_core.errors import ArgumentError, BackendUnavailableError, UnsupportedError
 from adaattn_torch import FallbackWarning, listening
 from adaattn_torch import scaled_dot_product_attention as sdpa
@@ -206,9 +207,13 @@ def test_scale_of_zero(scale):
     assert torch.equal(ours, F.scaled_dot_product_attention(query, key, value, scale=scale))
 
 
-def test_budget_and_certificate():
+@pytest.mark.parametrize("policy", [None, FixedPolicy(qk="e4m3", pv="e4m3")], ids=str)
+def test_budget_and_certificate(policy):
     query, key, value = torch.randn(3, 1, 2, 300, 16)
-    out, info = sdpa(query, key, value, is_causal=True, budget=0.1, layer="x", return_info=True)
+    out, info = sdpa(
+        query, key, value, is_causal=True, budget=0.1, policy=policy, layer="x",
+        return_info=True,
+    )  # fmt: skip
     exact = torch.from_numpy(oracle(query, key, value, is_causal=True)[0].astype(float))
     error = (out.double() - exact).norm(dim=-1)
     rms = exact.square().sum(-1).mean(-1).sqrt()
@@ -217,6 +222,7 @@ def test_budget_and_certificate():
         upper = info.certificate[0, head].upper
         assert upper <= 0.1
         assert (error[0, head] <= upper * rms[0, head]).double().mean() >= 0.95
+        assert policy is None or error[0, head].max() > 1e-3 * rms[0, head]
     assert info.plan.layer == info.layer == "x"
 
 

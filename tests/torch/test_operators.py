@@ -30,6 +30,28 @@ def test_opcheck(mask):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_rule(dtype):
+    given, call = tensors(), encode(Call())
+    bias = torch.randn(12, 14)[None, None]
+    with torch.autocast("cpu", dtype):
+        out, lse = torch.ops.adaattn.attention(*given, None, bias, 0.3, *call)
+        eager = sdpa(*given, bias, scale=0.3, enable_gqa=True)
+        torch._dynamo.reset()
+        function, _ = compiled(lambda *x: sdpa(*x, scale=0.3, enable_gqa=True))
+        assert torch.equal(function(*given, bias), eager)
+    assert out.dtype == dtype
+    assert lse.dtype == torch.float32
+    assert torch.equal(out, eager)
+    for ours, theirs in zip(
+        torch.autograd.grad(out.sum(), given),
+        torch.autograd.grad(eager.sum(), given),
+        strict=True,
+    ):
+        assert ours.dtype == torch.float32  # the cast has a gradient
+        assert torch.equal(ours, theirs)
+
+
 @pytest.fixture(autouse=True)
 def _no_compiled_code():
     torch._dynamo.reset()

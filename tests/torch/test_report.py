@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 import adaattn_torch
+from adaattn_core import FixedPolicy
 from adaattn_core.errors import ArgumentError
 from adaattn_core.policies.calibrated import CalibratedPolicy
 from adaattn_torch.report import model_report
@@ -51,9 +52,22 @@ def test_saved_plans_replay_the_run(model, tmp_path) -> None:
         assert again.plans[layer][0].policy == "calibrated"
 
 
+def test_calibration_freezes_what_a_few_batches_were_given(model) -> None:
+    long, short = torch.randn(1, 300, 32), torch.randn(1, 40, 32)
+    frozen = adaattn_torch.calibrate(model, [short, (long,), short], 0.3)
+    by_hand = adaattn_torch.model_report(model, long, 0.3, policy=frozen)
+    assert {plans[0].policy for plans in by_hand.plans.values()} == {"calibrated"}
+    coarse = adaattn_torch.calibrate(model, [short], 1.0, policy=FixedPolicy(qk="i8", pv="i8"))
+    again = adaattn_torch.model_report(model, short, 1.0, policy=coarse).plans["0"][0]
+    assert {head.qk for head in again.heads.values()} == {"i8"}
+    with pytest.raises(ArgumentError, match="no batch"):
+        adaattn_torch.calibrate(model, [], 0.1)
+
+
 def test_entropy_is_that_of_measured_heads(model) -> None:
-    report = model_report(model, torch.randn(1, 2048, 32), budget=0.1)
+    report = model_report(model, torch.randn(1, 300, 32), budget=0.1, policy="entropy")
     measured = [head for head in report.heads if head.entropy is not None]
+    assert len(measured) == 8
     assert all(0 <= head.entropy <= 1 for head in measured)
     exact = model_report(model, torch.randn(1, 65, 32))
     assert all(head.entropy is None for head in exact.heads)

@@ -170,6 +170,46 @@ def test_what_cannot_be_done_is_said() -> None:
         attention_forward(Attention(), q, k, v, None)
 
 
+def test_a_window_without_a_mask_is_not_ignored() -> None:
+    q, k, v = torch.randn(3, 1, 2, 9, 8, dtype=torch.float64)
+    near = torch.ones(9, 9, dtype=torch.bool).tril() & torch.ones(9, 9, dtype=torch.bool).triu(
+        -3
+    )
+    for rows in (9, 1):
+        out, _ = attention_forward(Attention(), q[:, :, -rows:], k, v, None, sliding_window=4)
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=near)
+        torch.testing.assert_close(out, expected.transpose(1, 2)[:, -rows:])
+    wide, _ = attention_forward(Attention(), q, k, v, None, sliding_window=9)
+    assert torch.equal(wide, attention_forward(Attention(), q, k, v, None)[0])
+    with pytest.raises(UnsupportedError, match="both sides"):
+        attention_forward(Attention(), q, k, v, None, is_causal=False, sliding_window=4)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gpt_oss"])
+def test_models_with_softcap_or_sinks_match_eager_visibly(kind: str) -> None:
+    if kind == "gemma2":
+        config = transformers.Gemma2Config(
+            **SMALL, sliding_window=8, attn_logit_softcapping=2.0
+        )
+    else:
+        config = transformers.GptOssConfig(
+            **SMALL, sliding_window=8, num_local_experts=2, num_experts_per_tok=1,
+        )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    mask = torch.ones(2, 33, dtype=torch.long)
+    mask[1, 26:] = 0
+    inputs = {"input_ids": tokens(), "attention_mask": mask}
+    infos.forget_warnings()
+    seen: list[adaattn_torch.AttentionInfo] = []
+    with pytest.warns(adaattn_torch.FallbackWarning), adaattn_torch.listening(seen):
+        ours = logits(model, KEY, **inputs)[mask.bool()]
+    theirs = logits(model, "eager", **inputs)[mask.bool()]
+    reason = "softcap" if kind == "gemma2" else "attention sinks"
+    assert [info.fell_back for info in seen] == [reason] * 2
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_position_bias_is_added() -> None:
     q, k, v = torch.randn(3, 1, 2, 6, 8, dtype=torch.float64)
     bias = torch.randn(1, 2, 6, 6, dtype=torch.float64)
