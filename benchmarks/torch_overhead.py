@@ -36,21 +36,21 @@ SHAPES: dict[str, tuple[int, int, int]] = {
     "8 heads, 1 token, 128 keys": (8, 1, 128),
 }
 CALLS = {
-    "torch": "`F.scaled_dot_product_attention`",
-    "exact": "`adaattn_torch`'s function",
-    "mode": "`F....` under `enable()`",
-    "info": "with `return_info=True`",
-    "budget": "with `budget=0.1`",
-    "torch compiled": "`F....`, compiled",
-    "exact compiled": "`adaattn_torch`'s, compiled",
+    "torch": "PyTorch's function",
+    "exact": "AdaAttn's function",
+    "mode": "PyTorch's under `enable()`",
+    "info": "AdaAttn's with `return_info=True`",
+    "budget": "AdaAttn's with `budget=0.1`",
+    "torch compiled": "PyTorch's, compiled",
+    "exact compiled": "AdaAttn's, compiled",
 }
 INTRODUCTION = """# Host time of a call from PyTorch
 
 `python benchmarks/torch_overhead.py --markdown docs/benchmarks/torch_overhead.md`. Medians in
 microseconds from the start of a call to its return, batch 1, head dim 64, no mask; the calls
 take turns, so compare within a column. "Compiled" is `torch.compile(fullgraph=True)` of that
-call alone.
-Under `enable()`, with `return_info=True` or a budget, every call has a plan and a certificate.
+call alone. Under `enable()`, with `return_info=True` or a budget, every call has a plan and a
+certificate; AdaAttn's function alone has none where the backend offers that.
 """
 
 

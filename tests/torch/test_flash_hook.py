@@ -55,6 +55,7 @@ def active(before):
 def registry(monkeypatch):
     """torch's registry as it was, afterwards."""
     known = dict(_registry._FLASH_ATTENTION_IMPLS)
+    known.pop(flash.NAME, None)
     monkeypatch.setattr(_registry, "_FLASH_ATTENTION_IMPLS", known)
     monkeypatch.setattr(_registry, "_FLASH_ATTENTION_ACTIVE", None)
     yield
