@@ -173,14 +173,12 @@ ADAATTN_DEVICE void separate_nonfinite(Output<T>& out, u32 value, const Params& 
                 }
             }
         }
-        const u32 own = value + ValueTile::element_offset(k, 2 * (lane & 3));
 #pragma unroll
         for (int n = 0; n < T::kValueTiles; ++n) {
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                const float x = shared_element<T::kPv>(
-                    moved_bytes(own, n * 8 * ValueTile::kElementBytes) +
-                    (e & 1) * ValueTile::kElementBytes);
+                const int column = 8 * n + 2 * (lane & 3) + (e & 1);
+                const float x = shared_element<T::kPv>(value + ValueTile::element_offset(k, column));
                 if ((float_bits(x) & 0x7f800000u) == 0x7f800000u) {
 #pragma unroll
                     for (int m = 0; m < T::kRowTiles; ++m) {

@@ -134,6 +134,7 @@ ADAATTN_DEVICE void add_values_wide(Output<T>& out, const Scores<T>& weights, u3
     const int lane = thread_index() & 31;
     const u32 even = value + ValueTile::element_offset(2 * (lane & 3), lane / 4);
     const u32 odd = value + ValueTile::element_offset(2 * (lane & 3) + 1, lane / 4);
+    // Split once here: in the loop below it would be compiled again for every block of columns.
     Fragment<T::kPv, 4> split[T::kKeyTiles][T::kRowTiles];
 #pragma unroll
     for (int k = 0; k < T::kKeyTiles; ++k) {

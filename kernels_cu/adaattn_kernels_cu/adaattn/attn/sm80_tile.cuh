@@ -157,15 +157,12 @@ template <class TileT>
 ADAATTN_DEVICE u32 column_operand(u32 tile, int lane) {
     return tile + TileT::chunk_offset((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
 }
-// ... moved along the row by a constant number of bytes, a multiple of 16. The swizzle is an XOR on
-// bits 4..6, so only whole 128-byte lines may be added ...
-ADAATTN_DEVICE u32 moved_bytes(u32 address, int bytes) {
-    return (address ^ static_cast<u32>(bytes & 127)) + (bytes & ~127);
-}
-// ... or to k-step `step` (32 bytes along the row) and `rows` rows down (a multiple of 8).
+// ... moved to k-step `step` (32 bytes along the row) and `rows` rows down (a multiple of 8).
+// The swizzle is an XOR on bits 4..6, so only whole 128-byte lines may be added.
 template <class TileT>
 ADAATTN_DEVICE u32 moved(u32 address, int step, int rows) {
-    return moved_bytes(address, 32 * step) + rows * TileT::kPitch;
+    return (address ^ static_cast<u32>((step & 3) << 5)) + (step >> 2) * 128 +
+           rows * TileT::kPitch;
 }
 
 }  // namespace adaattn::sm80
