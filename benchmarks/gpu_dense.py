@@ -7,7 +7,7 @@
 take turns in random order, in bursts long enough for the clocks to settle, because these
 kernels run at the card's power limit; every figure is a median over all rounds. cuDNN and
 FlashAttention-2 are torch's own backends and are timed by CUDA events, as is this library
-through its backend, its allocations included. FlashAttention-3 is the wheel flash_attn3_jax,
+through its backend's `forward`, its allocations included. FlashAttention-3 is the wheel flash_attn3_jax,
 where it can be imported: JAX has its own stream, so it is timed by the host clock over a
 burst.
 """
@@ -110,15 +110,18 @@ def torch_bursts(sets: list[list[Any]], causal: bool) -> dict[str, Burst]:
 
 
 def our_burst(sets: list[list[Any]], causal: bool) -> tuple[Burst, Callable[[], Any]]:
-    """Return this library's backend on the caller's arrays, and one call for a comparison."""
-    backend = CudaBackend()
-    calls = []
-    for arrays in sets:
-        problem = AttentionProblem.from_arrays(*arrays, mask=Mask.causal() if causal else None)
+    """Return this library's forward pass on the caller's arrays, and one call to compare."""
+    backend, mask = CudaBackend(), Mask.causal() if causal else None
+
+    def compared() -> tuple[Any, str]:
+        problem = AttentionProblem.from_arrays(*sets[0], mask=mask)
         plan = Plan.uniform(problem, HeadPlan(qk=problem.dtype, pv=problem.dtype))
-        calls.append(lambda problem=problem, plan=plan: backend.run(problem, plan))
-    kernels = lambda: (calls[0]().out, backend.provenance()["kernels"])  # noqa: E731
-    return events(calls), kernels
+        planned = backend.run(problem, plan).out
+        out, _ = backend.forward(*sets[0], mask=mask)
+        assert torch.equal(out, planned), "both doors start the same kernel"
+        return out, backend.provenance()["kernels"]
+
+    return events([lambda x=x: backend.forward(*x, mask=mask) for x in sets]), compared
 
 
 def fa3_burst(dim: int, length: int, causal: bool) -> Burst | None:

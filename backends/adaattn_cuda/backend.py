@@ -7,7 +7,7 @@ on the caller's stream, and returns. It neither waits for the device nor copies 
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from typing import Any, NoReturn, cast
 
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ from adaattn_cuda.facts import LazyFacts
 from adaattn_cuda.forward import attention_forward
 from adaattn_cuda.launch import Launch, LaunchCache
 from adaattn_cuda.library import library_of
-from adaattn_cuda.row_facts import RowFacts
+from adaattn_cuda.row_facts import FactsPlan, RowFacts
 from adaattn_cuda.toolchain import nvrtc_version
 
 __all__ = ["CudaBackend"]
@@ -42,7 +42,8 @@ class CudaBackend:
 
     def __init__(self) -> None:
         driver.load_driver()
-        self._launches = LaunchCache()
+        self._launches: LaunchCache[Launch] = LaunchCache()
+        self._facts: LaunchCache[FactsPlan] = LaunchCache()
         self._groups: dict[int, tuple[Plan, Groups]] = {}
         self._last = threading.local()
 
@@ -124,12 +125,24 @@ class CudaBackend:
         masks = mask_views(problem.mask, (*rows, problem.len_kv), query.device)
         arrays = (query, key, value, out_view, lse_view, *masks)
         stream = library.stream(query.device)
+        # Everything but the addresses; of those, only whether rows begin on 16 bytes.
+        mask = problem.mask
+        layout = (
+            (query[1:], key[1:], value[1:], out_view[1:]),
+            (query.pointer | key.pointer | value.pointer | out_view.pointer) & 15,
+            (mask.lengths, mask.cu_seqlens_q, mask.cu_seqlens_kv),
+        )
         launches = [
-            self._start(problem, arrays, formats, chosen, stream)
+            self._start(problem, arrays, layout, formats, chosen, stream)
             for formats, chosen in groups.items()
         ]
         self._last.launches, self._last.device = launches, query.device
-        records = RowFacts(problem, (*arrays[:3], out_view), library, stream)
+        inputs = (query, key, value, out_view)
+        figures = self._facts.get(layout)
+        if figures is None:
+            figures = FactsPlan(problem, inputs, stream)  # may compile
+            self._facts.put(layout, figures)
+        records = RowFacts(figures, inputs, problem.query, library, stream)
         kept = records.workspace_bytes + sum(launch.workspace_bytes for launch in launches)
         self._last.workspace_bytes = kept
         chosen = plan.heads if heads is None else {index: plan[index] for index in heads}
@@ -155,9 +168,10 @@ class CudaBackend:
         query : array, shape (batch, heads_q, len_q, dim_qk)
         key : array, shape (batch, heads_kv, len_kv, dim_qk)
         value : array, shape (batch, heads_kv, len_kv, dim_v)
-            Torch tensors or CuPy arrays as they are, other libraries' through DLPack: on one
-            CUDA device, all f32, f16 or bf16, the last axis contiguous. heads_q must be a
-            multiple of heads_kv; head dims are 1 to 256.
+            Torch tensors or CuPy arrays as they are, other libraries' through DLPack (of
+            cuda.core's views CuPy makes arrays): on one CUDA device, all f32, f16 or bf16,
+            the last axis contiguous. heads_q must be a multiple of heads_kv; head dims are 1
+            to 256.
         mask : Mask, optional
             Any mask; arrays in it on the same device. Default: every key is visible.
         scale : float, optional
@@ -216,27 +230,26 @@ class CudaBackend:
         self,
         problem: AttentionProblem,
         arrays: Arrays,
+        layout: Hashable,
         formats: tuple[str, str],
         heads: tuple[HeadIndex, ...] | None,
         stream: int,
     ) -> Launch:
-        query, key, value, out, lse, allowed, bias = arrays
+        lse, allowed, bias = arrays[4:]
         mask = problem.mask
-        # Everything but the addresses; of those, only whether rows begin on 16 bytes.
         known_by = (
-            (query[1:], key[1:], value[1:], out[1:], lse[1:]),
-            (query.pointer | key.pointer | value.pointer | out.pointer) & 15,
+            layout,
+            lse[1:],
             allowed[1:] if allowed else None,
             bias[1:] if bias else None,
             (mask.left, mask.right, mask.alignment),
-            (mask.lengths, mask.cu_seqlens_q, mask.cu_seqlens_kv),
             (problem.scale, formats, heads),
         )
         launch = self._launches.get(known_by)
         if launch is None:
             launch = make_launch(problem, arrays, formats, heads, stream)  # may compile
             self._launches.put(known_by, launch)
-        launch.start(addresses(arrays), query.device, stream)
+        launch.start(addresses(arrays), lse.device, stream)
         return launch
 
     def _groups_of(self, plan: Plan) -> Groups:

@@ -16,7 +16,7 @@ from adaattn_core.problem import AttentionProblem
 from adaattn_cuda.arrays import view
 from adaattn_cuda.dense import addresses, input_views, make_launch, mask_views
 from adaattn_cuda.launch import Launch
-from adaattn_cuda.library import Library, library_of
+from adaattn_cuda.library import Library, adopt, library_of
 
 __all__ = ["attention_forward"]
 
@@ -123,6 +123,9 @@ def _first(
     known_by: Hashable,
 ) -> tuple[Any, Any]:
     """Check everything, choose and load the kernel, start it, and remember the launch."""
+    if not hasattr(query, "ndim"):  # a bare view of memory has no dimensions to check
+        query, key, value = map(adopt, (query, key, value))
+        return attention_forward(query, key, value, mask=mask, scale=scale)
     problem = AttentionProblem.from_arrays(query, key, value, mask=mask, scale=scale)
     inputs = input_views(problem)
     device, rows = inputs[0].device, inputs[0].shape[:3]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from adaattn_core.errors import UnsupportedError
 from adaattn_cuda import driver, sm80
@@ -82,7 +82,10 @@ class Sm80Launch:
                 call.to(stream).start(device)
 
 
-class LaunchCache:
+_Plan = TypeVar("_Plan")
+
+
+class LaunchCache(Generic[_Plan]):
     """The most recently used launch plans.
 
     Parameters
@@ -93,10 +96,10 @@ class LaunchCache:
 
     def __init__(self, limit: int = 256) -> None:
         self._limit = limit
-        self._plans: OrderedDict[Hashable, Launch] = OrderedDict()
+        self._plans: OrderedDict[Hashable, _Plan] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: Hashable) -> Launch | None:
+    def get(self, key: Hashable) -> _Plan | None:
         """Return the plan under `key`, or None."""
         with self._lock:
             found = self._plans.get(key)
@@ -104,9 +107,9 @@ class LaunchCache:
                 self._plans.move_to_end(key)
             return found
 
-    def put(self, key: Hashable, launch: Launch) -> None:
+    def put(self, key: Hashable, plan: _Plan) -> None:
         """Keep a plan; the least recently used one is forgotten."""
         with self._lock:
-            self._plans[key] = launch
+            self._plans[key] = plan
             while len(self._plans) > self._limit:
                 self._plans.popitem(last=False)

@@ -16,7 +16,7 @@ import array_api_compat
 from adaattn_core.errors import AdaAttnError, BackendUnavailableError
 from adaattn_cuda.arrays import view
 
-__all__ = ["Library", "library_of"]
+__all__ = ["Library", "adopt", "library_of"]
 
 
 class Library(Protocol):
@@ -138,6 +138,10 @@ class CupyLibrary:
         out, lse = self.empty(shape, dtype, like), self.empty(shape[:3], "f32", like)
         return out, lse, (self.pointer(out), self.pointer(lse))
 
+    def from_dlpack(self, array: Any) -> Any:
+        """Return a CuPy array over the memory of another library's."""
+        return self._cupy.from_dlpack(array)
+
     def stream(self, device: int) -> int:
         """CuPy's current stream on the device."""
         return int(self._cupy.cuda.get_current_stream(device).ptr)
@@ -184,6 +188,11 @@ def _find(array: Any) -> Library:
     if hasattr(array, "data_ptr") and "torch" in sys.modules:
         return TorchLibrary()
     return CupyLibrary() if name == "cupy" else ForeignLibrary(name)
+
+
+def adopt(array: Any) -> Any:
+    """Return a CuPy array over the memory of a bare view (cuda.core's), by DLPack."""
+    return CupyLibrary("bare memory views").from_dlpack(array)
 
 
 def _out_of_memory(shape: tuple[int, ...], dtype: str) -> AdaAttnError:

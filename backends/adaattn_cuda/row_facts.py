@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import math
+import threading
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from adaattn_cuda.launch import kernel_of
 from adaattn_cuda.library import Library
 from adaattn_cuda.spec import KernelSpec
 
-__all__ = ["ARRAYS", "SLOTS", "RowFacts", "shipped"]
+__all__ = ["ARRAYS", "SLOTS", "FactsPlan", "RowFacts", "shipped"]
 
 ARRAYS = ("query", "key", "value", "out")
 SLOTS = ("norm", "bf16", "f16", "tf32", "distance")
@@ -55,31 +57,27 @@ def shipped(arch: str) -> list[KernelSpec]:
     return [_spec(name, arch) for name in ("bf16", "f16", "f32")]
 
 
-class RowFacts:
-    """Figures of one run, on their way on the device; reading them waits for the device.
-
-    The kernel is enqueued here, behind the run on the same stream: it sees the arrays as the
-    run saw them, whatever the caller writes into them afterwards. In a CUDA graph it is
-    captured with the run, and the figures read are those of the last replay.
+class FactsPlan:
+    """The kernel's launches for one layout of arrays; only their addresses are missing.
 
     Parameters
     ----------
     problem : AttentionProblem
+        Only its sequences are looked at.
     arrays : tuple of ArrayView
         query, key, value, out.
-    library : Library
-        Where the records are allocated.
     stream : int
+        Where it will be started first: loading a kernel is refused during a graph capture.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Of the records: (parts, units, blocks, slots), float64.
     """
 
     def __init__(
-        self,
-        problem: AttentionProblem,
-        arrays: tuple[ArrayView, ...],
-        library: Library,
-        stream: int,
+        self, problem: AttentionProblem, arrays: tuple[ArrayView, ...], stream: int
     ) -> None:
-        self._device = arrays[0].device
         query, key = arrays[:2]
         spans = problem.sequences
         whole = all(
@@ -89,27 +87,70 @@ class RowFacts:
         parts: list[SequenceSpan | None] = [None] if whole else list(spans)
         blocks = -(-max(query.shape[2], key.shape[2]) // ROWS_PER_BLOCK)
         blocks = min(max(blocks, 1), MAX_BLOCKS)
-        heads = [array.shape[1] for array in arrays]
-        batch = query.shape[0] if whole else 1
-        self._shape = (len(parts), batch * sum(heads), blocks, len(SLOTS))
-        self._batch, self._heads = batch, heads
-        # Doubles, asked for as pairs of floats: allocators align far beyond eight bytes.
-        size = 2 * int(np.prod(self._shape))
-        self.workspace_bytes = 4 * size
-        self._records = library.empty((size,), "f32", problem.query)
-        address = library.pointer(self._records)
-        arch = driver.device_facts(self._device).arch
-        kernel = kernel_of(_spec(query.dtype, arch), THREADS, stream)
-        units, vectorised = self._shape[1], int(all(map(_is_vectorised, arrays)))
-        for part in parts:
-            params = _Params(records=address, blocks=blocks, vectorised=vectorised)
-            first = 0
+        self.heads = [array.shape[1] for array in arrays]
+        self.batch = query.shape[0] if whole else 1
+        units = self.batch * sum(self.heads)
+        self.shape = (len(parts), units, blocks, len(SLOTS))
+        self._device = query.device
+        kernel = kernel_of(_spec(query.dtype, _arch(self._device)), THREADS, stream)
+        kernel.prepare(self._device)
+        vectorised = int(all(map(_is_vectorised, arrays)))
+        self._parts: list[tuple[driver.Call, _Params, tuple[int, ...], int]] = []
+        for number, part in enumerate(parts if units else ()):
+            params = _Params(blocks=blocks, vectorised=vectorised)
+            first, starts = 0, []
             for i, array in enumerate(arrays):
-                params.arrays[i] = _rows(array, part, is_query=i in (0, 3), first_unit=first)
-                first += batch * heads[i]
-            if units:
-                kernel.launch(self._device, units * blocks, stream, params)
-            address += 8 * units * blocks * len(SLOTS)
+                rows, start = _rows(array, part, is_query=i in (0, 3), first_unit=first)
+                params.arrays[i] = rows
+                starts.append(start)
+                first += self.batch * self.heads[i]
+            place = 8 * number * units * blocks * len(SLOTS)
+            call = driver.Call(kernel, params, units * blocks)
+            self._parts.append((call, params, tuple(starts), place))
+        self._lock = threading.Lock()
+
+    def start(self, arrays: tuple[ArrayView, ...], records: int, stream: int) -> None:
+        """Enqueue it: what it finds out about `arrays` goes to the address `records`."""
+        with self._lock:  # the driver copies the parameters before a start returns
+            for call, params, starts, place in self._parts:
+                for rows, array, start in zip(params.arrays, arrays, starts, strict=True):
+                    rows.data = array.pointer + start
+                params.records = records + place
+                call.to(stream).start(self._device)
+
+
+class RowFacts:
+    """Figures of one run, on their way on the device; reading them waits for the device.
+
+    The kernel is enqueued here, behind the run on the same stream: it sees the arrays as the
+    run saw them, whatever the caller writes into them afterwards. In a CUDA graph it is
+    captured with the run, and the figures read are those of the last replay.
+
+    Parameters
+    ----------
+    plan : FactsPlan
+    arrays : tuple of ArrayView
+        query, key, value, out.
+    like : array
+        One of the caller's, beside which the records are allocated.
+    library : Library
+    stream : int
+    """
+
+    def __init__(
+        self,
+        plan: FactsPlan,
+        arrays: tuple[ArrayView, ...],
+        like: Any,
+        library: Library,
+        stream: int,
+    ) -> None:
+        self._plan, self._library, self._device = plan, library, arrays[0].device
+        # Doubles, asked for as pairs of floats: allocators align far beyond eight bytes.
+        size = 2 * math.prod(plan.shape)
+        self.workspace_bytes = 4 * size
+        self._records = library.empty((size,), "f32", like)
+        plan.start(arrays, library.pointer(self._records), stream)
 
     def read(self) -> list[NDArray[np.float64]]:
         """Return the records of query, key, value and out, shapes (sequences, heads, slots).
@@ -121,15 +162,15 @@ class RowFacts:
         AdaAttnError
             If a stream is recording a CUDA graph: read after its replay instead.
         """
-        count = int(np.prod(self._shape))
-        raw = driver.read(self._address(), 8 * count, self._device) if count else b""
-        records = np.frombuffer(raw, np.float64).reshape(self._shape)
-        return split_records(records, self._batch, self._heads)
+        plan, address = self._plan, self._library.pointer(self._records)
+        size = self.workspace_bytes
+        raw = driver.read(address, size, self._device) if size else b""
+        records = np.frombuffer(raw, np.float64).reshape(plan.shape)
+        return split_records(records, plan.batch, plan.heads)
 
-    def _address(self) -> int:
-        from adaattn_cuda.library import library_of  # noqa: PLC0415 -- only when read
 
-        return library_of(self._records).pointer(self._records)
+def _arch(device: int) -> str:
+    return driver.device_facts(device).arch
 
 
 def _is_vectorised(array: ArrayView) -> bool:
@@ -153,13 +194,23 @@ def split_records(
     return out
 
 
-def _rows(array: ArrayView, part: SequenceSpan | None, is_query: bool, first_unit: int) -> Any:
-    """Describe an array, or a sequence's stretch of it, as a batch of its own."""
+def _rows(
+    array: ArrayView, part: SequenceSpan | None, is_query: bool, first_unit: int
+) -> tuple[_Rows, int]:
+    """Describe an array, or a sequence's stretch of it, as a batch of its own.
+
+    Returns
+    -------
+    rows : _Rows
+        Without the address.
+    start : int
+        Bytes from the array's first element to the stretch's.
+    """
     _, heads, length, dim = array.shape
     batch, head, row, _ = array.strides
-    address = array.pointer
+    start = 0
     if part is not None:
-        start = part.q_start if is_query else part.kv_start
+        begin = part.q_start if is_query else part.kv_start
         length = part.len_q if is_query else part.len_kv
-        address += (part.batch * batch + start * row) * ITEM_BYTES[array.dtype]
-    return _Rows(address, batch, head, row, heads, length, dim, first_unit)
+        start = (part.batch * batch + begin * row) * ITEM_BYTES[array.dtype]
+    return _Rows(0, batch, head, row, heads, length, dim, first_unit), start

@@ -100,9 +100,12 @@ def test_forward_with_array_masks(backend, dtype: str) -> None:
 def test_forward_is_captured_after_a_warm_up(backend, dtype: str) -> None:
     q, k, v = arrays(dtype, length=301, dim=72)  # a kernel and a geometry of their own
     graph = torch.cuda.CUDAGraph()
-    with pytest.raises(UnsupportedError, match="CUDA-graph capture"), torch.cuda.graph(graph):
-        backend.forward(q, k, v)
-    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        copy = q + 1
+        with pytest.raises(UnsupportedError, match="CUDA-graph capture"):
+            backend.forward(q, k, v)
+    graph.replay()
+    assert torch.equal(copy, q + 1), "the capture goes on"
     backend.forward(q, k, v)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -215,6 +218,20 @@ def test_cupy_and_dlpack(backend) -> None:
     assert isinstance(raw.out, cupy.ndarray)
     got = torch.from_dlpack(raw.out)
     assert relative(got, exact(*(torch.from_dlpack(x) for x in (q, k, v)))) < 2e-6
+
+
+def test_views_of_cuda_core(backend) -> None:
+    cupy = pytest.importorskip("cupy")
+    from cuda.core.utils import StridedMemoryView  # noqa: PLC0415 -- where cuda.core is
+
+    rng = np.random.default_rng(0)
+    three = cupy.asarray(rng.standard_normal((3, 1, 2, 100, 64), np.float32))
+    views = [StridedMemoryView.from_any_interface(x, stream_ptr=-1) for x in three]
+    out, lse = backend.forward(*views)
+    assert isinstance(out, cupy.ndarray)
+    assert (out.shape, lse.shape) == ((1, 2, 100, 64), (1, 2, 100))
+    expected = exact(*(torch.from_dlpack(x) for x in three))
+    assert relative(torch.from_dlpack(out), expected) < 2e-6
 
 
 def test_empty_problems(backend) -> None:
