@@ -6,8 +6,8 @@
 16,384 tokens in all, model width 2,048, bf16, random inputs, two sets used in turn. Contenders
 take turns in random order, in bursts long enough for the clocks to settle, because these
 kernels run at the card's power limit; every figure is a median over all rounds. cuDNN and
-FlashAttention-2 are torch's own backends and are timed by CUDA events, as is this library
-through its backend's `forward`, its allocations included. FlashAttention-3 is the wheel flash_attn3_jax,
+FlashAttention-2 are torch's own backends and are timed by CUDA events, as is the `forward` of
+this library's backend, allocations included. FlashAttention-3 is the wheel flash_attn3_jax,
 where it can be imported: JAX has its own stream, so it is timed by the host clock over a
 burst.
 """
