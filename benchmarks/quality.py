@@ -38,6 +38,7 @@ BUDGETS: dict[str, float | None] = {
     "0.1": 0.1,
     "0.2": 0.2,
 }
+NEEDLE_BUDGETS = ("sdpa", "0.1", "0.2")
 DEPTHS = (0.2, 0.5, 0.8)
 CODE = "493027518664"
 NEEDLE = f" The access code of the northern archive is {CODE}."
@@ -45,6 +46,7 @@ QUESTION = (
     "\n\nQuestion: what is the access code of the northern archive?"
     "\nAnswer: The access code of the northern archive is"
 )
+PARTS = ("perplexity", "needle", "greedy")
 PROMPT = "The history of the lighthouse began when"
 
 
@@ -126,13 +128,29 @@ def needle(
     return {"nats": float(nats), "right": right, "tokens": len(answer), **facts}
 
 
-def greedy(model: Any, tokenizer: Any, name: str, count: int) -> list[int]:
-    """Continue a prompt greedily."""
-    model.set_attn_implementation("sdpa" if name == "sdpa" else KEY)
-    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
-    with torch.no_grad(), settings(name):
-        made = model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False)
-    return list(map(int, made[0, ids.shape[1] :]))
+def greedy(model: Any, ids: torch.Tensor, count: int) -> dict[str, dict[str, Any]]:
+    """Continue a prompt greedily at every budget, and compare with PyTorch's continuation."""
+    rows: dict[str, dict[str, Any]] = {}
+    reference: list[int] = []
+    for name in BUDGETS:  # "sdpa" is the first
+        model.set_attn_implementation("sdpa" if name == "sdpa" else KEY)
+        seen: list[adaattn_torch.AttentionInfo] = []
+        with torch.no_grad(), settings(name), adaattn_torch.listening(seen):
+            made = model.generate(
+                ids, max_new_tokens=count, min_new_tokens=count, do_sample=False
+            )
+        tokens = list(map(int, made[0, ids.shape[1] :]))
+        reference = reference or tokens
+        same = [a == b for a, b in zip(tokens, reference, strict=True)]
+        prefill = seen[: model.config.num_hidden_layers]  # the prompt comes first
+        shares = [facts.share for info in prefill for facts in info.facts.values()]
+        rows[name] = {
+            "agreement": float(np.mean(same)),
+            "first_difference": None if all(same) else same.index(False),
+            "prefill_share": float(np.mean(shares)) if shares else 1.0,
+        }
+        print("greedy", ids.shape[1], name, rows[name], flush=True)
+    return rows
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
@@ -171,7 +189,7 @@ def markdown(report: dict[str, Any]) -> str:
         " certifying cost nothing: with their cost counted, a CPU runs windows this short"
         " dense at any budget.",
         "",
-        f"{report['machine']}, {report['date']}, PyTorch {report['torch']},"
+        f"{report['machine']}, {_dates(report)}, PyTorch {report['torch']},"
         f" transformers {report['transformers']}. Command: `python benchmarks/quality.py"
         " TEXT.txt TEXT.txt TEXT.txt --out docs/benchmarks`.",
         "",
@@ -209,19 +227,46 @@ def markdown(report: dict[str, Any]) -> str:
         cells = [f"{r['nats']:.3f}, {r['right']} of {r['tokens']}" for r in rows]
         share = np.mean([r["share"] for r in rows])
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {share:.2f} |")
-    lines += [
-        "",
-        f"## {report['greedy_tokens']} greedy tokens after a short prompt",
-        "",
-        "| budget | same tokens as sdpa | first difference |",
-        "|---|---|---|",
-    ]
-    for name, row in report["greedy"].items():
-        first = (
-            "none" if row["first_difference"] is None else f"token {row['first_difference']}"
+    lines += greedy_lines(
+        report["greedy"],
+        f"{report['greedy_tokens']} greedy tokens after a short prompt",
+        "With a short prompt and one row at a time every head ran dense: these rows show that"
+        " the path is exact, not what a budget does.",
+    )
+    if "greedy_long" in report:
+        lines += greedy_lines(
+            report["greedy_long"],
+            f"{report['greedy_tokens']} greedy tokens after {report['prompt_tokens']:,}"
+            " tokens of prose",
+            "The prompt is computed within the budget, and every later token attends to what"
+            " it left in the cache; one row at a time runs dense.",
         )
-        lines.append(f"| {name} | {row['agreement']:.0%} | {first} |")
     return "\n".join(lines) + "\n"
+
+
+def _dates(report: dict[str, Any]) -> str:
+    dates = report.get("dates") or {"all": report["date"]}
+    if len(set(dates.values())) == 1:
+        return str(next(iter(dates.values())))
+    return ", ".join(f"{part} {date}" for part, date in dates.items())
+
+
+def greedy_lines(rows: dict[str, dict[str, Any]], title: str, remark: str) -> list[str]:
+    """Render one table of continuations."""
+    lines = [
+        "",
+        f"## {title}",
+        "",
+        "| budget | same tokens as sdpa | first difference | share kept in the prompt |",
+        "|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        first = row["first_difference"]
+        cells = [name, f"{row['agreement']:.0%}", "none" if first is None else f"token {first}"]
+        share = row.get("prefill_share")
+        cells.append("" if name == "sdpa" or share is None else f"{share:.2f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, "", remark]
 
 
 def main() -> None:
@@ -231,13 +276,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--needle-tokens", type=int, default=4096)
     parser.add_argument("--greedy-tokens", type=int, default=64)
+    parser.add_argument("--prompt-tokens", type=int, default=1024)
+    parser.add_argument("--only", choices=PARTS, help="measure this part, keep the others")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"))
     parser.add_argument("--render", type=Path, help="render an earlier quality.json only")
     args = parser.parse_args()
     if args.render:
         report = json.loads(args.render.read_text())
     else:
+        kept: dict[str, Any] = {}
+        if args.only is not None:
+            kept = json.loads((args.out / "quality.json").read_text())
         report = measure(args)
+        known = kept.get("dates") or dict.fromkeys(PARTS, kept.get("date"))
+        report = kept | report | {"dates": known | report["dates"]}
         (args.out / "quality.json").write_text(json.dumps(report, indent=1) + "\n")
     plot(report, args.out / "quality.png")
     (args.out / "quality.md").write_text(markdown(report))
@@ -252,35 +304,32 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         text = path.read_text(errors="ignore")[: count * 8]
         return tokenizer(text, return_tensors="pt")["input_ids"][:, :count]
 
+    wanted = PARTS if args.only is None else (args.only,)
     report: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
+        "dates": dict.fromkeys(wanted, datetime.date.today().isoformat()),
         "machine": platform.machine(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "tokens": args.tokens,
-        "needle_tokens": args.needle_tokens,
-        "greedy_tokens": args.greedy_tokens,
-        "perplexity": {},
-        "needle": {},
-        "greedy": {},
     }
-    for path in args.texts:
+    if "perplexity" in wanted:
+        report |= {"tokens": args.tokens, "perplexity": {}}
+    for path in args.texts if "perplexity" in wanted else ():
         ids = window(path, args.tokens)
         rows = report["perplexity"][path.stem] = {}
         for name in BUDGETS:
             rows[name] = perplexity(model, name, ids)
             print(path.stem, name, rows[name], flush=True)
-    reference = greedy(model, tokenizer, "sdpa", args.greedy_tokens)
-    for name in BUDGETS:
-        made = greedy(model, tokenizer, name, args.greedy_tokens)
-        same = [a == b for a, b in zip(made, reference, strict=True)]
-        report["greedy"][name] = {
-            "agreement": float(np.mean(same)),
-            "first_difference": None if all(same) else same.index(False),
-        }
-        print("greedy", name, report["greedy"][name], flush=True)
-    prose = window(args.texts[0], args.needle_tokens)[0]
-    for name in ("sdpa", "0.1", "0.2"):
+    if "greedy" in wanted:
+        short = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+        long = window(args.texts[0], args.prompt_tokens)
+        report |= {"greedy_tokens": args.greedy_tokens, "prompt_tokens": args.prompt_tokens}
+        report["greedy"] = greedy(model, short, args.greedy_tokens)
+        report["greedy_long"] = greedy(model, long, args.greedy_tokens)
+    if "needle" in wanted:
+        report |= {"needle_tokens": args.needle_tokens, "needle": {}}
+        prose = window(args.texts[0], args.needle_tokens)[0]
+    names = [name for name in NEEDLE_BUDGETS if name in BUDGETS]
+    for name in names if "needle" in wanted else ():
         report["needle"][name] = [
             needle(model, tokenizer, name, prose, depth) for depth in DEPTHS
         ]
