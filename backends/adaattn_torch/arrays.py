@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import ml_dtypes
@@ -52,6 +53,21 @@ def empty_output(query: torch.Tensor, dim_v: int) -> torch.Tensor:
 
 
 def in_order_of(query: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Return `out` with the query's order of strides; copies only if they differ."""
-    wanted = empty_output(query, out.shape[-1])
-    return out if out.stride() == wanted.stride() else wanted.copy_(out)
+    """Return `out` with the query's order of strides; copies only if it must."""
+    wanted, free = _strides_like(query.shape, query.stride(), out.shape[-1])
+    strides = out.stride()
+    if strides == wanted:
+        return out
+    if all(strides[i] == n or i in free for i, n in enumerate(wanted)):
+        return out.as_strided(out.shape, wanted)  # the same memory, under the strides promised
+    return out.new_empty_strided(out.shape, wanted).copy_(out)
+
+
+@lru_cache(maxsize=1024)
+def _strides_like(
+    shape: tuple[int, ...], strides: tuple[int, ...], dim_v: int
+) -> tuple[tuple[int, ...], frozenset[int]]:
+    """Strides of `empty_output`, and the axes of length 1, on which strides do not matter."""
+    query = torch.empty_strided(shape, strides, device="meta")
+    free = frozenset(axis for axis, n in enumerate((*shape[:-1], dim_v)) if n == 1)
+    return empty_output(query, dim_v).stride(), free

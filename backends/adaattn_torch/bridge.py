@@ -17,7 +17,7 @@ from adaattn_torch import call as calls
 from adaattn_torch import operators
 from adaattn_torch.arrays import from_backend, in_order_of, to_backend
 from adaattn_torch.call import Call, encode, structural
-from adaattn_torch.direct import backend_for, forward_of
+from adaattn_torch.direct import Forward, backend_for, forward_for, forward_of
 from adaattn_torch.gradient import attention_gradient
 from adaattn_torch.info import AttentionInfo, announce, is_heard
 
@@ -107,13 +107,45 @@ def attend(
     return Attended(*run(query, key, value, allowed, bias, scale, call, want_info))
 
 
+def exactly(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: Mask,
+    scale: float,
+    backend: Backend | str,
+) -> torch.Tensor | None:
+    """Exact attention by a backend's short way; None where `attend` must be asked.
+
+    For structural masks outside of traces, where no gradient is wanted and nobody listens; the
+    output is that of `attend`. Parameters are those of `attend`.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or _needs_dispatcher(query)
+        or is_heard()
+        or not mask.is_structural
+    ):
+        return None
+    if torch.is_grad_enabled() and (
+        query.requires_grad or key.requires_grad or value.requires_grad
+    ):
+        return None
+    forward = forward_for(backend, query.device)
+    if forward is None:
+        return None
+    arrays = to_backend(query), to_backend(key), to_backend(value)
+    found = _directly(forward, arrays, mask, scale)
+    return None if found is None else in_order_of(query, from_backend(found[0]))
+
+
 def _four_axes(array: torch.Tensor | None) -> torch.Tensor | None:
     return None if array is None else array[(None,) * (4 - array.dim())]
 
 
 def _needs_dispatcher(query: torch.Tensor) -> bool:
     """Whether somebody watches at the dispatcher: fake or meta tensors, tracers, counters."""
-    return query.device.type == "meta" or torch._C._len_torch_dispatch_stack() > 0 or (
+    return query.is_meta or torch._C._len_torch_dispatch_stack() > 0 or (
         type(query) not in (torch.Tensor, torch.nn.Parameter)
     )  # fmt: skip
 
@@ -137,7 +169,8 @@ def run(
     arrays = to_backend(query), to_backend(key), to_backend(value)
     backend = backend_for(call.backend, query.device.type)
     if not want_info and call.asks_nothing and not is_heard():
-        found = _directly(backend, arrays, mask, scale)
+        forward = forward_of(backend)
+        found = None if forward is None else _directly(forward, arrays, mask, scale)
         if found is not None:
             return in_order_of(query, from_backend(found[0])), from_backend(found[1]), None
     result = attention(
@@ -157,12 +190,9 @@ def run(
 
 
 def _directly(
-    backend: Backend, arrays: tuple[Any, Any, Any], mask: Mask, scale: float
+    forward: Forward, arrays: tuple[Any, Any, Any], mask: Mask, scale: float
 ) -> tuple[Any, Any] | None:
-    """Exact attention without a certificate, if the backend offers it for such a call."""
-    forward = forward_of(backend)
-    if forward is None:
-        return None
+    """Exact attention without a certificate, if the backend takes such a call."""
     try:
         return forward(*arrays, mask=mask, scale=scale)
     except UnsupportedError:

@@ -15,12 +15,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from adaattn_core.backend import Backend
 from adaattn_core.registry import Registry, default_registry, get_backend
 
 Forward = Callable[..., tuple[Any, Any]]
 
 _found: dict[tuple[str, str], Backend] = {}
+_forwards: dict[tuple[str, torch.device], Forward | None] = {}
 _found_in: list[Registry] = []
 
 
@@ -39,11 +42,31 @@ def backend_for(backend: Backend | str, kind: str) -> Backend:
     registry = default_registry()
     if not _found_in or _found_in[0] is not registry:
         _found.clear()
+        _forwards.clear()
         _found_in[:] = [registry]
     known = _found.get((backend, kind))
     if known is None:
         known = _found[backend, kind] = get_backend(backend, kind)
     return known
+
+
+def forward_for(backend: Backend | str, device: torch.device) -> Forward | None:
+    """Return the short way for tensors on a device, if there is a backend that offers one.
+
+    Raises
+    ------
+    BackendUnavailableError
+        As `backend_for`.
+    """
+    if not isinstance(backend, str):
+        return forward_of(backend)
+    if _found_in and _found_in[0] is default_registry():
+        try:
+            return _forwards[backend, device]
+        except KeyError:
+            pass
+    found = _forwards[backend, device] = forward_of(backend_for(backend, device.type))
+    return found
 
 
 def forward_of(backend: Backend) -> Forward | None:

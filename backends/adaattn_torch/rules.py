@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Literal
 
 import torch
@@ -56,7 +57,9 @@ class Rule:
 
     def matches(self, layer: str, phase: Phase) -> bool:
         """Whether it speaks of a layer and phase."""
-        return self.phase in (None, phase) and fnmatchcase(layer, self.layer)
+        if self.phase is not None and self.phase != phase:
+            return False
+        return self.layer == "*" or fnmatchcase(layer, self.layer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,22 +104,16 @@ class Rules:
                 operands = _pick(query, key, value, attn_mask, chosen)
                 picked = tuple(chosen)
             gqa = enable_gqa and len(groups) == 1
-            with _keeping(into, picked):
-                parts.append(
-                    scaled_dot_product_attention(
-                        *operands,
-                        dropout_p,
-                        is_causal,
-                        scale,
-                        gqa,
-                        budget=rule.budget,
-                        policy=rule.policy,
-                        plan=rule.plan,
-                        backend=rule.backend,
-                        layer=layer,
-                        strict=self.strict,
-                    )
-                )
+            call = partial(
+                scaled_dot_product_attention, *operands, dropout_p, is_causal, scale, gqa,
+                budget=rule.budget, policy=rule.policy, plan=rule.plan, backend=rule.backend,
+                layer=layer, strict=self.strict,
+            )  # fmt: skip
+            if into is None:
+                parts.append(call())
+            else:
+                with _keeping(into, picked):
+                    parts.append(call())
         if len(groups) == 1:
             return parts[0]
         order = [head for _, chosen in groups for head in chosen]

@@ -10,8 +10,9 @@ from adaattn_core.errors import BackendUnavailableError, UnsupportedError
 from adaattn_core.mask import Mask
 from adaattn_core.registry import Registration, Registry
 from adaattn_reference.backend import NumpyBackend
-from adaattn_torch import compat, direct, enable, listening
+from adaattn_torch import FallbackWarning, compat, direct, enable, listening
 from adaattn_torch import scaled_dot_product_attention as sdpa
+from adaattn_torch.arrays import empty_output
 
 
 class Quick(NumpyBackend):
@@ -189,3 +190,29 @@ def test_masks_are_what_was_asked_for():
     mask = quick.calls[0][0]
     assert isinstance(mask, Mask)
     assert (mask.alignment, mask.left, mask.right) == ("top_left", None, 0)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 1, 16), (1, 4, 5, 16), (2, 1, 5, 16), (1, 1, 1, 1)])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 1, 0, 3), (3, 2, 1, 0)])
+@pytest.mark.parametrize("dim_v", [1, 16])
+def test_strides_are_those_that_fake_tensors_promise(shape, order, dim_v):
+    """Lengths of 1 included, where memory is the same under several strides."""
+    made = torch.randn([shape[axis] for axis in order])
+    query = made.permute([order.index(axis) for axis in range(4)])
+    value = torch.randn(*shape[:3], dim_v)
+    promised = empty_output(query, dim_v).stride()
+    out = sdpa(query, query, value, backend=Quick())
+    assert out.stride() == promised
+    assert torch.equal(out, sdpa(query, query, value))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_legacy_nested_tensors_go_to_pytorch_visibly():
+    parts = [torch.randn(2, n, 8) for n in (3, 5)]
+    nested = torch.nested.nested_tensor(parts, layout=torch.strided)
+    with pytest.warns(FallbackWarning, match="nested"):
+        out = sdpa(nested, nested, nested, backend=Quick())
+    for part, ours in zip(parts, out.unbind(), strict=True):
+        torch.testing.assert_close(
+            ours, torch.nn.functional.scaled_dot_product_attention(part, part, part)
+        )
