@@ -273,17 +273,41 @@ def test_rows_that_begin_anywhere(backend) -> None:
         assert torch.equal(out, raw.out)
 
 
-@pytest.mark.skipif(
+two_devices = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.device_count() < 2, reason="needs two devices"
 )
-def test_arrays_on_a_device_that_is_not_current(backend) -> None:
-    q, k, v = (x.to("cuda:1") for x in arrays())
-    out, lse = backend.forward(q, k, v)
-    assert (out.device, lse.device) == (q.device, q.device)
-    assert relative(out, exact(q, k, v)) <= UNIT["bfloat16"]
+
+
+@two_devices
+@pytest.mark.parametrize("dtype", UNIT)
+def test_arrays_on_a_device_that_is_not_current(backend, dtype: str) -> None:
+    q, k, v = (x.to("cuda:1") for x in arrays(dtype))
+    for _ in range(2):
+        out, lse = backend.forward(q, k, v)
+        assert (out.device, lse.device) == (q.device, q.device)
+        assert relative(out, exact(q, k, v)) <= UNIT[dtype]
+    budget = ErrorBudget(rel=0.1)
+    assert attention(q, k, v, budget=budget, backend="cuda").certificate.holds(budget)
     assert torch.cuda.current_device() == 0
     with pytest.raises(ShapeError, match="one device"):
         backend.forward(q, k.to("cuda:0"), v)
+    with pytest.raises(ShapeError, match="mask on device 0"):
+        backend.forward(q, k, v, mask=Mask.boolean(torch.ones(300, 300, device="cuda:0") > 0))
+
+
+@two_devices
+def test_cupy_arrays_on_a_device_that_is_not_current(backend) -> None:
+    cupy = pytest.importorskip("cupy")
+    with cupy.cuda.Device(1):
+        q, k, v = cupy.random.standard_normal((3, 1, 2, 100, 64), cupy.float32)
+    with cupy.cuda.Device(0):
+        outs = [backend.forward(q, k, v)[0] for _ in range(2)]
+        problem = AttentionProblem.from_arrays(q, k, v)
+        raw = backend.run(problem, plan_of(problem))
+    expected = exact(*(torch.from_dlpack(x) for x in (q, k, v)))
+    for out in (*outs, raw.out):
+        assert out.device.id == 1
+        assert relative(torch.from_dlpack(out), expected) < 2e-6
 
 
 def test_out_of_memory_says_so(backend) -> None:
