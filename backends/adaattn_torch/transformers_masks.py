@@ -46,10 +46,10 @@ def adaattn_mask(
     Parameters are those of `transformers.masking_utils.sdpa_mask`. On a GPU the padding is read
     on the host once per mask, as that function does.
     """
-    window = window_of(mask_function)
-    may_skip = allow_is_bidirectional_skip if window == (None, None) else allow_is_causal_skip
     described: tuple[Mask, bool] | None = None
-    if window is not None and may_skip and not _traced(attention_mask, q_offset):
+    window = None if _traced(attention_mask, q_offset) else window_of(mask_function)
+    may_skip = allow_is_bidirectional_skip if window == (None, None) else allow_is_causal_skip
+    if window is not None and may_skip:
         described = _describe(
             batch_size,
             q_length,

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 import adaattn_torch
 from adaattn_core.errors import UnsupportedError
@@ -105,6 +106,57 @@ def test_greedy_tokens_match_sdpa(model, cache: str) -> None:
             tokens(1, 17), max_new_tokens=12, do_sample=False, cache_implementation=cache
         )
     assert torch.equal(made["sdpa"], made[KEY])
+
+
+def test_padded_batches_generate_what_sdpa_does(model) -> None:
+    """Padding on the left, as generation needs it, with the cache growing."""
+    ids, mask = tokens(2, 17), torch.ones(2, 17, dtype=torch.long)
+    ids[1, :6], mask[1, :6] = 0, 0
+    made = {}
+    for implementation in ("sdpa", KEY):
+        model.set_attn_implementation(implementation)
+        made[implementation] = model.generate(
+            ids, attention_mask=mask, max_new_tokens=12, do_sample=False
+        )
+    assert torch.equal(made["sdpa"], made[KEY])
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2 window"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_compiles_whole_and_no_more_often_than_sdpa(name: str, padded: bool) -> None:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+    compiled: dict[str, int] = {}
+    for implementation in ("sdpa", KEY):
+        model.set_attn_implementation(implementation)
+        torch._dynamo.reset()
+        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        function = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
+        for length in (33, 30, 25):
+            mask = torch.ones(2, length, dtype=torch.long)
+            mask[1, 20:] = 1 - padded
+            inputs = {"input_ids": tokens(2, length), "attention_mask": mask}
+            with torch.no_grad():
+                torch.testing.assert_close(function(**inputs).logits, model(**inputs).logits)
+        compiled[implementation] = counter.frame_count
+    torch._dynamo.reset()
+    assert compiled[KEY] <= compiled["sdpa"]
+
+
+def test_layers_compiled_on_their_own_take_masks_as_patterns() -> None:
+    """The mask is made outside of what is compiled, and padding on the right is a pattern."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"]()).eval()
+    model.set_attn_implementation(KEY)
+    mask = torch.ones(2, 33, dtype=torch.long)
+    mask[1, 20:] = 0
+    torch._dynamo.reset()
+    with torch.no_grad():
+        eager = model(tokens(), attention_mask=mask).logits
+        for layer in model.model.layers:
+            layer.compile(backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(model(tokens(), attention_mask=mask).logits, eager)
+    torch._dynamo.reset()
 
 
 def test_budget_is_kept_and_certified_per_layer() -> None:
