@@ -121,10 +121,10 @@ def test_padded_batches_generate_what_sdpa_does(model) -> None:
     assert torch.equal(made["sdpa"], made[KEY])
 
 
-@pytest.mark.parametrize(("name", "padded"), [("llama", False), ("qwen2 window", True)])
-def test_compiles_whole_and_no_more_often_than_sdpa(name: str, padded: bool) -> None:
+@pytest.mark.slow
+def test_compiles_whole_and_no_more_often_than_sdpa() -> None:
     torch.manual_seed(0)
-    config = CONFIGS[name]()
+    config = CONFIGS["qwen2 window"]()
     config.num_hidden_layers = 1  # compiling takes its time
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     compiled: dict[str, int] = {}
@@ -135,7 +135,7 @@ def test_compiles_whole_and_no_more_often_than_sdpa(name: str, padded: bool) -> 
         function = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
         for length in (33, 25):
             mask = torch.ones(2, length, dtype=torch.long)
-            mask[1, 20:] = 1 - padded
+            mask[1, 20:] = 0
             inputs = {"input_ids": tokens(2, length), "attention_mask": mask}
             with torch.no_grad():
                 torch.testing.assert_close(function(**inputs).logits, model(**inputs).logits)
