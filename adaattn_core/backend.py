@@ -123,11 +123,14 @@ class RawResult:
     lse : array of float32, shape (batch, heads_q, len_q)
         Natural log; -inf where a row sees nothing.
     facts : dict of (sequence, head) to RunFacts
+    workspace : object
+        Opaque, of the backend that ran: what `row_errors` need not prepare again.
     """
 
     out: Any
     lse: Any
     facts: dict[HeadIndex, RunFacts] = field(default_factory=dict)
+    workspace: Any = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

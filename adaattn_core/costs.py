@@ -56,13 +56,17 @@ class CostModel:
         softmax = pv_scores / self.softmax_rate
         return max(products, softmax) if self.overlap else products + softmax
 
-    def head_cost(self, stats: HeadStats, plan: HeadPlan, share: float) -> float:
+    def head_cost(
+        self, stats: HeadStats, plan: HeadPlan, share: float, *, measured: bool = False
+    ) -> float:
         """Predicted seconds of one head: the plan, and what it takes to measure and certify it.
 
         Parameters
         ----------
         share : float
             Share of the visible scores that enter the softmax.
+        measured : bool
+            Whether the head has been measured already, so that this costs nothing more.
         """
         n, d, dv = float(stats.visible), float(stats.dim_qk), float(stats.dim_v)
         structure, kind = plan.structure, plan.structure.kind
@@ -73,26 +77,29 @@ class CostModel:
             seconds = self.scores_seconds(n, n, structure.rank, dv, plan.qk, plan.pv)
         else:
             seconds = self.scores_seconds(share * n, share * n, d, dv, plan.qk, plan.pv)
-        return seconds / rate + self.extra_seconds(stats, structure)
+        return seconds / rate + self.extra_seconds(stats, structure, measured=measured)
 
-    def extra_seconds(self, stats: HeadStats, structure: Structure) -> float:
+    def extra_seconds(
+        self, stats: HeadStats, structure: Structure, *, measured: bool = False
+    ) -> float:
         """Time of probe rows, pools and certificate rows of a sampled structure."""
         if not isinstance(structure, Landmark | BlockSparse | ScoreSkip):
             return 0.0
         n, d, dv = float(stats.visible), float(stats.dim_qk), float(stats.dim_v)
         share = 0.0 if isinstance(structure, ScoreSkip) else structure.samples / structure.group
-        probe = n * min(share, 1.0)
-        certify = n * min(CERTIFY_ROWS / max(stats.len_q, 1), 1.0)
+        certify = min(CERTIFY_ROWS / max(stats.len_q, 1), 1.0)
+        rows = n * (certify if measured else certify + min(share, 1.0))
         wide = "f32" if "f32" in self.flops else "bf16"
-        rows = self.scores_seconds(probe + certify, probe + certify, d, dv, wide, wide)
-        return self.head_seconds + rows / self.efficiency.get("rows", 1.0)
+        seconds = self.scores_seconds(rows, rows, d, dv, wide, wide)
+        fixed = 0.0 if measured else self.head_seconds
+        return fixed + seconds / self.efficiency.get("rows", 1.0)
 
     def dense_cost(self, stats: HeadStats, qk: str = "f32", pv: str = "f32") -> float:
         """Predicted seconds of the dense head."""
         return self.head_cost(stats, HeadPlan(structure=Dense(), qk=qk, pv=pv), 1.0)
 
 
-CERTIFY_ROWS = 576
+CERTIFY_ROWS = 350
 """Rows that a sampled certificate typically evaluates (for cost prediction only)."""
 
 COST_MODELS: dict[str, CostModel] = {
@@ -112,8 +119,13 @@ COST_MODELS: dict[str, CostModel] = {
             },
             softmax_rate=6e8,
             overlap=False,
-            efficiency={"landmark": 0.55, "block_sparse": 0.5, "score_skip": 0.75, "rows": 0.4},
-            head_seconds=6e-3,
+            efficiency={
+                "landmark": 0.55,
+                "block_sparse": 0.5,
+                "score_skip": 0.55,
+                "rows": 0.55,
+            },
+            head_seconds=1.2e-2,
             source="one Xeon core, NumPy 2.4, OpenBLAS: f32, softmax and efficiencies fitted to"
             " timed heads of 8,192 tokens; f64 and emulated formats assumed",
         ),

@@ -4,31 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from adaattn_core.backend import Backend, RawResult, RunFacts
-from adaattn_core.bounds import minimal_sample_size
+from adaattn_core.backend import Backend, RawResult
 from adaattn_core.budget import ErrorBudget
-from adaattn_core.certificate import Certificate, HeadCertificate, LazyHeads
-from adaattn_core.certify import sampled_certificate, theorem_certificate
+from adaattn_core.certificate import Certificate
+from adaattn_core.certifier import Certifier
 from adaattn_core.costs import CostModel
 from adaattn_core.errors import BudgetInfeasibleError, CertificateViolation
-from adaattn_core.plan import HeadPlan, Plan
+from adaattn_core.plan import Plan
 from adaattn_core.policies.base import Policy, PolicyContext
 from adaattn_core.policies.fixed import ExactPolicy
 from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_core.stats import HeadStats, ProblemStats
-
-ROUNDS = 2
-"""Certificates that one call may draw per head: the first and that of one escalation; a sampled
-confidence is split over them. A later escalation goes to dense, which a theorem certifies."""
-SAMPLE_FACTOR = 8
-"""Certificate rows over the fewest that could do: more rows make a tighter order statistic, and
-so cheaper plans and fewer escalations (docs/design/0007)."""
 
 Notes = dict[str, Any]
 
@@ -72,7 +60,7 @@ def run_pipeline(
     clock.stop("plan_seconds")
     raw = backend.run(problem, plan, workspace=workspace)
     clock.stop("run_seconds")
-    certifier = _Certifier(problem, backend, budget, seed, measures=capabilities.measures)
+    certifier = Certifier(problem, backend, budget, seed, measures=capabilities.measures)
     if budget is None:  # nobody waits for the verdict: a device may still be computing
         certificate = certifier.later(raw, plan)
     else:
@@ -104,123 +92,6 @@ def run_pipeline(
         clock.stop("escalate_seconds")
         _check_outcome(certificate, budget, failing, backend)
     return raw, plan, certificate, stats, {**clock.seconds, "escalated": escalated}
-
-
-@dataclass(frozen=True, slots=True)
-class _Theorem:
-    """What the theorems need besides facts and plan: sizes, and the guarantee asked for."""
-
-    dim_qk: int
-    dim_v: int
-    scale: float
-    dtype: str
-    len_q: tuple[int, ...]
-    guarantee: str
-    confidence: float
-
-    @classmethod
-    def of(cls, problem: AttentionProblem, budget: ErrorBudget | None) -> _Theorem:
-        probabilistic = budget is not None and budget.guarantee == "probabilistic"
-        return cls(
-            problem.dim_qk,
-            problem.dim_v,
-            problem.scale,
-            problem.dtype,
-            tuple(span.len_q for span in problem.sequences),
-            "probabilistic" if probabilistic else "worst_case",
-            budget.confidence if budget is not None and probabilistic else 0.95,
-        )
-
-    def certify(self, facts: RunFacts, head: HeadPlan, sequence: int) -> HeadCertificate:
-        return theorem_certificate(
-            facts,
-            head,
-            dim_qk=self.dim_qk,
-            dim_v=self.dim_v,
-            scale=self.scale,
-            dtype=self.dtype,
-            len_q=self.len_q[sequence],
-            guarantee=self.guarantee,
-            confidence=self.confidence,
-        )
-
-
-class _Certifier:
-    """Certificates of a problem's heads; counts the sampling rounds that each head has used.
-
-    A theorem is stronger than a sample, so it serves a sampled budget wherever it reaches it;
-    on a backend that does not measure (`measures` false) it is all there is.
-    """
-
-    def __init__(
-        self,
-        problem: AttentionProblem,
-        backend: Backend,
-        budget: ErrorBudget | None,
-        seed: int,
-        *,
-        measures: bool,
-    ) -> None:
-        self.problem, self.backend, self.budget, self.seed = problem, backend, budget, seed
-        self.sampled = budget is not None and budget.guarantee == "sampled"
-        self.measures = measures
-        self.shape = (len(problem.sequences), problem.heads_q)
-        self.rounds: dict[HeadIndex, int] = {}
-
-    def exhausted(self, index: HeadIndex) -> bool:
-        """Whether the head has no sampling round left: only a theorem can certify it then."""
-        if self.sampled and not self.measures:
-            return True
-        return self.rounds.get(index, 0) >= ROUNDS
-
-    def certify(self, raw: RawResult, plan: Plan, heads: Collection[HeadIndex]) -> Certificate:
-        """Certify some heads: by theorem where that suffices, else by fresh rows."""
-        theorem = _Theorem.of(self.problem, self.budget)
-        certificates = {i: theorem.certify(raw.facts[i], plan[i], i[0]) for i in heads}
-        budget = self.budget
-        if budget is not None and self.sampled:
-            todo = [
-                index
-                for index in heads
-                if not certificates[index].holds(budget) and not self.exhausted(index)
-            ]
-            if todo:
-                certificates |= self._sample(raw, todo, budget)
-        return Certificate(certificates, self.shape)
-
-    def later(self, raw: RawResult, plan: Plan) -> Certificate:
-        """Certify every head by theorem, when somebody looks; keeps no input array alive."""
-        theorem, facts = _Theorem.of(self.problem, self.budget), raw.facts
-
-        def make() -> dict[HeadIndex, HeadCertificate]:
-            return {i: theorem.certify(facts[i], head, i[0]) for i, head in plan.heads.items()}
-
-        return Certificate(LazyHeads(make), self.shape)
-
-    def _sample(
-        self, raw: RawResult, todo: list[HeadIndex], budget: ErrorBudget
-    ) -> dict[HeadIndex, HeadCertificate]:
-        split = 1 - (1 - budget.confidence) / ROUNDS
-        count = int(SAMPLE_FACTOR * minimal_sample_size(budget.rows, split))
-        rows: dict[HeadIndex, NDArray[np.int64]] = {}
-        for index in todo:
-            len_q = self.problem.sequences[index[0]].len_q
-            self.rounds[index] = self.rounds.get(index, 0) + 1
-            rng = np.random.default_rng((self.seed, 0, *index, self.rounds[index]))
-            rows[index] = np.arange(len_q) if len_q <= count else rng.integers(0, len_q, count)
-        errors = self.backend.row_errors(self.problem, raw, rows)
-        return {
-            index: sampled_certificate(
-                errors[index],
-                raw.facts[index],
-                rows=budget.rows,
-                confidence=budget.confidence,
-                len_q=self.problem.sequences[index[0]].len_q,
-                complete=self.problem.sequences[index[0]].len_q <= count,
-                rounds=ROUNDS,
-            )
-            for index in todo
-        }
 
 
 def _check_outcome(

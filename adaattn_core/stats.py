@@ -118,6 +118,9 @@ class MeasureRequest:
         Candidates to try on held-out rows, cheapest first.
     enough_error : float
         Candidates of one kind need not be tried beyond the first with this row error or less.
+    enough_share : float
+        Other kinds need not be tried once such a candidate keeps at most this share of the
+        scores.
     formats : tuple of (str, str)
         (qk, pv) pairs to try on sampled rows.
     spectrum : bool
@@ -132,3 +135,4 @@ class MeasureRequest:
     formats: tuple[tuple[str, str], ...]
     spectrum: bool
     seed: int
+    enough_share: float = 1.0

@@ -134,13 +134,17 @@ class Landmark(Structure):
     ----------
     tau : float
         Landmarks are the fewest far keys (in multiples of 64) that leave at most `tau` of the
-        sampled mass unrepresented.
+        mass that a cluster's sampled rows see unrepresented.
     band : int
         Keys before the query tile that are computed exactly (a multiple of `pool`).
     group : int
-        Query rows that share one set of landmarks and pools (a multiple of `tile`).
+        Query rows that are probed together (a multiple of `tile`).
+    clusters : int
+        Clusters of like queries that a group's rows are split into (a power of 2; fewer where
+        the group is short), each with landmarks and pools of its own.
     samples : int
-        Exactly computed query rows per group that choose landmarks and pools.
+        Exactly computed query rows per group that choose landmarks and pools (a multiple of
+        `clusters`).
     pool : int
         Keys per pooled column; 0 drops the remainder.
     tile : int
@@ -158,6 +162,7 @@ class Landmark(Structure):
     tau: float = 0.05
     band: int = 256
     group: int = 1024
+    clusters: int = 1
     samples: int = 32
     pool: int = 64
     tile: int = 64
@@ -178,6 +183,13 @@ class Landmark(Structure):
             self.group % self.tile == 0 and self.tile % step == 0 and self.band % step == 0,
             f"group={self.group}, tile={self.tile}, band={self.band}, pool={self.pool}",
             "group a multiple of tile; tile and band multiples of pool",
+        )
+        _require(
+            self.clusters > 0
+            and self.clusters & (self.clusters - 1) == 0
+            and self.samples % self.clusters == 0,
+            f"clusters={self.clusters}, samples={self.samples}",
+            "clusters a power of 2, samples a multiple of it",
         )
         _require(
             self.screen_rank >= 0 and 0 < self.screen_theta < 1,

@@ -86,7 +86,7 @@ class Policy(Protocol):
         ...
 
 
-LEAST_TAU = 0.003
+LEAST_TAU = 0.002
 """Landmark mass below which dense is the next rung."""
 ERROR_EXPONENT = 0.7
 """Assumed power of tau by which a landmark head's error falls; a wrong one costs a rerun."""

@@ -10,7 +10,14 @@ from adaattn_core.backend import RunFacts
 from adaattn_core.certify import theorem_certificate
 from adaattn_core.formats import get_format
 from adaattn_core.plan import HeadPlan
-from adaattn_core.policies.base import LEAST_TAU, PolicyContext, safer
+from adaattn_core.policies.base import (
+    AIM,
+    ERROR_EXPONENT,
+    LEAST_TAU,
+    PolicyContext,
+    effective_tau,
+    safer,
+)
 from adaattn_core.problem import HeadIndex
 from adaattn_core.stats import HeadStats, MeasureRequest
 from adaattn_core.structure import (
@@ -35,9 +42,9 @@ FORMAT_PAIRS = (
 """Operand formats of Q·Kᵀ and P·V that are considered, cheapest first on most machines."""
 ESCALATED_LAM = 3e-3
 """Weight threshold of score-then-skip that a head climbs to when its landmarks fell short."""
-NEAR_MISS = 1.25
-"""Certified error over the budget up to which a few more landmarks are worth a second try."""
-USUAL_SHARE = 0.3
+LEAST_SLOPE = 0.35
+"""Least power of the landmark mass by which errors are taken to fall."""
+USUAL_SHARE = 0.15
 """Share that score-then-skip keeps of heads on which it was not tried."""
 
 
@@ -67,7 +74,7 @@ class BudgetPolicy:
         A feature rank is tried where the keys' participation ratio is below this share of dim.
     """
 
-    taus: tuple[float, ...] = (0.1, 0.02)
+    taus: tuple[float, ...] = (0.3, 0.1, 0.02)
     lams: tuple[float, ...] = (2e-2, 1e-2, 5e-3, 2e-3)
     margin: float = 0.7
     worthwhile: float = 0.8
@@ -96,15 +103,24 @@ class BudgetPolicy:
             formats=pairs,
             spectrum=not sampled,
             seed=context.seed,
+            enough_share=self._enough_share(context),
         )
+
+    def _enough_share(self, context: PolicyContext) -> float:
+        """Share up to which landmarks are cheaper than score-then-skip could be."""
+        shape = max(context.shapes.values(), key=lambda s: s.visible)
+        skip = HeadPlan(structure=_score_skip(ESCALATED_LAM, context))
+        bar = context.costs.head_cost(shape, skip, _least_share(skip.structure, shape))
+        landmark = HeadPlan(structure=_landmark(self.taus[0], context))
+        none, whole = (context.costs.head_cost(shape, landmark, share) for share in (0, 1))
+        return min(max((bar - none) / max(whole - none, 1e-30), 0.0), 1.0)
 
     def _structures(self, context: PolicyContext) -> Iterator[Structure]:
         kinds = context.capabilities.structures
         rel = context.budget.rel if context.budget else 0.0
         if "landmark" in kinds and context.structural:
-            screen = 0 if not context.costs.overlap else 16
             for tau in self.taus:
-                yield Landmark(tau=tau, screen_rank=screen)
+                yield _landmark(tau, context)
         if "score_skip" in kinds:
             longest = max((s.len_kv for s in context.shapes.values()), default=1)
             # The smallest keeps the budget by theorem; the others are judged on held-out rows.
@@ -150,20 +166,6 @@ class BudgetPolicy:
             for index, shape in context.shapes.items()
         }
 
-    def _skipping_pays(self, stats: HeadStats, context: PolicyContext) -> bool:
-        """Whether score-then-skip should beat dense, at the share measured or a usual one."""
-        if "score_skip" not in context.capabilities.structures:
-            return False
-        shares = [
-            estimate.share
-            for estimate in stats.structures
-            if isinstance(estimate.structure, ScoreSkip)
-            and estimate.structure.lam >= ESCALATED_LAM
-        ]
-        plan = HeadPlan(structure=_score_skip(ESCALATED_LAM, context))
-        cost = context.costs.head_cost(stats, plan, max(shares, default=USUAL_SHARE))
-        return cost < context.costs.dense_cost(stats)
-
     def decide_head(self, stats: HeadStats, context: PolicyContext) -> HeadPlan:
         """Choose for one head; pure and deterministic."""
         budget = context.budget
@@ -180,7 +182,7 @@ class BudgetPolicy:
             return replace(fallback, reason=why)
         best = fallback
         for plan, share in self._candidates(stats, context):
-            cost = _ratio(context.costs.head_cost(stats, plan, share), dense)
+            cost = _ratio(context.costs.head_cost(stats, plan, share, measured=True), dense)
             if cost < best.cost_estimate and plan.error_estimate <= self._allowed(context):
                 best = replace(plan, cost_estimate=cost, reason=self._reason(plan, stats))
         return best
@@ -219,16 +221,13 @@ class BudgetPolicy:
         tried = _landmarks(stats)
         if len(tried) < 2 or not self._admissible(tried[-1].structure, stats):
             return None
-        (high, e_high), (low, e_low) = (
-            (t.structure.tau, max(t.row_error_estimate, 1e-9)) for t in tried[-2:]
-        )
+        looser, tighter = tried[-2:]
         aim = 0.999 * self._allowed(context)
-        if e_high <= aim:
+        if looser.row_error_estimate <= aim:
             return None  # already cheap enough
-        slope = math.log(e_high / e_low) / math.log(high / low) if e_high > e_low else 0.0
-        slope = min(max(slope, 0.35), 1.0)
-        tau = low * (aim / e_low) ** (1 / slope)
-        if not LEAST_TAU < tau < high:
+        error = max(tighter.row_error_estimate, 1e-9)
+        tau = tighter.structure.tau * (aim / error) ** (1 / _slope(looser, tighter))
+        if not LEAST_TAU < tau < looser.structure.tau:
             return None
         structure, share = _fitted(stats, replace(tried[-1].structure, tau=tau))
         return structure, share, aim
@@ -270,28 +269,73 @@ class BudgetPolicy:
     def escalate(
         self, plan: HeadPlan, upper: float, stats: HeadStats, context: PolicyContext
     ) -> HeadPlan | None:
-        """Climb one rung; structures that no longer beat dense are passed over."""
-        step = safer(plan, upper, stats, context)
-        if not isinstance(plan.structure, Landmark):
-            return step
-        if step is not None and isinstance(step.structure, Landmark):
-            _, share = _fitted(stats, step.structure)
-            dense = context.costs.dense_cost(stats)
-            pays = context.costs.head_cost(stats, step, share) < self.worthwhile * dense
-            if pays and context.budget and upper < NEAR_MISS * context.budget.rel:
-                return step
-        if self._skipping_pays(stats, context):
-            # Dearer than more landmarks, and hardly ever wrong: a second failure costs more.
-            skip = _score_skip(ESCALATED_LAM, context)
-            return replace(plan, structure=skip, reason="escalated: safer structure")
-        return replace(plan, structure=Dense(), reason="escalated: safer structure")
+        """Take the cheapest structure that should do now that one certified error is known.
+
+        Landmarks are tried again with the mass at which their predicted error, corrected by
+        how far the certificate lay above the prediction, keeps the budget; score-then-skip
+        with what was measured of it; dense otherwise.
+        """
+        if not isinstance(plan.structure, Landmark) or context.budget is None:
+            return safer(plan, upper, stats, context)
+        aim = AIM * context.budget.rel
+        surprise = max(upper / plan.error_estimate, 1.0) if plan.error_estimate > 0 else 1.0
+        candidates = [self._skipping(stats, context)]
+        if upper < math.inf:
+            candidates.append(self._more_landmarks(plan.structure, aim / surprise, stats))
+        best: tuple[Structure, float] = (
+            Dense(),
+            context.costs.dense_cost(stats),
+        )
+        for structure, share in filter(None, candidates):
+            step = replace(plan, structure=structure)
+            cost = context.costs.head_cost(stats, step, share, measured=True)
+            if cost < best[1]:
+                best = structure, cost
+        return replace(plan, structure=best[0], reason="escalated: safer structure")
+
+    def _more_landmarks(
+        self, structure: Landmark, aim: float, stats: HeadStats
+    ) -> tuple[Structure, float] | None:
+        """Mass at which the predicted error is `aim`, and the share that it should keep."""
+        tried = _landmarks(stats)
+        if not tried:
+            return None
+        last = tried[-1]
+        slope = ERROR_EXPONENT
+        if len(tried) > 1:
+            slope = _slope(*tried[-2:])
+        error = max(last.row_error_estimate, 1e-9)
+        tau = min(last.structure.tau * (aim / error) ** (1 / slope), 0.6 * structure.tau)
+        tau = min(tau, 0.6 * effective_tau(stats))
+        if not tau > LEAST_TAU:
+            return None
+        return _fitted(stats, replace(structure, tau=tau))
+
+    def _skipping(
+        self, stats: HeadStats, context: PolicyContext
+    ) -> tuple[Structure, float] | None:
+        """Score-then-skip that should keep the budget, and the share that it should keep."""
+        if "score_skip" not in context.capabilities.structures:
+            return None
+        tried = [e for e in stats.structures if isinstance(e.structure, ScoreSkip)]
+        for estimate in tried:
+            if estimate.row_error_estimate <= self._allowed(context):
+                return estimate.structure, estimate.share
+        return (_score_skip(ESCALATED_LAM, context), USUAL_SHARE) if not tried else None
+
+
+def _landmark(tau: float, context: PolicyContext) -> Landmark:
+    """Landmarks that suit the target: clusters where gathers are cheap, else a screen."""
+    if context.costs.overlap:
+        return Landmark(tau=tau)
+    return Landmark(tau=tau, clusters=8, samples=64, tail=64, screen_rank=0)
 
 
 def _score_skip(lam: float, context: PolicyContext) -> ScoreSkip:
     """Score-then-skip with tiles that suit the target: single keys where gathers are cheap."""
     if context.costs.overlap:
         return ScoreSkip(lam=lam, tile_kv=64)
-    return ScoreSkip(lam=lam, tile_q=128, tile_kv=1)
+    return ScoreSkip(lam=lam, tile_q=64, tile_kv=1)
 
 
 def _landmarks(stats: HeadStats) -> list[LandmarkEstimate]:
@@ -310,6 +354,15 @@ class LandmarkEstimate:
     structure: Landmark
     share: float
     row_error_estimate: float
+
+
+def _slope(looser: LandmarkEstimate, tighter: LandmarkEstimate) -> float:
+    """Power of the mass by which the predicted error falls between two tried structures."""
+    e_high, e_low = (max(t.row_error_estimate, 1e-9) for t in (looser, tighter))
+    if e_high <= e_low:
+        return LEAST_SLOPE
+    slope = math.log(e_high / e_low) / math.log(looser.structure.tau / tighter.structure.tau)
+    return min(max(slope, LEAST_SLOPE), 1.0)
 
 
 def _fitted(stats: HeadStats, structure: Landmark) -> tuple[Landmark, float]:

@@ -11,7 +11,6 @@ import scipy
 from numpy.typing import NDArray
 
 from adaattn_core.backend import Capabilities, RawResult, RowErrors, RunFacts
-from adaattn_core.certify import theorem_certificate
 from adaattn_core.errors import UnsupportedError
 from adaattn_core.formats import FORMATS
 from adaattn_core.plan import HeadPlan, Plan
@@ -20,6 +19,7 @@ from adaattn_core.stats import HeadStats, MeasureRequest, ProblemStats
 from adaattn_core.structure import BlockSparse, Dense, Landmark, LowRank, ScoreSkip
 from adaattn_reference.blocks import choose_blocks
 from adaattn_reference.dense import HeadOutput, block_sparse, dense, score_skip
+from adaattn_reference.exact import errors_against
 from adaattn_reference.farfield import GroupProbe
 from adaattn_reference.landmark import landmark
 from adaattn_reference.measure import HeadProbe, measure_head
@@ -32,9 +32,6 @@ Float = NDArray[np.floating[Any]]
 
 FORMATS_RUN = ("f64", "f32", "tf32", "f16", "bf16", "i8", "e4m3")
 """Operand formats that plans may name here."""
-EXACT_ROWS_AT_ONCE, EXACT_SUM_KEYS = 48, 256
-"""Rows per step of the comparison with exact rows, and keys per product: products are added in
-float64."""
 ORACLE_SHARE = 0.2
 """Exact rows are computed in float32 where the theorem's bound on their own error is below this
 share of the errors that they show (of their 90% quantile), else in float64."""
@@ -105,6 +102,7 @@ class NumpyBackend:
         todo = list(problem.heads() if heads is None else heads)
         if workspace is None or workspace.problem is not problem:
             workspace = Workspace(problem, plan.seed, ProblemViews(problem))
+        raw.workspace = workspace
         wide = any(plan[i].qk == "f64" for i in todo)
         views64 = ProblemViews(problem, np.float64) if wide else None
         space = workspace
@@ -139,18 +137,24 @@ class NumpyBackend:
         and part of what is returned, hardly matters beside the errors found, else of float64.
         """
         wide = ProblemViews(problem, np.float64)
-        narrow = None if problem.dtype == "f64" else ProblemViews(problem)
+        narrow = None
+        if problem.dtype != "f64":
+            kept = raw.workspace
+            same = isinstance(kept, Workspace) and kept.problem is problem
+            narrow = kept.views if same else ProblemViews(problem)
 
         def work(index: HeadIndex) -> tuple[HeadIndex, RowErrors]:
             span = problem.sequences[index[0]]
             chosen = np.sort(np.asarray(rows[index], np.int64))
             out = raw.out[span.batch, index[1], span.q_start + chosen].astype(np.float64)
             if narrow is not None:
-                errors = _errors_against(narrow.rows(index, chosen), out, "f32", problem)
+                view = narrow.rows(index, chosen)
+                errors = errors_against(view, out, _input_facts(view), problem)
                 typical = float(np.quantile(errors.error, 0.9)) if len(chosen) else 0.0
                 if errors.oracle_upper <= ORACLE_SHARE * typical:
                     return index, errors
-            return index, _errors_against(wide.rows(index, chosen), out, "f64", problem)
+            view = wide.rows(index, chosen)
+            return index, errors_against(view, out, _input_facts(view), problem)
 
         return dict(map_heads(work, rows))
 
@@ -163,65 +167,6 @@ class NumpyBackend:
             "blas": f"{blas.get('name')} {blas.get('version')}",
             "threads": str(thread_count()),
         }
-
-
-def _errors_against(
-    view: HeadView, out: NDArray[np.float64], name: str, problem: AttentionProblem
-) -> RowErrors:
-    """Errors of returned rows against those of a view in float32 or float64 arithmetic."""
-    exact = exact_rows(view)
-    oracle = theorem_certificate(
-        replace(_input_facts(view), output_rms=1.0, sum_keys_max=EXACT_SUM_KEYS),
-        HeadPlan(qk=name, pv=name),
-        dim_qk=problem.dim_qk,
-        dim_v=problem.dim_v,
-        scale=problem.scale,
-        dtype=name,
-        len_q=max(view.len_q, 1),
-    )
-    return RowErrors(
-        error=np.linalg.norm(out - exact, axis=1),
-        exact_norm=np.linalg.norm(exact, axis=1),
-        oracle_upper=oracle.upper,
-    )
-
-
-def exact_rows(view: HeadView) -> NDArray[np.float64]:
-    """Exact attention of the rows of a view in its own arithmetic, shape (rows, dim_v)."""
-    name = "f64" if view.query.dtype == np.float64 else "f32"
-    operands = prepare_operands(view, HeadPlan(qk=name, pv=name), 0)
-    out = np.zeros((view.len_q, view.value.shape[1]))
-    for first in range(0, view.len_q, EXACT_ROWS_AT_ONCE):
-        part = slice(first, min(first + EXACT_ROWS_AT_ONCE, view.len_q))
-        keys = int(view.stop[part].max(initial=0))
-        scores = operands.scores(part, slice(0, keys))
-        view.mask_scores(scores, part, 0, keys)
-        bad = view.kv.bad_values[view.kv.bad_values < keys]
-        bad_scores = scores[:, bad].copy()
-        top = scores.max(axis=1, initial=-np.inf)
-        shift = np.where(top == -np.inf, 0, top)[:, None]
-        scores -= shift
-        weights = np.exp(scores, out=scores)
-        sums, total = _sums_in_parts(weights, operands.value[:keys])
-        for j, key in enumerate(bad):
-            sees = bad_scores[:, j] != -np.inf
-            sums[sees] += np.exp(bad_scores[sees, j : j + 1] - shift[sees]) * view.value[key]
-        seen = total != 0
-        out[part][seen] = sums[seen] / total[seen, None]
-    return out
-
-
-def _sums_in_parts(weights: Float, value: Float) -> tuple[Float, Float]:
-    """P·V and the rows' sums in float64, out of products of at most EXACT_SUM_KEYS keys."""
-    rows, keys = weights.shape
-    whole = keys // EXACT_SUM_KEYS
-    edge = whole * EXACT_SUM_KEYS
-    parts = weights[:, :edge].reshape(rows, whole, EXACT_SUM_KEYS)
-    values = value[:edge].reshape(whole, EXACT_SUM_KEYS, value.shape[1])
-    products = np.matmul(parts.transpose(1, 0, 2), values)
-    sums = products.sum(axis=0, dtype=np.float64) + weights[:, edge:] @ value[edge:]
-    total = parts.sum(axis=2).sum(axis=1, dtype=np.float64) + weights[:, edge:].sum(axis=1)
-    return sums, total
 
 
 def _run_head(

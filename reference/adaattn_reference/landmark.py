@@ -1,11 +1,12 @@
 """Near field + landmarks + pooled remainder: the token-dimension low-rank executor.
 
-A group of query rows shares its far field (`adaattn_reference.farfield`); its tiles are
-computed together, each with its own near field. All columns of a row meet in one softmax.
+The near field goes tile by tile, in order of position; the far field cluster by cluster
+(`adaattn_reference.farfield`). All columns of a row meet in one softmax.
 """
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -15,12 +16,13 @@ from numpy.typing import NDArray
 from adaattn_core.structure import Landmark
 from adaattn_reference.dense import HeadOutput, dense_tile
 from adaattn_reference.farfield import (
+    BIAS_RANGE,
     FarField,
-    Geometry,
     GroupProbe,
-    build_far_field,
+    far_field,
     probe_head,
 )
+from adaattn_reference.geometry import Geometry
 from adaattn_reference.operands import Operands
 from adaattn_reference.scratch import scratch
 from adaattn_reference.sketch import ScoreSketch
@@ -28,6 +30,14 @@ from adaattn_reference.softmax import RowAccumulator
 from adaattn_reference.view import HeadView, hide
 
 Float = NDArray[np.floating[Any]]
+Rows = NDArray[np.int64]
+
+EXPONENT_MAX = 87.0
+"""Largest exponent that float32 can represent the exponential of."""
+POOL_BIAS_MAX = math.log(4096) + BIAS_RANGE[1]
+"""Largest bias of a pool of up to 4,096 keys."""
+NEAR_ROWS = 1024
+"""Rows whose near fields are computed at once: their scores stay in a core's cache."""
 
 
 def landmark(
@@ -49,121 +59,218 @@ def landmark(
         return None
     result = HeadOutput.empty(view, operands)
     result.dropped_mass_upper = np.inf
-    probes = probes or probe_head(view, geometry, seed)
+    probes = probe_head(view, geometry, seed) if probes is None else probes
     sketch = (
         ScoreSketch(operands, structure) if structure.screen_rank and structure.pool else None
     )
     columns = []
-    for number, group in enumerate(geometry.groups()):
-        probe = probes[number]
-        (count,) = probe.landmark_counts((structure.tau,))
-        far = build_far_field(view, operands, geometry, probe, count)
-        columns.append(len(far.landmarks) + len(far.pool_bias))
-        last = group.stop
-        if structure.tail and last == view.len_q:
-            last = max(_tail_start(geometry), group.start)
-            tail = slice(last, view.len_q)
-            result.out[tail], result.lse[tail] = dense_tile(view, operands, tail)
-            result.computed += int((view.stop[tail] - view.start[tail]).sum())
-        for rows in _even_runs(geometry, group.start, last):
-            result.computed += _run_tiles(view, operands, geometry, far, sketch, rows, result)
+    for group, probe in zip(geometry.groups(), probes, strict=True):
+        far = far_field(operands, geometry, probe, structure.tau)
+        columns.append(far.columns())
+        run = _GroupRun(view, operands, geometry, group)
+        batches = _of_one_size(probe.clusters)
+        if sketch is None:
+            for numbers, members in batches:
+                run.begin_far(far, numbers, members)
+        for rows in _even_runs(geometry, group):
+            run.add_near(rows)
+        if sketch is not None:  # it must know what the near field holds
+            for numbers, members in batches:
+                run.add_far(far, numbers, members, sketch)
+        result.computed += run.computed
+        result.out[group], result.lse[group] = run.accumulator.finish()
+    tail = geometry.tail
+    if tail.start < tail.stop:
+        result.out[tail], result.lse[tail] = dense_tile(view, operands, tail)
+        result.computed += int((view.stop[tail] - view.start[tail]).sum())
     result.rank = round(sum(columns) / max(len(columns), 1))
     return result
 
 
-def _tail_start(geometry: Geometry) -> int:
-    """First row of the densely computed tail: a whole number of tiles from the start."""
-    tile, len_q = geometry.structure.tile, geometry.len_q
-    return max(len_q - geometry.structure.tail, 0) // tile * tile
+def _of_one_size(clusters: list[Rows]) -> list[tuple[list[int], Rows]]:
+    """Numbers and rows (clusters, rows) of the clusters with as many rows: one batch each."""
+    batches: dict[int, list[int]] = {}
+    for number, members in enumerate(clusters):
+        batches.setdefault(len(members), []).append(number)
+    return [(n, np.stack([clusters[c] for c in n])) for n in batches.values()]
 
 
-def _even_runs(geometry: Geometry, first: int, last: int) -> list[slice]:
+def _even_runs(geometry: Geometry, group: slice) -> list[slice]:
     """Cut rows into runs of equal tiles whose near fields are evenly (or not at all) spaced."""
     tile, band = geometry.structure.tile, geometry.structure.band
     clipped = (
         -(-(band + tile - geometry.offset) // tile) * tile
     )  # near fields that start at key 0
-    whole = last - (last - first) % tile
-    edges = [first, *sorted({e for e in (clipped, whole) if first < e < last}), last]
-    return [slice(a, b) for a, b in pairwise(edges) if a < b]
+    whole = group.stop - (group.stop - group.start) % tile
+    steps = range(group.start, group.stop, max(NEAR_ROWS // tile, 1) * tile)
+    edges = {e for e in (clipped, whole, *steps) if group.start < e < group.stop}
+    return [slice(a, b) for a, b in pairwise(sorted({group.start, *edges, group.stop}))]
 
 
-def _run_tiles(
-    view: HeadView,
-    operands: Operands,
-    geometry: Geometry,
-    far: FarField,
-    sketch: ScoreSketch | None,
-    rows: slice,
-    result: HeadOutput,
-) -> int:
-    """Compute consecutive query tiles of one size and group, all at once.
+class _GroupRun:
+    """The rows of one group on their way through near and far field."""
 
-    Returns the number of visible scores and pooled columns that it took.
-    """
-    size = min(geometry.structure.tile, rows.stop - rows.start)
-    tiles = (rows.stop - rows.start) // size
-    query = operands.query[rows]
-    near_start, near_stop = geometry.near(rows.start + size * np.arange(tiles))
-    near_width = int((near_stop - near_start).max())
-    # Every tile reads a window of one width; the columns it has no use for are masked.
-    window = np.minimum(near_start, max(view.len_kv - near_width, 0))
-    far_bias, biased = _far_bias(geometry, far, near_start, near_stop)
-    far_width = far_bias.shape[1]
-    if not far_width + near_width:
-        return 0  # rows before the first key: they see nothing
-    scores = scratch("scores", (len(query), far_width + near_width), query.dtype)
-    landmarks = len(far.landmarks)
-    np.matmul(query, far.key.T, out=scores[:, :landmarks])
-    if far_width > landmarks:
-        np.matmul(query, far.pool_key.T, out=scores[:, landmarks:far_width])
-    by_tile = scores.reshape(tiles, size, -1)
-    by_tile[:, :, biased:far_width] += far_bias[:, None, biased:]
-    key_t = _windows(operands.key_t, window, near_width, axis=1)
-    value = _windows(operands.value, window, near_width, axis=0)
-    np.matmul(query.reshape(tiles, size, -1), key_t, out=by_tile[:, :, far_width:])
-    taken = _mask_near(view, rows, by_tile[:, :, far_width:], window, near_start, near_stop)
-    taken += size * int((far_bias != -np.inf).sum())
-    accumulator = RowAccumulator(len(query), operands)
-    if sketch is not None:
-        taken += _open_heavy_pools(accumulator, operands, geometry, far, sketch, query, by_tile)
-    weights = accumulator.weights(scores)
-    accumulator.sums += operands.weighted_sum(weights[:, :landmarks], far.value)
-    if far_width > landmarks:
-        accumulator.sums += operands.weighted_sum(
-            weights[:, landmarks:far_width], far.pool_value
+    def __init__(
+        self, view: HeadView, operands: Operands, geometry: Geometry, rows: slice
+    ) -> None:
+        self.view, self.operands, self.geometry, self.rows = view, operands, geometry, rows
+        bounded = view.bounded_by(EXPONENT_MAX - POOL_BIAS_MAX)
+        self.accumulator = RowAccumulator(rows.stop - rows.start, operands, bounded=bounded)
+        self.computed = 0
+
+    def add_near(self, rows: slice) -> None:
+        """Add the near fields of consecutive tiles of one size, all at once."""
+        operands, view = self.operands, self.view
+        size = min(self.geometry.structure.tile, rows.stop - rows.start)
+        tiles = (rows.stop - rows.start) // size
+        query = operands.query[rows]
+        start, stop = self.geometry.near(rows.start + size * np.arange(tiles))
+        width = int((stop - start).max())
+        if not width:
+            return  # rows before the first key: they see nothing
+        # Every tile reads a window of one width; the columns it has no use for are masked.
+        window = np.minimum(start, max(view.len_kv - width, 0))
+        scores = scratch("scores", (len(query), width), query.dtype)
+        by_tile = scores.reshape(tiles, size, width)
+        key_t = _windows(operands.key_t, window, width, axis=1)
+        np.matmul(query.reshape(tiles, size, -1), key_t, out=by_tile)
+        self.computed += _mask_near(view, rows, by_tile, window, start, stop)
+        mine = slice(rows.start - self.rows.start, rows.stop - self.rows.start)
+        weights = self.accumulator.weights(scores, mine).reshape(by_tile.shape)
+        value = _windows(operands.value, window, width, axis=0)
+        product = operands.weighted_sum(weights, value)
+        self.accumulator.sums[mine] += product.reshape(len(query), -1)
+
+    def begin_far(self, far: FarField, numbers: list[int], members: Rows) -> None:
+        """Begin with landmarks and pools of clusters of one size.
+
+        Parameters
+        ----------
+        numbers : list of int
+            Of the clusters.
+        members : ndarray of int64, shape (clusters, rows)
+            Their rows.
+        """
+        scores, value, _ = self._far_scores(far, numbers, members)
+        if scores.size:
+            self.accumulator.begin(scores, value, members.ravel() - self.rows.start)
+
+    def add_far(
+        self, far: FarField, numbers: list[int], members: Rows, sketch: ScoreSketch
+    ) -> None:
+        """Add them to what the rows have seen, and open heavy pools; see `begin_far`."""
+        scores, value, landmarks = self._far_scores(far, numbers, members)
+        if not scores.size:
+            return
+        for n in range(len(numbers)):
+            self._open_heavy_pools(members[n], scores[n], landmarks[n], sketch)
+        mine = members.ravel() - self.rows.start
+        weights = self.accumulator.weights(scores.reshape(len(mine), -1), mine)
+        product = self.operands.weighted_sum(weights.reshape(scores.shape), value)
+        self.accumulator.sums[mine] += product.reshape(len(mine), -1)
+
+    def _far_scores(
+        self, far: FarField, numbers: list[int], members: Rows
+    ) -> tuple[Float, Float, Rows]:
+        """Masked scores (clusters, rows, columns), columns' values, and landmarks in front."""
+        operands, geometry, view = self.operands, self.geometry, self.view
+        landmarks = far.landmarks[numbers]
+        count = landmarks.shape[1]
+        key = np.concatenate([operands.key[landmarks], far.pool_key[numbers]], axis=1)
+        value = np.concatenate([operands.value[landmarks], far.pool_value[numbers]], axis=1)
+        scores = scratch("far", (*members.shape, key.shape[1]), key.dtype)
+        np.matmul(operands.query[members], key.transpose(0, 2, 1), out=scores)
+        self.computed += _mask_landmarks(
+            scores[..., :count], landmarks, members, geometry, view
         )
-    near = operands.weighted_sum(weights.reshape(tiles, size, -1)[:, :, far_width:], value)
-    accumulator.sums += near.reshape(len(query), -1)
-    result.out[rows], result.lse[rows] = accumulator.finish()
-    return int(taken)
+        bias = far.pool_bias[numbers]
+        self.computed += _bias_pools(scores[..., count:], bias, members, geometry, view)
+        return scores, value, landmarks
+
+    def _open_heavy_pools(
+        self,
+        members: Rows,
+        scores: Float,
+        landmarks: Rows,
+        sketch: ScoreSketch,
+    ) -> None:
+        """Replace pools in which a row may have a heavy key by their keys, tile by tile."""
+        operands, size = self.operands, self.geometry.structure.pool
+        of_pools = scores[:, len(landmarks) :]
+        mine = members - self.rows.start
+        known = _log_sum_exp(scores)
+        known = np.logaddexp(known, self.accumulator.lse(mine))
+        tile = self.geometry.structure.tile
+        for first in range(0, len(members), tile):
+            part = slice(first, min(first + tile, len(members)))
+            heavy = sketch.heavy(
+                operands.query[members[part]], known[part], landmarks, of_pools.shape[1]
+            )
+            pools = np.flatnonzero(heavy & (of_pools[part] != -np.inf).all(axis=0))
+            if not len(pools):
+                continue
+            of_pools[part][:, pools] = -np.inf
+            keys = (pools[:, None] * size + np.arange(size)).ravel()
+            keys = keys[keys < self.geometry.len_kv]
+            keys = keys[~np.isin(keys, landmarks)]
+            opened = operands.query[members[part]] @ operands.key[keys].T
+            self.accumulator.add(opened, operands.value[keys], rows=mine[part])
+            self.computed += (part.stop - part.start) * (len(keys) - len(pools))
 
 
-def _far_bias(
+def _log_sum_exp(scores: Float) -> Float:
+    """Log-sum-exp of rows; -inf for rows of which every score is."""
+    top = scores.max(axis=1, keepdims=True)
+    top[top == -np.inf] = 0
+    with np.errstate(divide="ignore"):
+        return np.asarray(np.log(np.exp(scores - top).sum(axis=1)) + top[:, 0])
+
+
+def _mask_landmarks(
+    scores: Float,
+    landmarks: NDArray[np.int64],
+    members: NDArray[np.int64],
     geometry: Geometry,
-    far: FarField,
-    near_start: NDArray[np.int64],
-    near_stop: NDArray[np.int64],
-) -> tuple[Float, int]:
-    """Bias of every landmark and pool column for every tile; -inf where it is no far column.
+    view: HeadView,
+) -> int:
+    """Hide landmarks (clusters, columns) that are not far for a row; count the others."""
+    start, stop = (x[..., None] for x in geometry.near_of_rows(members))
+    if geometry.causal:  # only the last landmarks can lie in a near field, or right of it
+        first = int((landmarks < start.min()).sum(axis=1).min())
+        hidden = landmarks[:, None, first:] >= start
+    else:
+        first = 0
+        hidden = (landmarks[:, None] >= start) & (landmarks[:, None] < stop)
+    if hidden.size:
+        hide(scores[..., first:], hidden, view.finite_scores)
+    return int(scores.size - hidden.sum())
 
-    Also return the first column that any tile needs it for.
-    """
-    start, stop = near_start[:, None], near_stop[:, None]
-    landmark_far = far.landmarks < start
-    size = max(geometry.structure.pool, 1)
-    first = np.arange(len(far.pool_bias)) * size
-    pool_far = first + size <= start
+
+def _bias_pools(
+    scores: Float,
+    bias: Float,
+    members: NDArray[np.int64],
+    geometry: Geometry,
+    view: HeadView,
+) -> int:
+    """Add the pools' bias and hide pools that are not far for a row; count the others."""
+    scores += bias[:, None]
+    pools = scores.shape[2]
+    empty = bias == -np.inf
+    if not pools:
+        return 0
     if not geometry.causal:
-        landmark_far |= far.landmarks >= stop
-        pool_far |= first >= stop
-    none = far.pool_bias.dtype.type(-np.inf)
-    zero = far.pool_bias.dtype.type(0)
-    bias = np.hstack(
-        [np.where(landmark_far, zero, none), np.where(pool_far, far.pool_bias, none)]
-    )
-    biased = np.flatnonzero(~landmark_far.all(axis=0))
-    return bias, int(biased[0]) if len(biased) else len(far.landmarks)
+        far = geometry.far_pools(members, pools)
+        hide(scores, ~far, view.finite_scores)
+        return int(far.sum() - (far & empty[:, None]).sum())
+    stop = np.minimum(geometry.near_of_rows(members)[0] // geometry.structure.pool, pools)
+    first = int(stop.min())
+    if first < pools:
+        hide(
+            scores[..., first:], np.arange(first, pools) >= stop[..., None], view.finite_scores
+        )
+    filled = np.concatenate([np.zeros((len(bias), 1), np.int64), np.cumsum(~empty, axis=1)], 1)
+    return int(np.take_along_axis(filled, stop, axis=1).sum())
 
 
 def _windows(x: Float, first: NDArray[np.int64], width: int, axis: int) -> Float:
@@ -204,33 +311,3 @@ def _mask_near(
         hidden |= columns < low[:, None, None]
     hide(scores[:, :, first:], hidden, finite=view.finite_scores)
     return int(np.clip(high, 0, width).sum() - low.sum() * size)
-
-
-def _open_heavy_pools(
-    accumulator: RowAccumulator,
-    operands: Operands,
-    geometry: Geometry,
-    far: FarField,
-    sketch: ScoreSketch,
-    query: Float,
-    scores: Float,
-) -> int:
-    """Replace pools in which a row may have a heavy key by their keys, tile by tile."""
-    size = scores.shape[1]
-    landmarks = len(far.landmarks)
-    pool_scores = scores[:, :, landmarks : landmarks + len(far.pool_bias)]
-    heavy = sketch.heavy(query, scores, far.landmarks, len(far.pool_bias))
-    heavy &= pool_scores[:, 0] != -np.inf
-    taken = 0
-    for tile in np.flatnonzero(heavy.any(axis=1)):
-        pools = np.flatnonzero(heavy[tile])
-        pool_scores[tile][:, pools] = -np.inf
-        keys = (
-            pools[:, None] * geometry.structure.pool + np.arange(geometry.structure.pool)
-        ).ravel()
-        keys = keys[keys < geometry.len_kv]
-        keys = keys[~np.isin(keys, far.landmarks)]
-        rows = slice(tile * size, (tile + 1) * size)
-        accumulator.add(query[rows] @ operands.key[keys].T, operands.value[keys], rows=rows)
-        taken += size * (len(keys) - len(pools))
-    return taken

@@ -16,13 +16,8 @@ from adaattn_core.plan import HeadPlan
 from adaattn_core.stats import HeadStats, MeasureRequest, StructureEstimate
 from adaattn_core.structure import BlockSparse, Landmark, LowRank, ScoreSkip, Structure
 from adaattn_reference.blocks import choose_blocks, exact_scores, softmax_in_place
-from adaattn_reference.farfield import (
-    FarField,
-    Geometry,
-    GroupProbe,
-    build_far_field,
-    probe_head,
-)
+from adaattn_reference.farfield import FarField, GroupProbe, far_field, probe_head
+from adaattn_reference.geometry import Geometry
 from adaattn_reference.operands import TINY, Operands, prepare_operands
 from adaattn_reference.svd import score_factors
 from adaattn_reference.view import HeadView
@@ -33,6 +28,8 @@ JUDGE_ROWS = 128
 """Held-out rows per head on which candidates are judged."""
 JUDGE_PARTS = 4
 """Stretches of the sequence that these rows come from."""
+ALIKE = 1.25
+"""Landmark structures whose shares lie within this factor are alike: the safer one is tried."""
 STATS_STEP = 4
 """Every so many of them give entropy, saturation and magnitudes, which need fewer rows."""
 CURVE = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
@@ -51,7 +48,7 @@ class HeadProbe:
         if self.geometry is None or not isinstance(structure, Landmark):
             return False
         mine = self.geometry.structure
-        names = ("group", "samples", "band", "tile", "pool")
+        names = ("group", "clusters", "samples", "band", "tile", "pool")
         return all(getattr(mine, name) == getattr(structure, name) for name in names)
 
 
@@ -73,13 +70,18 @@ def measure_head(view: HeadView, request: MeasureRequest) -> tuple[HeadStats, He
     operands = prepare_operands(view, HeadPlan(), request.seed)
     landmarks = [s for s in request.structures if isinstance(s, Landmark)]
     geometry = Geometry.of(view, landmarks[0]) if landmarks else None
+    if geometry is not None and not geometry.groups():
+        geometry = None  # all rows belong to the tail: it is computed densely
     probes = probe_head(view, geometry, request.seed) if geometry else []
     if geometry:
         facts["landmark_curve"] = _landmark_curve(probes)
     judge = _Judge(view, operands, request, geometry)
     facts |= judge.row_facts()
     estimates = judge.landmarks(landmarks, probes) if geometry else []
-    settled = bool(estimates) and estimates[0].row_error_estimate <= request.enough_error
+    settled = any(
+        e.row_error_estimate <= request.enough_error and e.share <= request.enough_share
+        for e in estimates
+    )
     for structure in request.structures:
         if isinstance(structure, ScoreSkip):
             if not settled:
@@ -188,42 +190,46 @@ class _Judge:
     ) -> list[StructureEstimate]:
         """Try landmark structures, cheapest first, until one is accurate enough."""
         assert self.geometry is not None
-        taus = tuple(s.tau for s in structures)
-        ranked = [probe.landmark_counts(taus) for probe in probes]
-        out = []
+        out: list[StructureEstimate] = []
+        shares = [
+            self._landmark_share([probe.landmark_count(s.tau) for probe in probes])
+            for s in structures
+        ]
         for number, structure in enumerate(structures):
+            share = shares[number]
+            if share * ALIKE > min(shares[number + 1 :], default=np.inf):
+                continue  # the next one is safer and costs no more
             errors, columns = [], []
             for part, (index, _) in enumerate(self.groups):
-                count = ranked[index][number]
-                far = build_far_field(
-                    self.view, self.operands, self.geometry, probes[index], count
-                )
-                columns.append(len(far.landmarks) + len(far.pool_bias))
-                errors.append(self._landmark_errors(part, far))
-            share = self._landmark_share([counts[number] for counts in ranked])
+                far = far_field(self.operands, self.geometry, probes[index], structure.tau)
+                columns.append(far.columns())
+                errors.append(self._landmark_errors(part, probes[index], far))
             out.append(self._estimate(structure, share, round(np.mean(columns)), errors))
             if out[-1].row_error_estimate <= self.request.enough_error:
                 break
         return out
 
-    def _landmark_errors(self, part: int, far: FarField) -> Float:
+    def _landmark_errors(self, part: int, probe: GroupProbe, far: FarField) -> Float:
         """Error norms of one part's rows under near field + landmarks + pools."""
         assert self.geometry is not None
         rows, weights = self.parts[part], self.weights[part]
+        cluster = probe.cluster_of[rows - self.groups[part][1].start]
         keys = weights.shape[1]
         start, stop = self.geometry.near_of_rows(rows)
         columns = np.arange(keys)
         kept = (columns >= start[:, None]) & (columns < stop[:, None])
-        kept[:, far.landmarks] = True
+        kept[np.arange(len(rows))[:, None], far.landmarks[cluster]] = True
         part_weights = np.where(kept, weights, 0)
         sums = part_weights @ self.operands.value[:keys]
         total = part_weights.sum(axis=1)
-        if len(far.pool_bias):
-            is_far = self.geometry.far_pools(rows, len(far.pool_bias))
-            scores = self.operands.query[rows] @ far.pool_key.T + far.pool_bias
+        pools = far.pool_bias.shape[1]
+        if pools:
+            is_far = self.geometry.far_pools(rows, pools)
+            query = self.operands.query[rows][:, :, None]
+            scores = np.matmul(far.pool_key[cluster], query)[:, :, 0] + far.pool_bias[cluster]
             scores -= self.lse[part][:, None]
             pooled = np.where(is_far, np.exp(np.minimum(scores, 20.0)), 0)
-            sums += pooled @ far.pool_value
+            sums += np.matmul(pooled[:, None], far.pool_value[cluster])[:, 0]
             total += pooled.sum(axis=1)
         approximate = sums / np.maximum(total, TINY)[:, None]
         return np.asarray(np.linalg.norm(approximate - self.exact[part], axis=1))
@@ -321,11 +327,7 @@ def _parts(len_q: int) -> list[slice]:
 
 def _landmark_curve(probes: list[GroupProbe]) -> dict[float, float]:
     """Unrepresented mass -> mean share of the far keys needed as landmarks."""
-    shares = []
-    for probe in probes:
-        order = np.sort(probe.mass)[::-1]
-        rest = order.sum() - np.cumsum(order)
-        shares.append([float((rest > tau).sum()) / max(len(order), 1) for tau in CURVE])
+    shares = [probe.keys_needed(CURVE) / max(len(probe.rest), 1) for probe in probes]
     return dict(zip(CURVE, np.mean(shares, axis=0).tolist(), strict=True))
 
 

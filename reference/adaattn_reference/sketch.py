@@ -33,31 +33,28 @@ class ScoreSketch:
         self.log_theta = math.log(structure.screen_theta)
 
     def heavy(
-        self, query: Float, scores: Float, landmarks: NDArray[np.int64], pools: int
+        self, query: Float, lse: Float, landmarks: NDArray[np.int64], pools: int
     ) -> NDArray[np.bool_]:
         """Whether, by the sketch, one key of a pool may hold more than theta of a row's mass.
 
         Parameters
         ----------
-        query : ndarray, shape (tiles * size, dim_qk)
-        scores : ndarray, shape (tiles, size, columns)
-            Scores of the columns kept so far: they give each row's log-sum-exp.
+        query : ndarray, shape (rows, dim_qk)
+        lse : ndarray, shape (rows,)
+            Log-sum-exp of the columns known so far.
 
         Returns
         -------
-        ndarray of bool, shape (tiles, pools)
+        ndarray of bool, shape (pools,)
         """
-        tiles, size, _ = scores.shape
-        top = scores.max(axis=2, keepdims=True)
-        lse = top[..., 0] + np.log(np.exp(scores - top).sum(axis=2))
-        constant = query @ self.mean - lse.ravel() - self.log_theta
+        constant = query @ self.mean - lse - self.log_theta
         sketch = np.hstack([query @ self.basis, constant[:, None]])
-        best = np.full((tiles, pools * self.size), -np.inf, scores.dtype)
+        best = np.full(pools * self.size, -np.inf, query.dtype)
         keys = min(pools * self.size, len(self.key))
         for first in range(0, keys, SCREEN_KEYS):
             last = min(first + SCREEN_KEYS, keys)
             values = scratch("screen", (len(query), last - first), query.dtype)
             np.matmul(sketch, self.key[first:last].T, out=values)
-            best[:, first:last] = values.reshape(tiles, size, -1).max(axis=1)
-        best[:, landmarks] = -np.inf
-        return np.asarray(best.reshape(tiles, pools, self.size).max(axis=2) > 0)
+            best[first:last] = values.max(axis=0)
+        best[landmarks] = -np.inf
+        return np.asarray(best.reshape(pools, self.size).max(axis=1) > 0)

@@ -11,6 +11,8 @@ from adaattn_reference.operands import Operands
 from adaattn_reference.scratch import scratch
 
 Float = NDArray[np.floating[Any]]
+Rows = slice | NDArray[np.int64]
+"""Rows of a tile: a range, or distinct row numbers."""
 
 
 class RowAccumulator:
@@ -27,17 +29,21 @@ class RowAccumulator:
     rows : int
     operands : Operands
         Knows how P is rounded and how P·V is accumulated.
+    bounded : bool
+        Whether every score is so small in magnitude that ``exp`` of it can be summed as it is:
+        the maximum is then taken as 0.
     """
 
-    def __init__(self, rows: int, operands: Operands) -> None:
+    def __init__(self, rows: int, operands: Operands, *, bounded: bool = False) -> None:
         dtype = operands.query.dtype
         self.operands = operands
-        self.top = np.full(rows, -np.inf, dtype)
+        self.bounded = bounded
+        self.top = np.full(rows, 0 if bounded else -np.inf, dtype)
         self.total = np.zeros(rows, dtype)
         self.sums = scratch("sums", (rows, operands.value.shape[1]), dtype)
         self.sums[:] = 0
 
-    def rescale(self, chunk_top: Float, rows: slice = slice(None)) -> tuple[Float, Float]:
+    def rescale(self, chunk_top: Float, rows: Rows = slice(None)) -> tuple[Float, Float]:
         """Raise the running maximum; return the shift to subtract and the rescaling factors.
 
         Rows that have seen nothing get shift 0, so that -inf scores give weight exp(-inf) = 0.
@@ -50,7 +56,7 @@ class RowAccumulator:
         self.sums[rows] *= factor[:, None]
         return shift, factor
 
-    def add(self, scores: Float, *values: Float, rows: slice = slice(None)) -> None:
+    def add(self, scores: Float, *values: Float, rows: Rows = slice(None)) -> None:
         """Add a chunk of scores (rows, keys), overwritten; `values` stack to (keys, dim_v)."""
         if not scores.shape[1]:
             return
@@ -61,13 +67,29 @@ class RowAccumulator:
             self.sums[rows] += self.operands.weighted_sum(part, block)
             first += len(block)
 
-    def weights(self, scores: Float, rows: slice = slice(None)) -> Float:
+    def weights(self, scores: Float, rows: Rows = slice(None)) -> Float:
         """Turn scores into softmax weights in place and count them; their values come later."""
-        shift, _ = self.rescale(scores.max(axis=1), rows)
-        scores -= shift[:, None]
+        if not self.bounded:
+            shift, _ = self.rescale(scores.max(axis=1), rows)
+            scores -= shift[:, None]
         weights = np.exp(scores, out=scores)
         self.total[rows] += weights @ np.ones(weights.shape[1], weights.dtype)
         return weights
+
+    def begin(self, scores: Float, value: Float, rows: NDArray[np.int64]) -> None:
+        """Give rows that have seen nothing their first scores.
+
+        `scores` has shape (batches, rows, keys) and is overwritten, `value` has shape
+        (batches, keys, dim_v) and `rows` (batches * rows,).
+        """
+        if not self.bounded:
+            top = scores.max(axis=2)
+            self.top[rows] = top.ravel()
+            scores -= np.where(top == -np.inf, np.zeros_like(top), top)[..., None]
+        weights = np.exp(scores, out=scores)
+        flat = weights.reshape(len(rows), -1)
+        self.total[rows] = flat @ np.ones(flat.shape[1], flat.dtype)
+        self.sums[rows] = self.operands.weighted_sum(weights, value).reshape(len(rows), -1)
 
     def add_bad_values(self, scores: Float, value: Float) -> None:
         """Add the non-finite values that were left out of `add`, to the rows that see them.
@@ -84,6 +106,13 @@ class RowAccumulator:
             weight = np.exp(scores[sees, j] - self.top[sees])
             self.sums[sees] += weight[:, None] * value[j]
 
+    def lse(self, rows: Rows = slice(None)) -> Float:
+        """Log-sum-exp of what the rows have seen so far; -inf for nothing."""
+        with np.errstate(divide="ignore"):
+            return np.asarray(np.where(self.total[rows] > 0, self.top[rows], 0)) + np.log(
+                self.total[rows]
+            )
+
     def finish(self) -> tuple[Float, Float]:
         """Return output rows and their log-sum-exp (0 and -inf for rows that saw nothing).
 
@@ -92,6 +121,4 @@ class RowAccumulator:
         empty = self.total == 0
         safe = np.where(empty, np.ones_like(self.total), self.total)
         out = np.divide(self.sums, safe[:, None], out=self.sums)
-        with np.errstate(divide="ignore"):
-            lse = np.where(empty & (self.top == -np.inf), -np.inf, self.top + np.log(safe))
-        return out, lse
+        return out, np.where(empty, -np.inf, self.top + np.log(safe))

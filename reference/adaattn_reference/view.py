@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
@@ -147,6 +148,16 @@ class HeadView:
         largest = self.query_norm_upper * float(self.kv.key_norm.max(initial=0.0))
         return largest * max(self.scale, 1.0) < 1e37 and self.bias is None
 
+    def bounded_by(self, exponent: float) -> bool:
+        """Whether sums of ``exp(score)``, and of values weighted by it, are in range.
+
+        That is, below ``exp(exponent)`` and above its inverse, whatever the keys of a row.
+        """
+        largest = self.query_norm_upper * float(self.kv.key_norm.max(initial=0.0)) * self.scale
+        value = float(self.kv.value_norm.max(initial=0.0))
+        room = exponent - math.log(max(self.len_kv, 1)) - math.log(max(value, 1.0))
+        return self.bias is None and largest < room
+
     def seen(self, per_key: Float) -> Float:
         """Entries of a per-key array that belong to keys some row sees."""
         return per_key if self.seen_keys.all() else per_key[self.seen_keys]
@@ -210,15 +221,14 @@ class HeadView:
         if not len(start):
             return masked
         # Only the columns that some row does not see need a comparison per row.
-        for low, high in (
-            (first, min(int(start.max()), last)),
-            (max(int(stop.min()), first), last),
-        ):
-            if low < high:
-                keys = np.arange(low, high)
-                hidden = (keys < start[:, None]) | (keys >= stop[:, None])
-                hide(scores[:, low - first : high - first], hidden, self.finite_scores)
-                masked = True
+        low, high = min(int(start.max()), last), max(int(stop.min()), first)
+        if first < low:
+            hidden = np.arange(first, low) < start[:, None]
+            hide(scores[:, : low - first], hidden, self.finite_scores)
+        if high < last:
+            hidden = np.arange(high, last) >= stop[:, None]
+            hide(scores[:, high - first :], hidden, self.finite_scores)
+        masked |= first < low or high < last
         return masked
 
 

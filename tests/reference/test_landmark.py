@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from adaattn_core import AttentionProblem, HeadPlan, Landmark, Mask, Plan
 from adaattn_core.testing.oracles import exact_attention, relative_frobenius
 from adaattn_reference.backend import NumpyBackend
-from adaattn_reference.farfield import Geometry, GroupProbe, far_mass
+from adaattn_reference.farfield import GroupProbe, far_mass
+from adaattn_reference.geometry import Geometry
 from adaattn_reference.view import ProblemViews
 
 BACKEND = NumpyBackend()
@@ -92,17 +93,31 @@ def test_tail_rows_are_exact():
     assert relative_frobenius(raw.out[:, :, :-192], exact[:, :, :-192]) > 1e-3
 
 
-@given(st.integers(0, 2**32 - 1), st.lists(st.floats(0, 0.9), min_size=1, max_size=4))
-def test_landmark_counts_leave_at_most_tau(seed, taus):
-    mass = np.random.default_rng(seed).dirichlet(np.full(300, 0.05)) * 0.7
-    probe = GroupProbe(np.empty(0, np.int64), np.empty(0), mass)
-    order, counts = probe.order, probe.landmark_counts(tuple(taus))
-    rounding = len(mass) * np.finfo(mass.dtype).eps  # of a sum of masses, in any order
-    for tau, count in zip(taus, counts, strict=True):
-        assert count % 64 == 0 or count == len(mass)
-        assert mass[order[count:]].sum() <= tau + rounding
-        if count > 64:
-            assert mass[order[count - 64 :]].sum() > tau - rounding  # no fewer would do
+@given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.floats(0, 0.9))
+def test_landmark_count_leaves_at_most_tau(seed, clusters, tau):
+    mass = np.random.default_rng(seed).dirichlet(np.full(300, 0.05), clusters) * 0.7
+    probe = GroupProbe([], np.empty((clusters, 0), np.int64), np.empty((clusters, 0)), mass)
+    count = probe.landmark_count(tau)
+    assert count % 64 == 0 or count == 300
+
+    def left(keys):
+        return np.mean([m.sum() - m[probe.heaviest(c, keys)].sum() for c, m in enumerate(mass)])
+
+    rounding = 300 * np.finfo(mass.dtype).eps  # of a sum of masses, in any order
+    assert left(count) <= tau + rounding
+    if count > 64:
+        assert left(count - 64) > tau - rounding  # no fewer would do
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 100))
+def test_heaviest_keys_are_as_many_as_asked_for(seed, count):
+    mass = np.random.default_rng(seed).integers(0, 4, (1, 100)).astype(np.float32)  # many ties
+    probe = GroupProbe([], np.empty((1, 0), np.int64), np.empty((1, 0)), mass)
+    chosen = probe.heaviest(0, count)
+    assert len(chosen) == count
+    assert (np.diff(chosen) > 0).all()
+    others = np.delete(mass[0], chosen)
+    assert mass[0, chosen].min(initial=np.inf) >= others.max(initial=-np.inf)
 
 
 def test_far_mass_leaves_out_near_keys():
@@ -111,10 +126,9 @@ def test_far_mass_leaves_out_near_keys():
     view = ProblemViews(p)[0, 0]
     geometry = Geometry.of(view, Landmark(group=512, band=64))
     assert geometry is not None
-    rows = np.array([10, 200, 450])
-    weights = np.full((3, 512), 1 / 512, np.float32)
-    start, stop = geometry.near_of_rows(rows)
-    expected = np.zeros(512)
-    for low, high in zip(start, stop, strict=True):
-        expected += (np.arange(512) < low) / 512 + (np.arange(512) >= high) / 512
-    np.testing.assert_allclose(far_mass(weights, rows, geometry), expected / 3, atol=1e-7)
+    rows = np.array([[10, 200], [450, 300]])
+    weights = np.full((4, 512), 1 / 512, np.float32)
+    start, stop = (x[..., None] for x in geometry.near_of_rows(rows))
+    keys = np.arange(512)
+    expected = ((keys < start) | (keys >= stop)).mean(axis=1) / 512
+    np.testing.assert_allclose(far_mass(weights, rows, geometry), expected, atol=1e-7)
