@@ -76,7 +76,7 @@ class BudgetPolicy:
 
     taus: tuple[float, ...] = (0.3, 0.1, 0.02)
     lams: tuple[float, ...] = (2e-2, 1e-2, 5e-3, 2e-3)
-    margin: float = 0.7
+    margin: float = 0.6
     worthwhile: float = 0.8
     diffuse: float = 0.97
     low_rank_participation: float = 0.25
@@ -328,7 +328,7 @@ def _landmark(tau: float, context: PolicyContext) -> Landmark:
     """Landmarks that suit the target: clusters where gathers are cheap, else a screen."""
     if context.costs.overlap:
         return Landmark(tau=tau)
-    return Landmark(tau=tau, clusters=8, samples=64, tail=64, screen_rank=0)
+    return Landmark(tau=tau, band=192, clusters=8, samples=64, tail=64, screen_rank=0)
 
 
 def _score_skip(lam: float, context: PolicyContext) -> ScoreSkip:

@@ -23,8 +23,8 @@ Float = NDArray[np.floating[Any]]
 
 TILE_ROWS, CHUNK_KEYS = 256, 1024
 """Working set of about 1 MB of scores: what stays in a core's cache."""
-SKIP_SCORES = 1 << 17
-"""Scores held while deciding which keys matter: 512 kB stays in a core's cache."""
+SKIP_SCORES = 1 << 16
+"""Scores held while deciding which keys matter: 256 kB stays in a core's cache."""
 SKIP_NEAR_KEYS, SKIP_FIRST_KEYS = 64, 16
 """Keys before a tile of rows, and at the start of the sequence, that are never skipped."""
 

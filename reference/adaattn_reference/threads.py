@@ -8,10 +8,11 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from adaattn_core.errors import ArgumentError
 
@@ -60,11 +61,17 @@ def map_heads(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
 
     todo = list(items)
     workers = min(thread_count(), len(todo))
-    with threadpool_limits(1):
+    with _blas("scipy.linalg" in sys.modules).limit(limits=1):
         if workers <= 1 or getattr(_LOCAL, "inside", False):
             return [quiet(item) for item in todo]
         with _prompt_switching():
             return _on_workers(quiet, todo, workers)
+
+
+@lru_cache
+def _blas(scipy_loaded: bool) -> ThreadpoolController:
+    """Thread pools of the BLAS libraries: looking for them takes longer than a small call."""
+    return ThreadpoolController()
 
 
 _LOCAL = threading.local()

@@ -252,7 +252,9 @@ class ProblemViews:
             return None
         p = self.problem
         array = to_numpy(mask)
-        array = array if array.dtype == bool else array.astype(self.dtype)
+        if array.dtype != bool:
+            with np.errstate(over="ignore"):  # f64 beyond f32 becomes Inf, as -Inf masks anyway
+                array = array.astype(self.dtype)
         return np.broadcast_to(array, (p.batch, p.heads_q, p.len_q, p.len_kv))
 
     def __getitem__(self, index: HeadIndex) -> HeadView:

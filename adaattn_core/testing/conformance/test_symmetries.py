@@ -60,7 +60,8 @@ def test_order_of_keys(kit: Kit, data: st.DataObject) -> None:
         return mask if mask is None or mask.shape[-1] == 1 else mask[..., order]
 
     mask = replace(host.mask, allowed=turned(host.mask.allowed), bias=turned(host.mask.bias))
-    other = _like(host, key=host.key[:, :, order], value=host.value[:, :, order], mask=mask)
+    key, value = (np.take(x, order, axis=2) for x in (host.key, host.value))
+    other = _like(host, key=key, value=value, mask=mask)
     first, second = (kit.certify(kit.place(p), plan) for p in (host, other))
     assert_same_result(kit, first, host, second, other)
 
