@@ -10,9 +10,9 @@ from adaattn_core.backend import RunFacts
 from adaattn_core.certify import theorem_certificate
 from adaattn_core.formats import get_format
 from adaattn_core.plan import HeadPlan
+from adaattn_core.policies import fitting
 from adaattn_core.policies.base import (
     AIM,
-    ERROR_EXPONENT,
     LEAST_TAU,
     PolicyContext,
     effective_tau,
@@ -42,8 +42,6 @@ FORMAT_PAIRS = (
 """Operand formats of Q·Kᵀ and P·V that are considered, cheapest first on most machines."""
 ESCALATED_LAM = 3e-3
 """Weight threshold of score-then-skip that a head climbs to when its landmarks fell short."""
-LEAST_SLOPE = 0.35
-"""Least power of the landmark mass by which errors are taken to fall."""
 USUAL_SHARE = 0.15
 """Share that score-then-skip keeps of heads on which it was not tried."""
 
@@ -110,7 +108,7 @@ class BudgetPolicy:
         """Share up to which landmarks are cheaper than score-then-skip could be."""
         shape = max(context.shapes.values(), key=lambda s: s.visible)
         skip = HeadPlan(structure=_score_skip(ESCALATED_LAM, context))
-        bar = context.costs.head_cost(shape, skip, _least_share(skip.structure, shape))
+        bar = context.costs.head_cost(shape, skip, fitting.least_share(skip.structure, shape))
         landmark = HeadPlan(structure=_landmark(self.taus[0], context))
         none, whole = (context.costs.head_cost(shape, landmark, share) for share in (0, 1))
         return min(max((bar - none) / max(whole - none, 1e-30), 0.0), 1.0)
@@ -137,7 +135,7 @@ class BudgetPolicy:
         if not sampled and isinstance(structure, Landmark | BlockSparse):
             return False  # no theorem bounds what they leave out
         for shape in context.shapes.values():
-            share = _least_share(structure, shape)
+            share = fitting.least_share(structure, shape)
             plan = HeadPlan(structure=structure)
             dense = context.costs.dense_cost(shape)
             if context.costs.head_cost(shape, plan, share) < self.worthwhile * dense:
@@ -201,9 +199,13 @@ class BudgetPolicy:
         for estimate in stats.structures:
             if self._admissible(estimate.structure, stats):
                 shares.append((estimate.structure, estimate.share, estimate.row_error_estimate))
-        fitted = self._fitted_landmark(stats, context)
-        if fitted is not None:
-            shares.append(fitted)
+        aim = 0.999 * self._allowed(context)
+        for kind, least in ((Landmark, LEAST_TAU), (ScoreSkip, 0.0)):
+            between = fitting.fitted(stats, kind, aim)
+            if between is not None and self._admissible(between[0], stats):
+                value, known = fitting.knob(between[0]), fitting.tried(stats, kind)
+                if len(known) > 1 and least < value < fitting.knob(known[-2].structure):
+                    shares.append((*between, aim))
         for structure, share, error in shares:
             for qk, pv in self._pairs(context):
                 plan = HeadPlan(structure=structure, qk=qk, pv=pv)
@@ -213,24 +215,6 @@ class BudgetPolicy:
                     yield replace(plan, error_estimate=error + rounding), share
                 else:
                     yield self._with_theorem(plan, stats, context), share
-
-    def _fitted_landmark(
-        self, stats: HeadStats, context: PolicyContext
-    ) -> tuple[Structure, float, float] | None:
-        """Landmark mass between (or below) those tried at which the error just fits."""
-        tried = _landmarks(stats)
-        if len(tried) < 2 or not self._admissible(tried[-1].structure, stats):
-            return None
-        looser, tighter = tried[-2:]
-        aim = 0.999 * self._allowed(context)
-        if looser.row_error_estimate <= aim:
-            return None  # already cheap enough
-        error = max(tighter.row_error_estimate, 1e-9)
-        tau = tighter.structure.tau * (aim / error) ** (1 / _slope(looser, tighter))
-        if not LEAST_TAU < tau < looser.structure.tau:
-            return None
-        structure, share = _fitted(stats, replace(tried[-1].structure, tau=tau))
-        return structure, share, aim
 
     def _admissible(self, structure: Structure, stats: HeadStats) -> bool:
         """Entropy and spectral proxies: which structures are worth a look on this head."""
@@ -297,19 +281,14 @@ class BudgetPolicy:
         self, structure: Landmark, aim: float, stats: HeadStats
     ) -> tuple[Structure, float] | None:
         """Mass at which the predicted error is `aim`, and the share that it should keep."""
-        tried = _landmarks(stats)
-        if not tried:
-            return None
-        last = tried[-1]
-        slope = ERROR_EXPONENT
-        if len(tried) > 1:
-            slope = _slope(*tried[-2:])
-        error = max(last.row_error_estimate, 1e-9)
-        tau = min(last.structure.tau * (aim / error) ** (1 / slope), 0.6 * structure.tau)
-        tau = min(tau, 0.6 * effective_tau(stats))
+        found = fitting.fitted(stats, Landmark, aim)
+        tau = 0.6 * min(structure.tau, effective_tau(stats))
+        if found is not None:
+            tau = min(tau, fitting.knob(found[0]))
         if not tau > LEAST_TAU:
             return None
-        return _fitted(stats, replace(structure, tau=tau))
+        step = replace(structure, tau=tau)
+        return step, fitting.share_of(step, stats)
 
     def _skipping(
         self, stats: HeadStats, context: PolicyContext
@@ -317,11 +296,13 @@ class BudgetPolicy:
         """Score-then-skip that should keep the budget, and the share that it should keep."""
         if "score_skip" not in context.capabilities.structures:
             return None
-        tried = [e for e in stats.structures if isinstance(e.structure, ScoreSkip)]
-        for estimate in tried:
-            if estimate.row_error_estimate <= self._allowed(context):
+        if not fitting.tried(stats, ScoreSkip):
+            return _score_skip(ESCALATED_LAM, context), USUAL_SHARE
+        for estimate in stats.structures:
+            fits = estimate.row_error_estimate <= self._allowed(context)
+            if fits and isinstance(estimate.structure, ScoreSkip):
                 return estimate.structure, estimate.share
-        return (_score_skip(ESCALATED_LAM, context), USUAL_SHARE) if not tried else None
+        return fitting.fitted(stats, ScoreSkip, self._allowed(context))
 
 
 def _landmark(tau: float, context: PolicyContext) -> Landmark:
@@ -336,61 +317,6 @@ def _score_skip(lam: float, context: PolicyContext) -> ScoreSkip:
     if context.costs.overlap:
         return ScoreSkip(lam=lam, tile_kv=64)
     return ScoreSkip(lam=lam, tile_q=64, tile_kv=1)
-
-
-def _landmarks(stats: HeadStats) -> list[LandmarkEstimate]:
-    """Landmark structures that were tried on held-out rows, largest mass first."""
-    return [
-        LandmarkEstimate(e.structure, e.share, e.row_error_estimate)
-        for e in stats.structures
-        if isinstance(e.structure, Landmark)
-    ]
-
-
-@dataclass(frozen=True, slots=True)
-class LandmarkEstimate:
-    """A tried landmark structure: the part of `StructureEstimate` that is fitted."""
-
-    structure: Landmark
-    share: float
-    row_error_estimate: float
-
-
-def _slope(looser: LandmarkEstimate, tighter: LandmarkEstimate) -> float:
-    """Power of the mass by which the predicted error falls between two tried structures."""
-    e_high, e_low = (max(t.row_error_estimate, 1e-9) for t in (looser, tighter))
-    if e_high <= e_low:
-        return LEAST_SLOPE
-    slope = math.log(e_high / e_low) / math.log(looser.structure.tau / tighter.structure.tau)
-    return min(max(slope, LEAST_SLOPE), 1.0)
-
-
-def _fitted(stats: HeadStats, structure: Landmark) -> tuple[Landmark, float]:
-    """Share of a landmark structure, fitted log-linearly through those that were tried."""
-    tried = _landmarks(stats)
-    least = _least_share(structure, stats)
-    if len(tried) < 2:
-        known = tried[-1].share if tried else 2 * least
-        return structure, min(1.0, max(2 * least, known))
-    first, second = tried[-2:]
-    slope = math.log(second.share / first.share) / math.log(
-        first.structure.tau / second.structure.tau
-    )
-    share = second.share * (second.structure.tau / structure.tau) ** max(slope, 0.0)
-    return structure, min(1.0, max(share, least))
-
-
-def _least_share(structure: Structure, shape: HeadStats) -> float:
-    """Least share of the visible scores that a structure can come to on such a head."""
-    mean_keys = shape.visible / max(shape.len_q, 1)
-    if isinstance(structure, Landmark):
-        pools = 1 / structure.pool if structure.pool else 0.0
-        return min(1.0, (structure.band + structure.tile / 2 + 64) / max(mean_keys, 1) + pools)
-    if isinstance(structure, BlockSparse):
-        return min(1.0, (structure.band + structure.tile_q) / max(mean_keys, 1))
-    if isinstance(structure, ScoreSkip):
-        return min(1.0, 2 * structure.tile_kv / max(mean_keys, 1))
-    return 1.0
 
 
 def _predicted_facts(plan: HeadPlan, stats: HeadStats) -> RunFacts:

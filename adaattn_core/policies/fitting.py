@@ -1,0 +1,111 @@
+"""Reading structures between those that were tried: errors and shares as powers of one knob.
+
+The knob is what a structure leaves out, `Landmark.tau` or `ScoreSkip.lam`. Between two values
+that were tried on held-out rows (and a little beyond), the error and the share kept are taken
+as powers of it::
+
+    error(x) = error(b) (x / b)^s,    s = ln(error(a) / error(b)) / ln(a / b)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from adaattn_core.stats import HeadStats, StructureEstimate
+from adaattn_core.structure import BlockSparse, Landmark, ScoreSkip, Structure
+
+LEAST_SLOPE, MOST_SLOPE = 0.35, 1.0
+"""Powers of the knob by which errors are taken to fall, at the least and at the most."""
+ASSUMED_SLOPE = 0.7
+"""The same where only one value was tried."""
+NO_ERROR = 1e-6
+"""Errors below this tell nothing about a power."""
+
+Tried = StructureEstimate
+
+
+def knob(structure: Structure) -> float:
+    """Return what the structure leaves out: a mass, or a weight threshold.
+
+    Raises
+    ------
+    TypeError
+        If it is neither a landmark nor a score-then-skip structure.
+    """
+    if isinstance(structure, Landmark):
+        return structure.tau
+    if isinstance(structure, ScoreSkip):
+        return structure.lam
+    raise TypeError(f"{structure.kind} has no knob")
+
+
+def tried(stats: HeadStats, kind: type[Structure]) -> list[Tried]:
+    """Estimates of one kind whose error says something, loosest first."""
+    found = {
+        knob(e.structure): e
+        for e in stats.structures
+        if isinstance(e.structure, kind) and e.row_error_estimate > NO_ERROR
+    }
+    return [found[value] for value in sorted(found, reverse=True) if value > 0]
+
+
+def fitted(
+    stats: HeadStats, kind: type[Structure], aim: float
+) -> tuple[Structure, float] | None:
+    """Structure whose predicted error is `aim`, and its share; None where nothing was tried.
+
+    Fitted through the two tightest values that were tried.
+    """
+    known = tried(stats, kind)
+    if not known:
+        return None
+    tightest = known[-1]
+    slope = ASSUMED_SLOPE
+    if len(known) > 1:
+        slope = _slope(known[-2], tightest)
+    value = knob(tightest.structure) * (aim / tightest.row_error_estimate) ** (1 / slope)
+    structure = with_knob(tightest.structure, value)
+    return structure, share_of(structure, stats)
+
+
+def with_knob(structure: Structure, value: float) -> Structure:
+    """Return the structure with another mass or threshold, in [0, 0.9]."""
+    value = min(value, 0.9)
+    if isinstance(structure, Landmark):
+        return replace(structure, tau=value)
+    if isinstance(structure, ScoreSkip):
+        return replace(structure, lam=value)
+    raise TypeError(f"{structure.kind} has no knob")
+
+
+def share_of(structure: Structure, stats: HeadStats) -> float:
+    """Share of the visible scores that a structure should keep, by those that were tried."""
+    known = tried(stats, type(structure))
+    least = least_share(structure, stats)
+    if len(known) < 2:
+        return min(1.0, max(2 * least, known[-1].share if known else 0.0))
+    looser, tighter = known[-2:]
+    apart = math.log(knob(looser.structure) / knob(tighter.structure))
+    slope = max(math.log(tighter.share / looser.share) / apart, 0.0)
+    share = tighter.share * math.pow(knob(tighter.structure) / knob(structure), slope)
+    return min(1.0, max(share, least))
+
+
+def least_share(structure: Structure, shape: HeadStats) -> float:
+    """Least share of the visible scores that a structure can come to on such a head."""
+    mean_keys = max(shape.visible / max(shape.len_q, 1), 1)
+    if isinstance(structure, Landmark):
+        pools = 1 / structure.pool if structure.pool else 0.0
+        return min(1.0, (structure.band + structure.tile / 2 + 64) / mean_keys + pools)
+    if isinstance(structure, BlockSparse):
+        return min(1.0, (structure.band + structure.tile_q) / mean_keys)
+    if isinstance(structure, ScoreSkip):
+        return min(1.0, 2 * structure.tile_kv / mean_keys)
+    return 1.0
+
+
+def _slope(looser: Tried, tighter: Tried) -> float:
+    fall = math.log(looser.row_error_estimate / tighter.row_error_estimate)
+    apart = math.log(knob(looser.structure) / knob(tighter.structure))
+    return min(max(fall / apart, LEAST_SLOPE), MOST_SLOPE)
