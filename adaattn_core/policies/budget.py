@@ -316,7 +316,7 @@ def _score_skip(lam: float, context: PolicyContext) -> ScoreSkip:
     """Score-then-skip with tiles that suit the target: single keys where gathers are cheap."""
     if context.costs.overlap:
         return ScoreSkip(lam=lam, tile_kv=64)
-    return ScoreSkip(lam=lam, tile_q=64, tile_kv=1)
+    return ScoreSkip(lam=lam, tile_q=256, tile_kv=1)
 
 
 def _predicted_facts(plan: HeadPlan, stats: HeadStats) -> RunFacts:

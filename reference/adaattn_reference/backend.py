@@ -75,7 +75,7 @@ class NumpyBackend:
             return index, stats, probe
 
         heads = {}
-        for index, stats, probe in map_heads(work, problem.heads()):
+        for index, stats, probe in map_heads(work, problem.heads(), _most_scores(problem)):
             heads[index] = stats
             workspace.probes[index] = probe
         return ProblemStats(heads), workspace
@@ -119,7 +119,7 @@ class NumpyBackend:
             return index, *_run_head(views[index], head, plan.seed, probes)
 
         todo.sort(key=lambda index: -problem.visible_scores(index[0]))
-        for index, output, facts in map_heads(work, todo):
+        for index, output, facts in map_heads(work, todo, _most_scores(problem)):
             span = problem.sequences[index[0]]
             rows = (span.batch, index[1], slice(span.q_start, span.q_stop))
             with np.errstate(all="ignore"):
@@ -156,7 +156,8 @@ class NumpyBackend:
             view = wide.rows(index, chosen)
             return index, errors_against(view, out, _input_facts(view), problem)
 
-        return dict(map_heads(work, rows))
+        most = max(map(len, rows.values()), default=0) * problem.len_kv
+        return dict(map_heads(work, rows, most))
 
     def provenance(self) -> dict[str, str]:
         """Return library versions, BLAS and threads."""
@@ -279,6 +280,11 @@ def _empty_result(problem: AttentionProblem) -> RawResult:
         out=np.zeros((*shape, problem.dim_v), dtype),
         lse=np.full(shape, -np.inf, np.float32),
     )
+
+
+def _most_scores(problem: AttentionProblem) -> int:
+    """Visible scores of the problem's largest head."""
+    return max((problem.visible_scores(s.index) for s in problem.sequences), default=0)
 
 
 def _check_formats(head: HeadPlan) -> None:

@@ -23,8 +23,9 @@ Float = NDArray[np.floating[Any]]
 
 TILE_ROWS, CHUNK_KEYS = 256, 1024
 """Working set of about 1 MB of scores: what stays in a core's cache."""
-SKIP_SCORES = 1 << 16
-"""Scores held while deciding which keys matter: 256 kB stays in a core's cache."""
+SKIP_KEYS = 512
+"""Keys whose scores are held while deciding which of them matter: 512 kB for 256 rows stays in
+a core's cache."""
 SKIP_NEAR_KEYS, SKIP_FIRST_KEYS = 64, 16
 """Keys before a tile of rows, and at the start of the sequence, that are never skipped."""
 
@@ -177,7 +178,7 @@ def _skip_chunks(view: HeadView, rows: slice, size: int) -> Iterator[tuple[int, 
     middle = min(low + -(-SKIP_FIRST_KEYS // size) * size, near)
     if low < middle:
         yield low, middle
-    width = max(SKIP_SCORES // (rows.stop - rows.start) // size, 1) * size
+    width = max(SKIP_KEYS // size, 1) * size
     for first in range(middle, near, width):
         yield first, min(first + width, near)
 

@@ -30,6 +30,8 @@ JUDGE_PARTS = 4
 """Stretches of the sequence that these rows come from."""
 ALIKE = 1.25
 """Landmark structures whose shares lie within this factor are alike: the safer one is tried."""
+SKIP_ROWS = 128
+"""Rows of a tile that show which keys it would skip."""
 STATS_STEP = 4
 """Every so many of them give entropy, saturation and magnitudes, which need fewer rows."""
 CURVE = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
@@ -268,12 +270,16 @@ class _Judge:
         return self._estimate(structure, kept / max(seen, 1), 0, errors)
 
     def _skip_tiles(self, size: int) -> list[tuple[Float, Float]]:
-        """Softmax weights and exact outputs of the last tile of rows and of a middle one."""
+        """Softmax weights and exact outputs of the last tile of rows and of a middle one.
+
+        Of a large tile evenly spaced rows stand for all: they need fewer keys than the whole
+        tile, so their errors are estimated a little high and the share a little low.
+        """
         if size not in self._tiles:
             view = self.view
             tiles: list[tuple[Float, Float]] = []
             for stop in {view.len_q, max(view.len_q // 2, 1)}:
-                rows = np.arange(max(stop - size, 0), stop)
+                rows = np.arange(max(stop - size, 0), stop, max(size // SKIP_ROWS, 1))
                 keys = int(view.stop[rows].max())
                 weights = softmax_in_place(exact_scores(view, rows, keys))[0].copy()
                 tiles.append((weights, weights @ self.operands.value[:keys]))

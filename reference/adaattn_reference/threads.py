@@ -20,6 +20,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 THREADS_VARIABLE = "ADAATTN_NUM_THREADS"
+SMALL_SCORES = 1 << 18
+"""Scores of a head below which it is not worth a thread: about a millisecond's work."""
 SWITCH_SECONDS = 1e-5
 """Interpreter switch interval while heads run on several threads."""
 
@@ -48,11 +50,12 @@ def thread_count() -> int:
     )
 
 
-def map_heads(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
+def map_heads(work: Callable[[T], R], items: Iterable[T], scores: int) -> list[R]:
     """Apply `work` to every item, in order of results; exceptions propagate.
 
-    Floating-point warnings are silenced inside: overflow and NaN are data here, and are
-    reported in the certificate.
+    Where the largest item has fewer `scores` than `SMALL_SCORES`, all run one after the other
+    on this thread: handing them to others would take longer. Floating-point warnings are
+    silenced inside: overflow and NaN are data here, and are reported in the certificate.
     """
 
     def quiet(item: T) -> R:
@@ -60,7 +63,7 @@ def map_heads(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
             return work(item)
 
     todo = list(items)
-    workers = min(thread_count(), len(todo))
+    workers = min(thread_count(), len(todo)) if scores >= SMALL_SCORES else 1
     with _blas("scipy.linalg" in sys.modules).limit(limits=1):
         if workers <= 1 or getattr(_LOCAL, "inside", False):
             return [quiet(item) for item in todo]
