@@ -37,6 +37,10 @@ class FixedPolicy:
         fields.setdefault("reason", "fixed by the caller")
         self.plan = HeadPlan(structure=structure or Dense(), qk=qk, pv=pv, **fields)
 
+    def __repr__(self) -> str:
+        plan = self.plan
+        return f"{type(self).__name__}({plan.structure!r}, qk={plan.qk!r}, pv={plan.pv!r})"
+
     def request(self, context: PolicyContext) -> MeasureRequest | None:
         """Nothing needs to be measured."""
         return None

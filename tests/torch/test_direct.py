@@ -86,7 +86,7 @@ def test_every_dtype(dtype):
         {"seed": 3},
         {"return_info": True},
     ],
-    ids=str,
+    ids=lambda asked: next(iter(asked)),
 )
 def test_whoever_asks_gets_a_certificate(asked):
     quick = Quick()

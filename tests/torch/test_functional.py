@@ -207,7 +207,9 @@ def test_scale_of_zero(scale):
     assert torch.equal(ours, F.scaled_dot_product_attention(query, key, value, scale=scale))
 
 
-@pytest.mark.parametrize("policy", [None, FixedPolicy(qk="e4m3", pv="e4m3")], ids=str)
+@pytest.mark.parametrize(
+    "policy", [None, FixedPolicy(qk="e4m3", pv="e4m3")], ids=["default", "fixed"]
+)
 def test_budget_and_certificate(policy):
     query, key, value = torch.randn(3, 1, 2, 300, 16)
     out, info = sdpa(
