@@ -34,8 +34,6 @@ Rows = NDArray[np.int64]
 
 EXPONENT_MAX = 87.0
 """Largest exponent that float32 can represent the exponential of."""
-POOL_BIAS_MAX = math.log(4096) + BIAS_RANGE[1]
-"""Largest bias of a pool of up to 4,096 keys."""
 NEAR_ROWS = 1024
 """Rows whose near fields are computed at once: their scores stay in a core's cache."""
 
@@ -87,6 +85,14 @@ def landmark(
     return result
 
 
+def _is_bounded(view: HeadView, operands: Operands, structure: Landmark) -> bool:
+    """Whether weights may do without a maximum: small scores, and P not rounded below 1."""
+    if not {operands.plan.qk, operands.plan.pv} <= {"f32", "f64"}:
+        return False
+    pool_bias_max = math.log(max(structure.pool, 1)) + BIAS_RANGE[1]
+    return view.bounded_by(EXPONENT_MAX - pool_bias_max)
+
+
 def _of_one_size(clusters: list[Rows]) -> list[tuple[list[int], Rows]]:
     """Numbers and rows (clusters, rows) of the clusters with as many rows: one batch each."""
     batches: dict[int, list[int]] = {}
@@ -114,7 +120,7 @@ class _GroupRun:
         self, view: HeadView, operands: Operands, geometry: Geometry, rows: slice
     ) -> None:
         self.view, self.operands, self.geometry, self.rows = view, operands, geometry, rows
-        bounded = view.bounded_by(EXPONENT_MAX - POOL_BIAS_MAX)
+        bounded = _is_bounded(view, operands, geometry.structure)
         self.accumulator = RowAccumulator(rows.stop - rows.start, operands, bounded=bounded)
         self.computed = 0
 

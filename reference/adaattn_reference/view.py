@@ -155,8 +155,9 @@ class HeadView:
         """
         largest = self.query_norm_upper * float(self.kv.key_norm.max(initial=0.0)) * self.scale
         value = float(self.kv.value_norm.max(initial=0.0))
-        room = exponent - math.log(max(self.len_kv, 1)) - math.log(max(value, 1.0))
-        return self.bias is None and largest < room
+        if self.bias is not None or not 0 < value < math.inf:
+            return False
+        return largest < exponent - math.log(self.len_kv) - abs(math.log(value))
 
     def seen(self, per_key: Float) -> Float:
         """Entries of a per-key array that belong to keys some row sees."""

@@ -1,7 +1,7 @@
 """Errors and shares between structures that were tried."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaattn_core.policies.fitting import fitted, knob, share_of, tried, with_knob
@@ -20,6 +20,7 @@ def estimate(structure, share, error):
 powers = st.tuples(st.floats(0.36, 0.99), st.floats(0.05, 0.9), st.floats(0.01, 0.5))
 
 
+@settings(deadline=None)
 @given(powers, st.floats(0.005, 0.2), st.sampled_from([Landmark(), ScoreSkip()]))
 def test_power_laws_are_recovered(law, aim, base):
     slope, fall, scale = law
