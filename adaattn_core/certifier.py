@@ -145,9 +145,9 @@ class Certifier:
         split = 1 - (1 - budget.confidence) / tests
         least = minimal_sample_size(budget.rows, split)
         count, most = int(LOOKS[look] * least), int(max(LOOKS) * least)
+        lengths = {index: self.problem.sequences[index[0]].len_q for index in todo}
         rows: dict[HeadIndex, NDArray[np.int64]] = {}
-        for index in todo:
-            len_q = self.problem.sequences[index[0]].len_q
+        for index, len_q in lengths.items():
             rng = np.random.default_rng((self.seed, 0, *index, self.rounds[index], look))
             rows[index] = np.arange(len_q) if len_q <= most else rng.integers(0, len_q, count)
         errors = self.backend.row_errors(self.problem, raw, rows)
@@ -157,9 +157,9 @@ class Certifier:
                 raw.facts[index],
                 rows=budget.rows,
                 confidence=budget.confidence,
-                len_q=self.problem.sequences[index[0]].len_q,
-                complete=self.problem.sequences[index[0]].len_q <= most,
+                len_q=len_q,
+                complete=len_q <= most,
                 rounds=tests,
             )
-            for index in todo
+            for index, len_q in lengths.items()
         }

@@ -29,7 +29,7 @@ class CostModel:
         Share of these rates that a structure's gathers and small tiles leave, by kind, and
         that single probe and certificate rows (``"rows"``) reach.
     head_seconds : float
-        Fixed time of measuring and certifying a head beyond the rows it computes.
+        Fixed time of measuring a head beyond the rows it computes.
     source : str
         Where the figures come from.
     """

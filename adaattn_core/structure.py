@@ -134,7 +134,7 @@ class Landmark(Structure):
     ----------
     tau : float
         Landmarks are the fewest far keys (in multiples of 64) that leave at most `tau` of the
-        mass that a cluster's sampled rows see unrepresented.
+        sampled mass unrepresented, on average over a group's clusters.
     band : int
         Keys before the query tile that are computed exactly (a multiple of `pool`).
     group : int

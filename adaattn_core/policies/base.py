@@ -89,7 +89,8 @@ class Policy(Protocol):
 LEAST_TAU = 0.002
 """Landmark mass below which dense is the next rung."""
 ERROR_EXPONENT = 0.7
-"""Assumed power of tau by which a landmark head's error falls; a wrong one costs a rerun."""
+"""Power of tau by which a landmark head's error is taken to fall where too little was tried to
+fit one (`policies.fitting`); a wrong one costs a rerun."""
 SKIP_ERROR_EXPONENT = 0.55
 """Power of lam by which the error of a score-then-skip head falls (median of real heads)."""
 AIM = 0.75

@@ -12,17 +12,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from adaattn_core.policies.base import ERROR_EXPONENT
 from adaattn_core.stats import HeadStats, StructureEstimate
 from adaattn_core.structure import BlockSparse, Landmark, ScoreSkip, Structure
 
 LEAST_SLOPE, MOST_SLOPE = 0.35, 1.0
 """Powers of the knob by which errors are taken to fall, at the least and at the most."""
-ASSUMED_SLOPE = 0.7
-"""The same where only one value was tried."""
 NO_ERROR = 1e-6
 """Errors below this tell nothing about a power."""
-
-Tried = StructureEstimate
 
 
 def knob(structure: Structure) -> float:
@@ -40,7 +37,7 @@ def knob(structure: Structure) -> float:
     raise TypeError(f"{structure.kind} has no knob")
 
 
-def tried(stats: HeadStats, kind: type[Structure]) -> list[Tried]:
+def tried(stats: HeadStats, kind: type[Structure]) -> list[StructureEstimate]:
     """Estimates of one kind whose error says something, loosest first."""
     found = {
         knob(e.structure): e
@@ -61,7 +58,7 @@ def fitted(
     if not known:
         return None
     tightest = known[-1]
-    slope = ASSUMED_SLOPE
+    slope = ERROR_EXPONENT
     if len(known) > 1:
         slope = _slope(known[-2], tightest)
     value = knob(tightest.structure) * (aim / tightest.row_error_estimate) ** (1 / slope)
@@ -105,7 +102,7 @@ def least_share(structure: Structure, shape: HeadStats) -> float:
     return 1.0
 
 
-def _slope(looser: Tried, tighter: Tried) -> float:
+def _slope(looser: StructureEstimate, tighter: StructureEstimate) -> float:
     fall = math.log(looser.row_error_estimate / tighter.row_error_estimate)
     apart = math.log(knob(looser.structure) / knob(tighter.structure))
     return min(max(fall / apart, LEAST_SLOPE), MOST_SLOPE)

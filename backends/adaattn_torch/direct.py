@@ -60,13 +60,10 @@ def forward_for(backend: Backend | str, device: torch.device) -> Forward | None:
     """
     if not isinstance(backend, str):
         return forward_of(backend)
-    if _found_in and _found_in[0] is default_registry():
-        try:
-            return _forwards[backend, device]
-        except KeyError:
-            pass
-    found = _forwards[backend, device] = forward_of(backend_for(backend, device.type))
-    return found
+    known = bool(_found_in) and _found_in[0] is default_registry()
+    if not known or (backend, device) not in _forwards:
+        _forwards[backend, device] = forward_of(backend_for(backend, device.type))
+    return _forwards[backend, device]
 
 
 def forward_of(backend: Backend) -> Forward | None:

@@ -109,9 +109,8 @@ class RowAccumulator:
     def lse(self, rows: Rows = slice(None)) -> Float:
         """Log-sum-exp of what the rows have seen so far; -inf for nothing."""
         with np.errstate(divide="ignore"):
-            return np.asarray(np.where(self.total[rows] > 0, self.top[rows], 0)) + np.log(
-                self.total[rows]
-            )
+            seen = self.top[rows] + np.log(self.total[rows])
+        return np.where(self.total[rows] > 0, seen, -np.inf)
 
     def finish(self) -> tuple[Float, Float]:
         """Return output rows and their log-sum-exp (0 and -inf for rows that saw nothing).
