@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from adaattn_core.plan import Plan
 from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_core.stats import MeasureRequest, ProblemStats
+from adaattn_core.structure import Structure
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,9 @@ class Capabilities:
         no time saved.
     masks : tuple of str
         Kinds of masks accepted: "causal", "window", "lengths", "ragged", "boolean", "additive".
+    sizes : tuple of Structure
+        Structures with the sizes (tiles, groups, bands, ...) that it prefers to run; policies
+        change what they leave out. Kinds that are not named come in the policy's own sizes.
     """
 
     qk_formats: tuple[str, ...]
@@ -52,6 +56,7 @@ class Capabilities:
         "boolean",
         "additive",
     )
+    sizes: tuple[Structure, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,8 @@ class CostModel:
         that single probe and certificate rows (``"rows"``) reach.
     head_seconds : float
         Fixed time of measuring a head beyond the rows it computes.
+    rows_format : str
+        Format in which probe and certificate rows are computed there.
     source : str
         Where the figures come from.
     """
@@ -40,6 +42,7 @@ class CostModel:
     overlap: bool
     efficiency: Mapping[str, float] = field(default_factory=dict)
     head_seconds: float = 0.0
+    rows_format: str = "f32"
     source: str = ""
 
     def runs(self, qk: str, pv: str) -> bool:
@@ -89,7 +92,7 @@ class CostModel:
         share = 0.0 if isinstance(structure, ScoreSkip) else structure.samples / structure.group
         certify = min(CERTIFY_ROWS / max(stats.len_q, 1), 1.0)
         rows = n * (certify if measured else certify + min(share, 1.0))
-        wide = "f32" if "f32" in self.flops else "bf16"
+        wide = self.rows_format
         seconds = self.scores_seconds(rows, rows, d, dv, wide, wide)
         fixed = 0.0 if measured else self.head_seconds
         return fixed + seconds / self.efficiency.get("rows", 1.0)
@@ -141,10 +144,16 @@ COST_MODELS: dict[str, CostModel] = {
             },
             softmax_rate=3.7e12,
             overlap=True,
-            efficiency={"landmark": 0.75, "block_sparse": 0.9, "score_skip": 0.85},
+            efficiency={
+                "landmark": 0.75,
+                "block_sparse": 0.9,
+                "score_skip": 0.85,
+                "rows": 0.6,
+            },
             head_seconds=2e-6,
+            rows_format="bf16",
             source="H100: f32, tf32 and 16-bit as measured with this project's kernels, head"
-            " dim 128, 4,096 keys; 8-bit and softmax_rate assumed from nominal ratios",
+            " dim 128, 4,096 keys; 8-bit, softmax_rate and efficiencies assumed",
         ),
         CostModel(
             name="sm80",
@@ -157,8 +166,14 @@ COST_MODELS: dict[str, CostModel] = {
             },
             softmax_rate=2.4e12,
             overlap=False,
-            efficiency={"landmark": 0.75, "block_sparse": 0.9, "score_skip": 0.85},
+            efficiency={
+                "landmark": 0.75,
+                "block_sparse": 0.9,
+                "score_skip": 0.85,
+                "rows": 0.6,
+            },
             head_seconds=2e-6,
+            rows_format="bf16",
             source="A100: assumed, about 65% of nominal rates; nothing measured",
         ),
     )

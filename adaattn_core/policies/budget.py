@@ -10,7 +10,7 @@ from adaattn_core.backend import RunFacts
 from adaattn_core.certify import theorem_certificate
 from adaattn_core.formats import get_format
 from adaattn_core.plan import HeadPlan
-from adaattn_core.policies import fitting
+from adaattn_core.policies import compiling, fitting
 from adaattn_core.policies.base import (
     AIM,
     LEAST_TAU,
@@ -18,6 +18,7 @@ from adaattn_core.policies.base import (
     effective_tau,
     safer,
 )
+from adaattn_core.policies.table import DecisionTable
 from adaattn_core.problem import HeadIndex
 from adaattn_core.stats import HeadStats, MeasureRequest
 from adaattn_core.structure import (
@@ -61,6 +62,8 @@ class BudgetPolicy:
         fitted through the tried ones so that the predicted error just keeps the budget.
     lams : tuple of float
         Weight thresholds of score-then-skip tried, cheapest first.
+    table_taus, table_lams : tuple of float
+        The same where the policy is compiled (`compile`), which fits nothing between them.
     margin : float
         Share of the budget that a *sampled estimate* may use up; the rest is for the
         certificate, which is an upper confidence limit and so lies above the estimate.
@@ -74,6 +77,8 @@ class BudgetPolicy:
 
     taus: tuple[float, ...] = (0.3, 0.1, 0.02)
     lams: tuple[float, ...] = (2e-2, 1e-2, 5e-3, 2e-3)
+    table_taus: tuple[float, ...] = (0.3, 0.15, 0.07, 0.03, 0.012, 0.005, 0.002)
+    table_lams: tuple[float, ...] = (2e-2, 5e-3, 1e-3, 2e-4)
     margin: float = 0.6
     worthwhile: float = 0.8
     diffuse: float = 0.97
@@ -249,6 +254,40 @@ class BudgetPolicy:
         parts.append(f"saturation {stats.saturation:.2f}")
         return f"cheapest within budget ({', '.join(parts)})"
 
+    # -- the same as data ----------------------------------------------------------------------
+    def compile(self, context: PolicyContext) -> DecisionTable | None:
+        """Return the policy as a table; None for guarantees that theorems predict.
+
+        The table differs from `decide` in that nothing is fitted between `table_taus` and
+        `table_lams`, structures keep the inputs' own format, and errors are those that were
+        measured with a candidate's formats.
+        """
+        budget, kinds = context.budget, context.capabilities.structures
+        if budget is None or budget.guarantee != "sampled":
+            return None
+        exact = context.exact_format
+        candidates = [
+            compiling.priced(HeadPlan(qk=qk, pv=pv), context)
+            for qk, pv in self._pairs(context)
+            if (qk, pv) != (exact, exact)
+        ]
+        structures: list[Structure] = []
+        if "landmark" in kinds and context.structural:
+            structures += [_landmark(tau, context) for tau in self.table_taus]
+        if "score_skip" in kinds:
+            structures += [_score_skip(lam, context) for lam in self.table_lams]
+        for structure in structures:
+            limit = self.diffuse if isinstance(structure, Landmark) else math.inf
+            plan = HeadPlan(structure=structure, qk=exact, pv=exact)
+            candidates.append(compiling.priced(plan, context, entropy_below=limit))
+        return DecisionTable(
+            compiling.worth_measuring(candidates, context, self.worthwhile),
+            compiling.dense_fallback(context),
+            aim=self._allowed(context),
+            escalation_aim=AIM * budget.rel,
+            worthwhile=self.worthwhile,
+        )
+
     # -- what to do when the certificate says no ----------------------------------------------
     def escalate(
         self, plan: HeadPlan, upper: float, stats: HeadStats, context: PolicyContext
@@ -307,6 +346,9 @@ class BudgetPolicy:
 
 def _landmark(tau: float, context: PolicyContext) -> Landmark:
     """Landmarks that suit the target: clusters where gathers are cheap, else a screen."""
+    for sizes in context.capabilities.sizes:
+        if isinstance(sizes, Landmark):
+            return replace(sizes, tau=tau)
     if context.costs.overlap:
         return Landmark(tau=tau)
     return Landmark(tau=tau, band=192, clusters=8, samples=64, tail=64, screen_rank=0)
@@ -314,6 +356,9 @@ def _landmark(tau: float, context: PolicyContext) -> Landmark:
 
 def _score_skip(lam: float, context: PolicyContext) -> ScoreSkip:
     """Score-then-skip with tiles that suit the target: single keys where gathers are cheap."""
+    for sizes in context.capabilities.sizes:
+        if isinstance(sizes, ScoreSkip):
+            return replace(sizes, lam=lam)
     if context.costs.overlap:
         return ScoreSkip(lam=lam, tile_kv=64)
     return ScoreSkip(lam=lam, tile_q=256, tile_kv=1)

@@ -6,11 +6,14 @@ that can be read aloud. It predicts no error; what it chooses is certified like 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from adaattn_core.plan import HeadPlan
+from adaattn_core.policies import compiling, fitting
 from adaattn_core.policies.base import PolicyContext, safer
+from adaattn_core.policies.table import Candidate, DecisionTable
 from adaattn_core.problem import HeadIndex
 from adaattn_core.stats import HeadStats, MeasureRequest
 from adaattn_core.structure import BlockSparse, Dense, Landmark, LowRank, Structure
@@ -54,7 +57,7 @@ class EntropyPolicy:
             return None
         landmarks: tuple[Structure, ...] = ()
         if "landmark" in context.capabilities.structures and context.structural:
-            landmarks = (Landmark(tau=self.landmark_mass, screen_rank=0),)
+            landmarks = (self._landmark(context),)
         return MeasureRequest(
             rows=context.budget.rows,
             structures=landmarks,
@@ -63,6 +66,13 @@ class EntropyPolicy:
             spectrum=True,
             seed=context.seed,
         )
+
+    def _landmark(self, context: PolicyContext) -> Landmark:
+        """Landmarks in the sizes that the backend prefers."""
+        for sizes in context.capabilities.sizes:
+            if isinstance(sizes, Landmark):
+                return replace(sizes, tau=self.landmark_mass)
+        return Landmark(tau=self.landmark_mass, screen_rank=0)
 
     def decide(
         self, stats: Mapping[HeadIndex, HeadStats], context: PolicyContext
@@ -97,7 +107,7 @@ class EntropyPolicy:
             )
         share = stats.landmark_curve.get(self.landmark_mass, 1.0)
         if "landmark" in kinds and context.structural and share <= self.landmark_share:
-            return Landmark(tau=self.landmark_mass, screen_rank=0), (
+            return self._landmark(context), (
                 f"landmarks: {share:.1%} of keys leave {self.landmark_mass:g} of the mass"
             )
         if "block_sparse" in kinds and stats.entropy_relative < self.entropy_diffuse / 2:
@@ -107,32 +117,98 @@ class EntropyPolicy:
         return Dense(), "dense: mass neither in few keys nor in few directions"
 
     def _formats(self, stats: HeadStats, context: PolicyContext) -> tuple[str, str, str]:
-        costs, capabilities = context.costs, context.capabilities
         exact = context.exact_format
-
-        def cheaper(qk: str, pv: str) -> bool:
-            known = qk in capabilities.qk_formats and pv in capabilities.pv_formats
-            return (
-                known
-                and costs.runs(qk, pv)
-                and min(costs.flops[qk], costs.flops[pv]) > costs.flops.get(exact, 0.0)
-            )
-
         score, saturation = stats.score_max_abs, stats.saturation
         if not stats.sampled_rows or stats.nonfinite:
             return exact, exact, f"{exact}: nothing measured"
         if score <= self.score_8bit and saturation <= self.saturation_8bit:
             for pv in ("e4m3", "f16"):
-                if cheaper("i8", pv):
+                if _saves("i8", pv, context):
                     return "i8", pv, f"8 bit: |s| {score:.0f}, saturation {saturation:.2f}"
         if score <= self.score_16bit:
             for name in ("f16", "bf16"):
-                if cheaper(name, name):
+                if _saves(name, name, context):
                     return name, name, f"16 bit: |s| {score:.0f}, saturation {saturation:.2f}"
         return exact, exact, f"{exact}: |s| {score:.0f}, saturation {saturation:.2f}"
+
+    def compile(self, context: PolicyContext) -> DecisionTable | None:
+        """Return the thresholds as limits of candidates, in order of preference.
+
+        None where the backend offers feature ranks, which ask for the keys' spectrum. A table
+        knows the share of scores kept, not the share of far keys that become landmarks:
+        `landmark_share` is what landmarks may add to the least share. Costs stand for the
+        order alone, and escalations go straight to dense.
+        """
+        if context.budget is None or "low_rank" in context.capabilities.structures:
+            return None
+        exact = context.exact_format
+        choices = [
+            (HeadPlan(structure=structure, qk=qk, pv=pv), of_structure | of_formats)
+            for structure, of_structure in self._structures_by_limit(context)
+            for qk, pv, of_formats in self._formats_by_limit(context)
+            if not (isinstance(structure, Dense) and (qk, pv) == (exact, exact))
+        ]
+        candidates = tuple(
+            Candidate(plan, fixed=(number + 1) / (len(choices) + 1), slope=0.0, **limits)
+            for number, (plan, limits) in enumerate(choices)
+        )
+        return DecisionTable(
+            candidates,
+            compiling.dense_fallback(context),
+            aim=math.inf,
+            escalation_aim=0.0,
+            worthwhile=1.0,
+            priced=False,
+        )
+
+    def _structures_by_limit(
+        self, context: PolicyContext
+    ) -> Iterator[tuple[Structure, dict[str, float]]]:
+        """Yield what `_structure` chooses from, and where."""
+        kinds, shape = context.capabilities.structures, compiling.one_shape(context)
+        if min(shape.len_q, shape.len_kv) >= self.least_len:
+            if "landmark" in kinds and context.structural:
+                structure = self._landmark(context)
+                least = fitting.least_share(structure, shape)
+                yield (
+                    structure,
+                    {
+                        "entropy_below": self.entropy_diffuse,
+                        "share_most": least + self.landmark_share,
+                    },
+                )
+            if "block_sparse" in kinds:
+                yield (
+                    BlockSparse(tau=self.landmark_mass / 2),
+                    {"entropy_below": self.entropy_diffuse / 2},
+                )
+        yield Dense(), {}
+
+    def _formats_by_limit(
+        self, context: PolicyContext
+    ) -> Iterator[tuple[str, str, dict[str, float]]]:
+        """Yield what `_formats` chooses from, and where."""
+        narrow = {"score_most": self.score_8bit, "saturation_most": self.saturation_8bit}
+        for pairs, limits in (
+            ((("i8", "e4m3"), ("i8", "f16")), narrow),
+            ((("f16", "f16"), ("bf16", "bf16")), {"score_most": self.score_16bit}),
+        ):
+            cheap = next((pair for pair in pairs if _saves(*pair, context)), None)
+            if cheap is not None:
+                yield (*cheap, limits)
+        yield context.exact_format, context.exact_format, {}
 
     def escalate(
         self, plan: HeadPlan, upper: float, stats: HeadStats, context: PolicyContext
     ) -> HeadPlan | None:
         """Climb the common ladder."""
         return safer(plan, upper, stats, context)
+
+
+def _saves(qk: str, pv: str, context: PolicyContext) -> bool:
+    """Whether the backend runs both formats, faster than the exact one on the target."""
+    costs, capabilities = context.costs, context.capabilities
+    known = qk in capabilities.qk_formats and pv in capabilities.pv_formats
+    if not known or not costs.runs(qk, pv):
+        return False
+    return min(costs.flops[qk], costs.flops[pv]) > costs.flops.get(context.exact_format, 0.0)

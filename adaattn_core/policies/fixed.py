@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from adaattn_core.plan import HeadPlan
+from adaattn_core.policies import compiling
 from adaattn_core.policies.base import PolicyContext, safer
+from adaattn_core.policies.table import Candidate, DecisionTable
 from adaattn_core.problem import HeadIndex
 from adaattn_core.stats import HeadStats, MeasureRequest
 from adaattn_core.structure import Dense, Structure
@@ -51,6 +54,10 @@ class FixedPolicy:
         """Return the same plan for every head."""
         return dict.fromkeys(context.shapes, self.plan)
 
+    def compile(self, context: PolicyContext) -> DecisionTable:
+        """Return a table that holds this one plan; nothing need be measured."""
+        return _only(self.plan, context)
+
     def escalate(
         self, plan: HeadPlan, upper: float, stats: HeadStats, context: PolicyContext
     ) -> HeadPlan | None:
@@ -67,6 +74,25 @@ class ExactPolicy(FixedPolicy):
         self, stats: Mapping[HeadIndex, HeadStats], context: PolicyContext
     ) -> dict[HeadIndex, HeadPlan]:
         """Return the exact plan for every head."""
+        return dict.fromkeys(context.shapes, self._exact(context))
+
+    def compile(self, context: PolicyContext) -> DecisionTable:
+        """Return a table that holds the exact plan."""
+        return _only(self._exact(context), context)
+
+    def _exact(self, context: PolicyContext) -> HeadPlan:
         name = context.exact_format
-        plan = HeadPlan(qk=name, pv=name, reason="exact attention was asked for")
-        return dict.fromkeys(context.shapes, plan)
+        return HeadPlan(qk=name, pv=name, reason="exact attention was asked for")
+
+
+def _only(plan: HeadPlan, context: PolicyContext) -> DecisionTable:
+    """Return a table that chooses `plan` whatever the head is like."""
+    return DecisionTable(
+        (Candidate(plan, fixed=1.0, slope=0.0),),
+        compiling.dense_fallback(context),
+        aim=math.inf,
+        escalation_aim=0.0,
+        worthwhile=math.inf,
+        measured=False,
+        priced=False,
+    )
