@@ -1,14 +1,14 @@
-"""The backend contract: what a plugin provides, and what passes between it and the core."""
+"""The backend contract: what a plugin provides (what it hands back: adaattn_core.facts)."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 from numpy.typing import NDArray
 
+from adaattn_core.facts import RawResult, RowErrors
 from adaattn_core.plan import Plan
 from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_core.stats import MeasureRequest, ProblemStats
@@ -57,104 +57,6 @@ class Capabilities:
         "additive",
     )
     sizes: tuple[Structure, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class RunFacts:
-    """What a run found out about one head, exactly or as upper bounds; input to the theorems.
-
-    Norms are Euclidean and taken over visible vectors; `*_residual_upper` bound the difference
-    between a vector and what the format (or the feature rank) kept of it.
-
-    Attributes
-    ----------
-    share : float
-        Share of the visible scores that were computed.
-    rank : int
-        Columns standing for the far field, or feature rank; 0 for structures without one.
-    query_norm_upper, key_norm_upper, value_norm_upper : float
-    query_residual_upper, key_residual_upper, value_residual_upper : float
-        For `key_*`: of the keys as multiplied (after smoothing and projection).
-    value_diameter_upper : float
-        Largest distance between two visible value vectors (an upper bound).
-    score_residual_upper : float
-        Largest score error from a feature projection, 0 without one.
-    query_step_upper, key_step_upper : float
-        Largest spacing between neighbouring representable numbers of the 8-bit operands, in the
-        operands' own units (0 for wider formats): what stochastic rounding can move by.
-    dropped_mass_upper : float
-        Largest share of a row's softmax mass that was left out (inf where nothing is known).
-    bias_max_abs : float
-        Largest finite magnitude of the additive mask.
-    keys_max : int
-        Most visible keys of a row.
-    sum_keys_max : int
-        Most keys that are summed in one product before it is added to the row's running sums;
-        0 where that is not known: a row's keys may then make one long sum.
-    output_rms : float
-        Root-mean-square norm of the returned rows.
-    nonfinite : bool
-        Whether the returned rows hold NaN or Inf.
-    """
-
-    share: float = 1.0
-    rank: int = 0
-    query_norm_upper: float = 0.0
-    key_norm_upper: float = 0.0
-    value_norm_upper: float = 0.0
-    query_residual_upper: float = 0.0
-    key_residual_upper: float = 0.0
-    value_residual_upper: float = 0.0
-    value_diameter_upper: float = 0.0
-    score_residual_upper: float = 0.0
-    query_step_upper: float = 0.0
-    key_step_upper: float = 0.0
-    dropped_mass_upper: float = 0.0
-    bias_max_abs: float = 0.0
-    keys_max: int = 0
-    sum_keys_max: int = 0
-    output_rms: float = 0.0
-    nonfinite: bool = False
-
-
-@dataclass(slots=True)
-class RawResult:
-    """What a run returns; later runs of single heads write into the same arrays.
-
-    Attributes
-    ----------
-    out : array, shape (batch, heads_q, len_q, dim_v)
-        In the backend's own library and the input's dtype.
-    lse : array of float32, shape (batch, heads_q, len_q)
-        Natural log; -inf where a row sees nothing.
-    facts : dict of (sequence, head) to RunFacts
-    workspace : object
-        Opaque, of the backend that ran: what `row_errors` need not prepare again.
-    """
-
-    out: Any
-    lse: Any
-    facts: dict[HeadIndex, RunFacts] = field(default_factory=dict)
-    workspace: Any = field(default=None, repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class RowErrors:
-    """Errors of sampled rows of one head.
-
-    Attributes
-    ----------
-    error : ndarray of float64, shape (rows,)
-        ``|out_i - exact_i|`` as computed.
-    exact_norm : ndarray of float64, shape (rows,)
-        ``|exact_i|``.
-    oracle_upper : float
-        Upper bound of the error of the "exact" rows themselves, same unit as `error`.
-    """
-
-    error: NDArray[np.float64]
-    exact_norm: NDArray[np.float64]
-    oracle_upper: float
 
 
 @runtime_checkable

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from adaattn_core import bounds
-from adaattn_core.backend import RowErrors, RunFacts
 from adaattn_core.bounds.accumulate import F32_UNIT, F64_UNIT
 from adaattn_core.bounds.rounding import add_up, div_up, mul_up, sub_down, up
 from adaattn_core.certificate import HeadCertificate
 from adaattn_core.errors import ArgumentError
+from adaattn_core.facts import RowErrors, RunFacts
 from adaattn_core.formats import get_format
 from adaattn_core.plan import HeadPlan
 from adaattn_core.structure import Landmark, ScoreSkip

@@ -6,12 +6,13 @@ import time
 from collections.abc import Collection
 from typing import Any
 
-from adaattn_core.backend import Backend, RawResult
+from adaattn_core.backend import Backend
 from adaattn_core.budget import ErrorBudget
 from adaattn_core.certificate import Certificate
 from adaattn_core.certifier import Certifier
 from adaattn_core.costs import CostModel
 from adaattn_core.errors import BudgetInfeasibleError, CertificateViolation
+from adaattn_core.facts import RawResult
 from adaattn_core.plan import Plan
 from adaattn_core.policies.base import Policy, PolicyContext
 from adaattn_core.policies.fixed import ExactPolicy

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from adaattn_core.backend import RunFacts
 from adaattn_core.certificate import Certificate
+from adaattn_core.facts import RunFacts
 from adaattn_core.plan import Plan
 from adaattn_core.problem import HeadIndex
 from adaattn_core.stats import ProblemStats

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from adaattn_core.backend import RunFacts
 from adaattn_core.certify import theorem_certificate
+from adaattn_core.facts import RunFacts
 from adaattn_core.formats import get_format
 from adaattn_core.plan import HeadPlan
 from adaattn_core.policies import compiling, fitting

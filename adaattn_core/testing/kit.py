@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from adaattn_core.api import attention
-from adaattn_core.backend import Backend, Capabilities, RawResult, RunFacts
+from adaattn_core.backend import Backend, Capabilities
 from adaattn_core.budget import ErrorBudget
 from adaattn_core.errors import UnsupportedError
+from adaattn_core.facts import RawResult, RunFacts
 from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_core.registry import get_backend

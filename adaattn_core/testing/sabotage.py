@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaattn_core.arrays import to_numpy
-from adaattn_core.backend import Backend, Capabilities, RawResult, RowErrors, RunFacts
+from adaattn_core.backend import Backend, Capabilities
+from adaattn_core.facts import RawResult, RowErrors, RunFacts
 from adaattn_core.mask import Mask
 from adaattn_core.plan import Plan
 from adaattn_core.problem import AttentionProblem, HeadIndex

@@ -12,8 +12,9 @@ from typing import Any, NoReturn, cast
 
 from numpy.typing import NDArray
 
-from adaattn_core.backend import Capabilities, RawResult, RowErrors, RunFacts
+from adaattn_core.backend import Capabilities
 from adaattn_core.errors import UnsupportedError
+from adaattn_core.facts import RawResult, RowErrors, RunFacts
 from adaattn_core.mask import Mask
 from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.problem import AttentionProblem, HeadIndex

@@ -2,7 +2,7 @@
 
 Nothing waits: a kernel (`adaattn_cuda.row_facts`) is enqueued with the run, and its figures
 come to the host when a certificate is looked at. Every figure is an upper bound (`output_rms`:
-a lower one); the names and meanings are those of `adaattn_core.backend.RunFacts`.
+a lower one); the names and meanings are those of `adaattn_core.facts.RunFacts`.
 
 The kernels' own arithmetic is charged to the operands, where the theorems look for it. With
 n = dim_qk / 8 + 8, a score is computed from products that the tensor core sums with truncation:
@@ -23,7 +23,7 @@ import array_api_compat
 import numpy as np
 from numpy.typing import NDArray
 
-from adaattn_core.backend import RunFacts
+from adaattn_core.facts import RunFacts
 from adaattn_core.plan import HeadPlan
 from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_cuda.row_facts import SLOTS

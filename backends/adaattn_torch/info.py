@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from adaattn_core.backend import RunFacts
 from adaattn_core.certificate import Certificate
+from adaattn_core.facts import RunFacts
 from adaattn_core.plan import Plan
 from adaattn_core.problem import HeadIndex
 from adaattn_core.result import AttentionResult

@@ -10,8 +10,9 @@ import numpy as np
 import scipy
 from numpy.typing import NDArray
 
-from adaattn_core.backend import Capabilities, RawResult, RowErrors, RunFacts
+from adaattn_core.backend import Capabilities
 from adaattn_core.errors import UnsupportedError
+from adaattn_core.facts import RawResult, RowErrors, RunFacts
 from adaattn_core.formats import FORMATS
 from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.problem import AttentionProblem, HeadIndex

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adaattn_core.backend import RowErrors, RunFacts
 from adaattn_core.certify import theorem_certificate
+from adaattn_core.facts import RowErrors, RunFacts
 from adaattn_core.plan import HeadPlan
 from adaattn_core.problem import AttentionProblem
 from adaattn_reference.scratch import scratch

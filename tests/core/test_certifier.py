@@ -5,8 +5,8 @@ import pytest
 from scipy.stats import binom
 
 from adaattn_core import AttentionProblem, ErrorBudget, HeadPlan, Landmark, Mask, Plan
-from adaattn_core.backend import RawResult, RowErrors, RunFacts
 from adaattn_core.certifier import HOPELESS, LOOKS, ROUNDS, Certifier
+from adaattn_core.facts import RawResult, RowErrors, RunFacts
 
 ROWS = 4096
 BUDGET = ErrorBudget(rel=0.1, rows=0.95, confidence=0.95)

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaattn_core.backend import RowErrors, RunFacts
 from adaattn_core.certify import sampled_certificate, theorem_certificate
 from adaattn_core.errors import ArgumentError
+from adaattn_core.facts import RowErrors, RunFacts
 from adaattn_core.formats import get_format
 from adaattn_core.mask import Mask
 from adaattn_core.plan import HeadPlan, Plan

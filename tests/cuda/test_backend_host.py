@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from adaattn_core import ErrorBudget, attention
-from adaattn_core.backend import Backend, RawResult
+from adaattn_core.backend import Backend
 from adaattn_core.errors import BudgetInfeasibleError, ShapeError, UnsupportedError
+from adaattn_core.facts import RawResult
 from adaattn_core.mask import Mask
 from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.problem import AttentionProblem

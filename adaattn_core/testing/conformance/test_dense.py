@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from adaattn_core import bounds
-from adaattn_core.backend import RunFacts
+from adaattn_core.facts import RunFacts
 from adaattn_core.formats import FORMATS, get_format
 from adaattn_core.plan import HeadPlan
 from adaattn_core.problem import AttentionProblem

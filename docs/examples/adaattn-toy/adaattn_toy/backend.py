@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaattn_core.arrays import to_numpy
-from adaattn_core.backend import Capabilities, RawResult, RowErrors, RunFacts
+from adaattn_core.backend import Capabilities
 from adaattn_core.errors import UnsupportedError
+from adaattn_core.facts import RawResult, RowErrors, RunFacts
 from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_core.stats import MeasureRequest, ProblemStats
