@@ -17,8 +17,12 @@ from adaattn_core.formats import get_format
 from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_core.structure import Dense, Structure, structure_from_json
 
-PLAN_VERSION = 1
-"""Version of the saved form; a file of another version is refused, never guessed at."""
+PLAN_VERSION = 2
+"""Version of the saved form; a file of another version is refused, never guessed at.
+
+Version 1 differs in one thing: `ScoreSkip.lam` was compared with a row's running maximum, not
+its running log-sum-exp. Plans of version 1 without such a head mean the same and are read.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +125,10 @@ _HEAD_FIELDS: dict[str, type] = {
 }
 
 
+def _is_score_skip(structure: Any) -> bool:
+    return isinstance(structure, Mapping) and structure.get("kind") == "score_skip"
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """A head plan for every (sequence, head).
@@ -213,10 +221,11 @@ class Plan:
         Raises
         ------
         PlanError
-            If the document is not a plan of this version.
+            If the document is not a plan of this version, or of an older one that means the
+            same.
         """
-        if not isinstance(body, dict) or body.get("adaattn_plan") != PLAN_VERSION:
-            version = body.get("adaattn_plan") if isinstance(body, dict) else None
+        version = body.get("adaattn_plan") if isinstance(body, dict) else None
+        if version not in (1, PLAN_VERSION):
             raise PlanError(
                 got=f"a document with adaattn_plan={version!r}",
                 needed=f"a plan of version {PLAN_VERSION}",
@@ -226,6 +235,12 @@ class Plan:
             heads = {}
             for entry in body["heads"]:
                 fields = dict(entry)
+                if version == 1 and _is_score_skip(fields.get("structure")):
+                    raise PlanError(
+                        got="a plan of version 1 with score_skip (lam against the maximum)",
+                        needed=f"version {PLAN_VERSION} (lam against the log-sum-exp)",
+                        do="plan afresh and save again; at the same lam more is skipped now",
+                    )
                 index = (int(fields.pop("sequence")), int(fields.pop("head")))
                 heads[index] = HeadPlan.from_json(fields)
             return cls(heads, int(body["seed"]), body["policy"], body["target"], body["layer"])

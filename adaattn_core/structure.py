@@ -38,9 +38,10 @@ class Dense(Structure):
 class ScoreSkip(Structure):
     """Every visible score, but softmax and P·V only for key tiles that can still matter.
 
-    A tile is skipped for a query tile when every row's score maximum in it lies more than
-    ``ln(1/lam)`` below that row's maximum over all keys seen before. The dropped mass is at
-    most ``lam`` per skipped key (docs/math, theorem 4).
+    A tile is skipped for a query tile when every row's scores in it lie at least ``ln(1/lam)``
+    below that row's log-sum-exp over the keys kept before. The dropped mass is at most ``lam``
+    per skipped key, and no key of a larger weight is lost (docs/math, corollary 4.2). The tiles
+    nearest to the rows and the first ones are visited first.
 
     Attributes
     ----------

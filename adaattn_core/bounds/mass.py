@@ -14,8 +14,8 @@ def skipped_mass(weight_threshold: ArrayLike, keys: ArrayLike) -> Real:
     Parameters
     ----------
     weight_threshold : array_like
-        Every skipped key's score lies at least ``ln(1/weight_threshold)`` under the score of a
-        key that was kept; in (0, 1).
+        Every skipped key's score lies at least ``ln(1/weight_threshold)`` under the log-sum-exp
+        of some keys that were kept (under one of their scores is enough); in (0, 1).
     keys : array_like
         Number of skipped keys.
 

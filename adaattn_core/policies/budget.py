@@ -41,7 +41,7 @@ FORMAT_PAIRS = (
     ("f32", "f32"),
 )
 """Operand formats of Q·Kᵀ and P·V that are considered, cheapest first on most machines."""
-ESCALATED_LAM = 3e-3
+ESCALATED_LAM = 1e-3
 """Weight threshold of score-then-skip that a head climbs to when its landmarks fell short."""
 USUAL_SHARE = 0.15
 """Share that score-then-skip keeps of heads on which it was not tried."""
@@ -76,9 +76,9 @@ class BudgetPolicy:
     """
 
     taus: tuple[float, ...] = (0.3, 0.1, 0.02)
-    lams: tuple[float, ...] = (2e-2, 1e-2, 5e-3, 2e-3)
+    lams: tuple[float, ...] = (5e-3, 2e-3, 1e-3, 5e-4)
     table_taus: tuple[float, ...] = (0.3, 0.15, 0.07, 0.03, 0.012, 0.005, 0.002)
-    table_lams: tuple[float, ...] = (2e-2, 5e-3, 1e-3, 2e-4)
+    table_lams: tuple[float, ...] = (1e-2, 3e-3, 1e-3, 3e-4)
     margin: float = 0.6
     worthwhile: float = 0.8
     diffuse: float = 0.97

@@ -19,12 +19,13 @@ from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_core.stats import HeadStats, MeasureRequest, ProblemStats
 from adaattn_core.structure import BlockSparse, Dense, Landmark, LowRank, ScoreSkip
 from adaattn_reference.blocks import choose_blocks
-from adaattn_reference.dense import HeadOutput, block_sparse, dense, score_skip
+from adaattn_reference.dense import HeadOutput, block_sparse, dense
 from adaattn_reference.exact import errors_against
 from adaattn_reference.farfield import GroupProbe
 from adaattn_reference.landmark import landmark
 from adaattn_reference.measure import HeadProbe, measure_head
 from adaattn_reference.operands import Operands, max_norm, prepare_operands
+from adaattn_reference.score_skip import score_skip
 from adaattn_reference.svd import score_factors
 from adaattn_reference.threads import map_heads, thread_count
 from adaattn_reference.view import HeadView, KeyValues, ProblemViews

@@ -19,6 +19,7 @@ from adaattn_reference.blocks import choose_blocks, exact_scores, softmax_in_pla
 from adaattn_reference.farfield import FarField, GroupProbe, far_field, probe_head
 from adaattn_reference.geometry import Geometry
 from adaattn_reference.operands import TINY, Operands, prepare_operands
+from adaattn_reference.score_skip import visiting_order
 from adaattn_reference.svd import score_factors
 from adaattn_reference.view import HeadView
 
@@ -137,7 +138,7 @@ class _Judge:
             for _, g in self.groups
         ]
         self.rows = np.concatenate(self.parts)
-        self._tiles: dict[int, list[tuple[Float, Float]]] = {}
+        self._tiles: dict[int, list[tuple[slice, Float, Float]]] = {}
         self.weights: list[Float] = []
         exact, self.lse = [], []
         tops, entropies, largest = [], [], []
@@ -254,13 +255,8 @@ class _Judge:
         """Skip keys for a few whole tiles of rows, as a run would."""
         kept = seen = 0
         errors = []
-        for weights, exact in self._skip_tiles(structure.tile_q):
-            largest = weights.max(axis=1, initial=0.0, keepdims=True)
-            edges = np.arange(0, weights.shape[1], structure.tile_kv)
-            needed = (weights >= structure.lam * largest).any(axis=0)
-            needed = np.logical_or.reduceat(needed, edges)
-            widths = np.diff(np.append(edges, weights.shape[1]))
-            keys = np.flatnonzero(np.repeat(needed, widths))
+        for tile, weights, exact in self._skip_tiles(structure.tile_q):
+            keys = _kept_keys(self.view, tile, weights, structure)
             kept += len(keys)
             seen += weights.shape[1]
             part = weights[:, keys]
@@ -269,20 +265,21 @@ class _Judge:
             errors.append(np.linalg.norm(sums / total[:, None] - exact, axis=1))
         return self._estimate(structure, kept / max(seen, 1), 0, errors)
 
-    def _skip_tiles(self, size: int) -> list[tuple[Float, Float]]:
-        """Softmax weights and exact outputs of the last tile of rows and of a middle one.
+    def _skip_tiles(self, size: int) -> list[tuple[slice, Float, Float]]:
+        """Rows, softmax weights and exact outputs of the last tile of rows and of a middle one.
 
         Of a large tile evenly spaced rows stand for all: they need fewer keys than the whole
         tile, so their errors are estimated a little high and the share a little low.
         """
         if size not in self._tiles:
             view = self.view
-            tiles: list[tuple[Float, Float]] = []
+            tiles: list[tuple[slice, Float, Float]] = []
             for stop in {view.len_q, max(view.len_q // 2, 1)}:
-                rows = np.arange(max(stop - size, 0), stop, max(size // SKIP_ROWS, 1))
+                tile = slice(max(stop - size, 0), stop)
+                rows = np.arange(tile.start, stop, max(size // SKIP_ROWS, 1))
                 keys = int(view.stop[rows].max())
                 weights = softmax_in_place(exact_scores(view, rows, keys))[0].copy()
-                tiles.append((weights, weights @ self.operands.value[:keys]))
+                tiles.append((tile, weights, weights @ self.operands.value[:keys]))
             self._tiles[size] = tiles
         return self._tiles[size]
 
@@ -323,6 +320,29 @@ class _Judge:
             error = np.concatenate(errors)
             out[qk, pv] = float(np.quantile(error, self.request.rows)) / max(self.rms, TINY)
         return out
+
+
+def _kept_keys(
+    view: HeadView, tile: slice, weights: Float, structure: ScoreSkip
+) -> NDArray[np.int64]:
+    """Keys that a run of score-then-skip keeps, from the softmax weights of some of its rows.
+
+    A weight is exp(score - final log-sum-exp), so the running log-sum-exp is the log of the
+    weights kept so far.
+    """
+    size, found = structure.tile_kv, [np.empty(0, np.int64)]
+    running = np.zeros((len(weights), 1), weights.dtype)
+    for first, last in visiting_order(view, tile, size):
+        chunk = weights[:, first:last]
+        if not chunk.shape[1]:
+            continue  # keys that none of these rows reaches
+        needed = np.asarray((chunk > structure.lam * running).any(axis=0))
+        edges = np.arange(0, len(needed), size)
+        counts = np.diff(np.append(edges, len(needed)))
+        needed = np.repeat(np.logical_or.reduceat(needed, edges), counts)
+        running += chunk[:, needed].sum(axis=1, keepdims=True)
+        found.append(first + np.flatnonzero(needed))
+    return np.sort(np.concatenate(found))
 
 
 def _parts(len_q: int) -> list[slice]:

@@ -54,6 +54,22 @@ def test_skipped_keys_carry_no_more_than_stated(seed, keys, threshold, spread):
     assert share <= skipped_mass(threshold, keys) * (1 + SLACK)
 
 
+@settings(deadline=None)
+@given(seeds, st.integers(2, 200), st.floats(0, 20), st.floats(1e-6, 0.9))
+def test_skipping_against_the_running_sum_loses_no_heavy_key(seed, keys, spread, threshold):
+    rng = np.random.default_rng(seed)
+    scores = rng.normal(scale=spread, size=keys)
+    running, skipped = -np.inf, []
+    for j in rng.permutation(keys):
+        if scores[j] <= running + np.log(threshold):
+            skipped.append(j)
+        else:
+            running = np.logaddexp(running, scores[j])
+    weights = np.exp(scores - log_sum_exp(scores))
+    assert weights[skipped].max(initial=0.0) <= threshold * (1 + SLACK)
+    assert weights[skipped].sum() <= skipped_mass(threshold, len(skipped)) * (1 + SLACK)
+
+
 def test_unknown_mass_is_never_certified():
     assert dropped_mass_error(np.inf, 0.0) == np.inf
     assert dropped_mass_error(0.0, 5.0) == 0

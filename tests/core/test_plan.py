@@ -143,6 +143,17 @@ def test_damaged_documents_are_refused(document: Any, tmp_path: Path) -> None:
     assert str(caught.value).count("\n") == 2
 
 
+def test_plans_of_version_1_are_read_where_they_mean_the_same(tmp_path: Path) -> None:
+    old = _document(adaattn_plan=1)
+    assert Plan.from_json(old).to_json() == _document()
+    old["heads"][0]["structure"] = ScoreSkip(lam=1e-3).to_json()
+    with pytest.raises(PlanError, match="log-sum-exp") as caught:
+        Plan.from_json(old)
+    assert str(caught.value).count("\n") == 2
+    with pytest.raises(PlanError):
+        Plan.from_json(_with_head(structure=None) | {"adaattn_plan": 1})
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"null"])
 def test_files_that_are_no_plan(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
