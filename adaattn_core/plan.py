@@ -43,7 +43,8 @@ class HeadPlan:
     p_scale : float
         Factor on P in [0, 1] before rounding to an 8-bit format.
     flush_keys : int
-        Keys after which e4m3 P·V partial sums are added to float32 accumulators.
+        Keys after which e4m3 P·V partial sums are added to float32 accumulators; 0: after the
+        last one.
     reason : str
         Which term of the budget, or which rule, decided.
     cost_estimate : float

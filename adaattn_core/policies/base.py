@@ -50,8 +50,11 @@ class PolicyContext:
 
     @property
     def exact_format(self) -> str:
-        """Format of exact attention: the input's own, or f32 where that is only emulated."""
-        native = self.dtype in self.capabilities.qk_formats
+        """Format of exact attention: the input's own, or f32 where that is only emulated.
+
+        A format that the machine planned for does not have is none either.
+        """
+        native = self.dtype in self.capabilities.qk_formats and self.dtype in self.costs.flops
         emulated = self.dtype in self.capabilities.emulated_formats
         return self.dtype if native and not emulated else "f32"
 
