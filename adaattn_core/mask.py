@@ -183,6 +183,13 @@ class Mask:
         start = np.clip(start, 0, len_kv)
         return start, np.maximum(np.clip(stop, 0, len_kv), start)
 
+    def sees_prefixes(self, len_q: int, len_kv: int) -> bool:
+        """Whether every row sees the first keys up to a last one, and no others."""
+        if not self.is_structural:
+            return False
+        offset = len_kv - len_q if self.alignment == "bottom_right" else 0
+        return self.left is None or len_q - 1 + offset <= self.left
+
     def extent(self, len_q: int, len_kv: int) -> tuple[int, int]:
         """Scores that one sequence's intervals leave in all, and most of them in one row."""
         return _extent(self.alignment, self.left, self.right, len_q, len_kv)

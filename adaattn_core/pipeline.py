@@ -45,6 +45,7 @@ def run_pipeline(
         scale=problem.scale,
         seed=seed,
         layer=layer,
+        prefix=problem.prefix_sequences(),
     )
     clock = _Clock()
     stats: ProblemStats | None = None

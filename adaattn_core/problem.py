@@ -202,6 +202,12 @@ class AttentionProblem:
         span = self.sequences[sequence]
         return self.mask.intervals(span.len_q, span.len_kv)
 
+    def prefix_sequences(self) -> frozenset[int]:
+        """Sequences in which every row sees the first keys up to a last one, and no others."""
+        return frozenset(
+            s.index for s in self.sequences if self.mask.sees_prefixes(s.len_q, s.len_kv)
+        )
+
     def visible_scores(self, sequence: int) -> int:
         """Count the scores that the structural mask leaves in one head of the sequence."""
         span = self.sequences[sequence]

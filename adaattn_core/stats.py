@@ -59,9 +59,9 @@ class HeadStats:
     output_rms_estimate : float
         Root-mean-square norm of the sampled exact output rows.
     stable_rank : float
-        ``|K|_F² / |K|_2²`` of the centred keys.
+        ``|K|_F² / |K|_2²`` of the centred visible keys; NaN where it was not found.
     participation_ratio : float
-        (Σλ)² / Σλ² of the centred keys' Gram spectrum.
+        (Σλ)² / Σλ² of their Gram spectrum; NaN where it was not found.
     landmark_curve : mapping of float to float
         Unrepresented mass -> share of keys needed as landmarks to leave no more than that.
     feature_residual_upper : mapping of int to float
@@ -89,8 +89,8 @@ class HeadStats:
     key_norm_upper: float = 0.0
     value_norm_upper: float = 0.0
     output_rms_estimate: float = 0.0
-    stable_rank: float = 0.0
-    participation_ratio: float = 0.0
+    stable_rank: float = float("nan")
+    participation_ratio: float = float("nan")
     landmark_curve: Mapping[float, float] = field(default_factory=dict)
     feature_residual_upper: Mapping[int, float] = field(default_factory=dict)
     format_errors: Mapping[tuple[str, str], float] = field(default_factory=dict)

@@ -31,6 +31,9 @@ class PolicyContext:
         Format of the inputs.
     structural : bool
         Whether the mask is an interval per row.
+    prefix : frozenset of int
+        Sequences whose rows all see the first keys up to a last one (causal and full masks,
+        key lengths and ragged batches included): landmarks need no less.
     shapes : mapping of (sequence, head) to HeadStats
         Sizes of every head, before anything is measured.
     scale : float
@@ -47,6 +50,7 @@ class PolicyContext:
     scale: float
     seed: int
     layer: str = ""
+    prefix: frozenset[int] = frozenset()
 
     @property
     def exact_format(self) -> str:

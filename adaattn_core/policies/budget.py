@@ -111,7 +111,9 @@ class BudgetPolicy:
 
     def _enough_share(self, context: PolicyContext) -> float:
         """Share up to which landmarks are cheaper than score-then-skip could be."""
-        shape = max(context.shapes.values(), key=lambda s: s.visible)
+        shape = max(context.shapes.values(), key=lambda s: s.visible, default=None)
+        if shape is None:
+            return 1.0
         skip = HeadPlan(structure=_score_skip(ESCALATED_LAM, context))
         bar = context.costs.head_cost(shape, skip, fitting.least_share(skip.structure, shape))
         landmark = HeadPlan(structure=_landmark(self.taus[0], context))

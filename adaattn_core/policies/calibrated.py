@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from adaattn_core.errors import PlanError
@@ -10,6 +11,9 @@ from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.policies.base import PolicyContext, safer
 from adaattn_core.problem import HeadIndex
 from adaattn_core.stats import HeadStats, MeasureRequest
+from adaattn_core.structure import Dense
+
+NO_FAR_FIELD = "landmarks need a causal or full mask"
 
 
 class CalibratedPolicy:
@@ -25,6 +29,8 @@ class CalibratedPolicy:
     Notes
     -----
     A plan speaks per head. Where it was made for one sequence, it is used for every sequence.
+    Landmark heads run dense under masks that leave no far field (windows that cut the first
+    keys off, boolean and additive arrays), and the plan's reason says so.
     """
 
     name = "calibrated"
@@ -86,6 +92,8 @@ class CalibratedPolicy:
                     needed=f"a plan for every head of layer {context.layer!r}",
                     do="calibrate with the same model",
                 )
+            if choice.structure.kind == "landmark" and sequence not in context.prefix:
+                choice = replace(choice, structure=Dense(), reason=f"dense: {NO_FAR_FIELD}")
             out[sequence, head] = choice
         return out
 

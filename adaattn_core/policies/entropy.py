@@ -105,7 +105,8 @@ class EntropyPolicy:
             return LowRank(min(rank, stats.dim_qk)), (
                 f"low rank: participation ratio {stats.participation_ratio:.1f}"
             )
-        share = stats.landmark_curve.get(self.landmark_mass, 1.0)
+        # Without a curve the backend found no far field here, e.g. under a window.
+        share = stats.landmark_curve.get(self.landmark_mass, math.inf)
         if "landmark" in kinds and context.structural and share <= self.landmark_share:
             return self._landmark(context), (
                 f"landmarks: {share:.1%} of keys leave {self.landmark_mass:g} of the mass"

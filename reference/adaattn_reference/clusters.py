@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from adaattn_reference.linalg import eigh, gram
 from adaattn_reference.view import HeadView
 
 Float = NDArray[np.floating[Any]]
@@ -82,23 +83,27 @@ def _first_coordinate(points: Float) -> Float:
 
 def _coordinates(view: HeadView) -> Float:
     """Coordinates of all query rows along the first directions of their scores."""
-    key, query = view.kv.key, view.query
-    largest_key = float(view.kv.key_norm.max(initial=0.0))
-    largest_query = view.query_norm_upper
-    if not (0 < largest_key < np.inf and 0 < largest_query < np.inf):
+    key, query = view.seen(view.kv.key), view.query
+    factor = _root(gram(_some(key)))
+    spread = factor.T @ gram(_some(query)) @ factor
+    found = eigh(spread)
+    if found is None or not spread.any():
         return np.zeros((view.len_q, 1), np.float32)
-    spread = _covariance(key, largest_key)
-    ridge = 1e-6 * max(float(np.trace(spread)) / len(spread), 1e-30)
-    factor = np.linalg.cholesky(spread + ridge * np.eye(len(spread)))
-    spread = factor.T @ _covariance(query, largest_query) @ factor
-    directions = factor @ np.linalg.eigh(spread)[1][:, : -DIRECTIONS - 1 : -1]
-    size = max(float(np.abs(directions).max()), 1e-30)
-    scaled = (directions / (size * largest_query)).astype(query.dtype)
-    return np.asarray(query @ scaled)
+    directions = factor @ found[1][:, : -DIRECTIONS - 1 : -1]
+    directions /= max(float(np.abs(directions).max()), 1e-30)
+    largest = query.dtype.type(np.abs(query).max())
+    return np.asarray((query / largest) @ directions.astype(query.dtype))
 
 
-def _covariance(x: Float, largest: float) -> NDArray[np.float64]:
-    """Covariance of evenly spaced rows, in units of `largest`."""
-    some = x[:: max(len(x) // COVARIANCE_ROWS, 1)] / x.dtype.type(largest)
-    some -= some.mean(axis=0)
-    return np.asarray(some.T @ some / len(some), np.float64)
+def _root(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
+    """L with L Lᵀ equal to a covariance; NaN where it has none."""
+    found = eigh(covariance)
+    if found is None:
+        return np.full_like(covariance, np.nan)
+    values, vectors = found
+    return np.asarray(vectors * np.sqrt(np.maximum(values, 0)))
+
+
+def _some(x: Float) -> Float:
+    """Evenly spaced rows."""
+    return x[:: max(len(x) // COVARIANCE_ROWS, 1)]

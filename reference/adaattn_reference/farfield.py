@@ -155,7 +155,7 @@ def far_mass(weights: Float, rows: Rows, geometry: Geometry) -> Float:
         weights, *map(np.ravel, geometry.near_of_rows(rows)), strict=True
     ):
         row[first:last] = 0
-    mass = weights.reshape(*rows.shape, -1).sum(axis=1)
+    mass = weights.reshape(*rows.shape, weights.shape[1]).sum(axis=1)
     return np.asarray(mass / max(rows.shape[1], 1))
 
 
@@ -216,9 +216,8 @@ def _block_averages(x: Float, shares: Float) -> Float:
     whole = len(x) // size
     out = np.empty((number, blocks, x.shape[1]), x.dtype)
     parts = shares[:, :whole].transpose(1, 0, 2)
-    out[:, :whole] = np.matmul(parts, x[: whole * size].reshape(whole, size, -1)).transpose(
-        1, 0, 2
-    )
+    by_block = x[: whole * size].reshape(whole, size, x.shape[1])
+    out[:, :whole] = np.matmul(parts, by_block).transpose(1, 0, 2)
     if whole < blocks:
         tail = x[whole * size :]
         out[:, whole] = shares[:, whole, : len(tail)] @ tail

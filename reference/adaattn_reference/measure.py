@@ -18,6 +18,7 @@ from adaattn_core.structure import BlockSparse, Landmark, LowRank, ScoreSkip, St
 from adaattn_reference.blocks import choose_blocks, exact_scores, softmax_in_place
 from adaattn_reference.farfield import FarField, GroupProbe, far_field, probe_head
 from adaattn_reference.geometry import Geometry
+from adaattn_reference.linalg import eigh, gram
 from adaattn_reference.operands import TINY, Operands, prepare_operands
 from adaattn_reference.score_skip import visiting_order
 from adaattn_reference.svd import score_factors
@@ -358,15 +359,21 @@ def _landmark_curve(probes: list[GroupProbe]) -> dict[float, float]:
 
 
 def _spectral_facts(view: HeadView, ranks: list[int]) -> dict[str, Any]:
-    """Spectral proxies of the centred keys, and score residuals of feature projections."""
-    centred = view.key - view.key.mean(axis=0)
-    spectrum = np.clip(np.linalg.eigvalsh(centred.T @ centred), 0, None).astype(np.float64)
-    total = float(spectrum.sum())
-    return {
-        "stable_rank": total / max(float(spectrum.max(initial=0.0)), TINY),
-        "participation_ratio": total**2 / max(float((spectrum**2).sum()), TINY),
+    """Spectral proxies of the centred visible keys, and score residuals of projections.
+
+    Proxies that cannot be found stay unmeasured.
+    """
+    key = view.seen(view.key)
+    facts: dict[str, Any] = {
         "feature_residual_upper": {
-            rank: score_factors(view.query, view.key, rank).score_residual_upper * view.scale
+            rank: score_factors(view.query, key, rank).score_residual_upper * view.scale
             for rank in ranks
         },
     }
+    found = eigh(gram(key))
+    if found is not None:
+        spectrum = np.maximum(found[0], 0)
+        total, largest = float(spectrum.sum()), float(spectrum.max(initial=0.0))
+        facts["stable_rank"] = total / max(largest, TINY)
+        facts["participation_ratio"] = total**2 / max(float((spectrum**2).sum()), TINY)
+    return facts

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaattn_core.structure import Landmark
+from adaattn_reference.linalg import principal_directions
 from adaattn_reference.operands import Operands
 from adaattn_reference.scratch import scratch
 
@@ -26,7 +27,7 @@ class ScoreSketch:
         mean = key.mean(axis=0, dtype=np.float64).astype(key.dtype)
         centred = key - mean
         rank = min(structure.screen_rank, key.shape[1])
-        basis = np.linalg.eigh(centred.T @ centred)[1][:, -rank:].astype(key.dtype)
+        basis = principal_directions(key, rank).astype(key.dtype)
         ones = np.ones((len(key), 1), key.dtype)
         self.basis, self.mean, self.size = basis, mean, structure.pool
         self.key = np.ascontiguousarray(np.hstack([centred @ basis, ones]))

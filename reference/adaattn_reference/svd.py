@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from adaattn_core.bounds import gamma_nearest, projected_score_error
 from adaattn_core.bounds.rounding import add_up, mul_up
 from adaattn_core.errors import ArgumentError
+from adaattn_reference.linalg import singular_values, solve, svd
 
 F64_UNIT = 2.0**-53
 RIDGE = 1e-7
@@ -69,7 +70,7 @@ def score_singular_values(query: NDArray[Any], key: NDArray[Any]) -> NDArray[np.
     root_q = np.asarray(np.linalg.qr(q, mode="r"))
     root_k = np.asarray(np.linalg.qr(k, mode="r"))
     inner = root_q @ root_k.T
-    values = np.linalg.svd(inner, compute_uv=False)
+    values = _singular_values(inner)
     return np.asarray(values * (q_unit * k_unit), dtype=np.float64)
 
 
@@ -166,7 +167,7 @@ def epsilon_rank(matrix: NDArray[Any], epsilon: float, norm: str = "frobenius") 
     Raises
     ------
     ArgumentError
-        If the norm is another word or `epsilon` is negative.
+        If the norm is another word, `epsilon` is negative, or the matrix is not finite.
 
     Examples
     --------
@@ -179,7 +180,7 @@ def epsilon_rank(matrix: NDArray[Any], epsilon: float, norm: str = "frobenius") 
             needed='norm "frobenius" or "spectral", epsilon >= 0',
             do="correct the arguments",
         )
-    values = np.linalg.svd(np.asarray(matrix, dtype=np.float64), compute_uv=False)
+    values = _singular_values(np.asarray(matrix, dtype=np.float64))
     if values.size == 0 or values[0] == 0:
         return 0
     values = values / values[0]
@@ -189,15 +190,36 @@ def epsilon_rank(matrix: NDArray[Any], epsilon: float, norm: str = "frobenius") 
     return int(np.argmax(tails <= epsilon * tails[0]))
 
 
+def _singular_values(a: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Singular values, largest first."""
+    found = singular_values(a)
+    if found is None:
+        raise ArgumentError(
+            got="a matrix with NaN or Inf, or one that no driver decomposes",
+            needed="a finite matrix",
+            do="leave non-finite rows out",
+        )
+    return found
+
+
 def _balancing_basis(
     q: NDArray[np.float64], k: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return T_q and T_k with T_q T_kᵀ = 1 whose columns are Q·Kᵀ's singular directions."""
+    """Return T_q and T_k with T_q T_kᵀ = 1 whose columns are Q·Kᵀ's singular directions.
+
+    The coordinate axes where those cannot be found.
+    """
     root_q, root_k = _ridged_root(q), _ridged_root(k)
-    left, values, _ = np.linalg.svd(root_q @ root_k.T)
-    balance = np.sqrt(np.maximum(values, values[0] * F64_UNIT))
-    to_query = np.linalg.solve(root_q, left * balance)
-    return to_query, np.linalg.inv(to_query).T
+    found = svd(root_q @ root_k.T)
+    if found is not None:
+        left, values, _ = found
+        balance = np.sqrt(np.maximum(values, values[0] * F64_UNIT))
+        to_query = solve(root_q, left * balance)
+        to_key = None if to_query is None else solve(to_query, np.eye(q.shape[1]))
+        if to_query is not None and to_key is not None:
+            return to_query, to_key.T
+    # Any basis keeps the bound, only not as tight.
+    return np.eye(q.shape[1]), np.eye(q.shape[1])
 
 
 def _ridged_root(x: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,18 +1,25 @@
-"""Running heads on threads, with single-threaded BLAS inside: no core is oversubscribed."""
+"""Running heads on threads, with single-threaded BLAS inside: no core is oversubscribed.
+
+The number of BLAS threads and the interpreter's switch interval belong to the process. Calls of
+several threads may overlap, so the first one in sets them and the last one out restores them;
+other NumPy code of the process meets single-threaded BLAS meanwhile. Since every product of a
+call is computed by one BLAS thread, its bits depend neither on overlapping calls nor on how
+many threads share the heads.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-from threadpoolctl import ThreadpoolController
+from threadpoolctl import OpenBLASController, ThreadpoolController
 
 from adaattn_core.errors import ArgumentError
 
@@ -64,11 +71,47 @@ def map_heads(work: Callable[[T], R], items: Iterable[T], scores: int) -> list[R
 
     todo = list(items)
     workers = min(thread_count(), len(todo)) if scores >= SMALL_SCORES else 1
-    with _blas("scipy.linalg" in sys.modules).limit(limits=1):
+    with _one_blas_thread:
         if workers <= 1 or getattr(_LOCAL, "inside", False):
             return [quiet(item) for item in todo]
-        with _prompt_switching():
+        with _prompt_switching:
             return _on_workers(quiet, todo, workers)
+
+
+class _WhileAnyCall:
+    """A setting of the process, held while any call is inside.
+
+    Parameters
+    ----------
+    change : callable
+        Makes the change and has the stack undo it. Called by every call that enters: only the
+        first one finds something to do, as a rule.
+    """
+
+    def __init__(self, change: Callable[[ExitStack, bool], None]) -> None:
+        self._change = change
+        self._forget()
+
+    def _forget(self) -> None:
+        self._lock, self._inside, self._undo = threading.Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._change(self._undo, self._inside == 0)
+            self._inside += 1
+
+    def __exit__(self, *failure: Any) -> None:
+        with self._lock:
+            if self._inside:  # a child forked from inside a call has been reset
+                self._inside -= 1
+                if not self._inside:
+                    self._undo.close()
+
+    def reset(self) -> None:
+        """Undo in a forked child what calls on the parent's other threads had changed."""
+        undo = self._undo
+        self._forget()
+        undo.close()
 
 
 @lru_cache
@@ -77,8 +120,49 @@ def _blas(scipy_loaded: bool) -> ThreadpoolController:
     return ThreadpoolController()
 
 
+def _limit_blas(undo: ExitStack, first: bool) -> None:
+    """Allow one thread; once more if SciPy has brought a BLAS of its own in the meantime."""
+    global _limited
+    controller = _blas("scipy.linalg" in sys.modules)
+    if first or controller is not _limited:
+        _take_control()
+        limits = controller.limit(limits=1)  # not as a context: another thread may undo it
+        undo.callback(_restore, limits)
+        _limited = controller
+
+
+def _restore(limits: Any) -> None:
+    _take_control()
+    limits.restore_original_limits()
+    _take_control()
+
+
+def _take_control() -> None:
+    """Let this thread set the limits: newer threadpoolctl silently heeds one thread only."""
+    clear = getattr(OpenBLASController, "clear_controlling_thread", None)
+    if clear is not None:
+        clear(force=True)
+
+
+def _shorten_interval(undo: ExitStack, first: bool) -> None:
+    """Let threads take the interpreter lock from each other at once.
+
+    A thread that comes back from a NumPy call asks for the lock only after the switch
+    interval, 5 ms by default, if the other thread keeps taking it again between short calls
+    of its own: two threads then run hardly faster than one.
+    """
+    if first:
+        usual = sys.getswitchinterval()
+        sys.setswitchinterval(min(SWITCH_SECONDS, usual))
+        undo.callback(sys.setswitchinterval, usual)
+
+
+_limited: ThreadpoolController | None = None
+_one_blas_thread = _WhileAnyCall(_limit_blas)
+_prompt_switching = _WhileAnyCall(_shorten_interval)
 _LOCAL = threading.local()
 _pools: dict[int, ThreadPoolExecutor] = {}
+_pools_lock = threading.Lock()
 
 
 def _on_workers(work: Callable[[T], R], todo: list[T], workers: int) -> list[R]:
@@ -87,7 +171,7 @@ def _on_workers(work: Callable[[T], R], todo: list[T], workers: int) -> list[R]:
     Threads of its own would make every call fault its megabytes of buffers in again. A worker
     never waits for other workers: a call from inside one runs right there.
     """
-    with _switching:
+    with _pools_lock:
         if workers not in _pools:
             _pools[workers] = ThreadPoolExecutor(workers, "adaattn", _mark_worker)
         pool = _pools[workers]
@@ -106,38 +190,12 @@ def _mark_worker() -> None:
 
 def _forget_workers() -> None:
     """Start afresh in a forked child: it has no threads, and maybe a lock that one held."""
-    global _switching
-    _switching = threading.Lock()
+    global _pools_lock
+    _pools_lock = threading.Lock()
     _pools.clear()
+    _one_blas_thread.reset()
+    _prompt_switching.reset()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_workers)
-
-_switching = threading.Lock()
-_switchers = 0
-_interval = 0.0
-
-
-@contextmanager
-def _prompt_switching() -> Iterator[None]:
-    """Let threads take the interpreter lock from each other at once.
-
-    A thread that comes back from a NumPy call asks for the lock only after the switch
-    interval, 5 ms by default, if the other thread keeps taking it again between short calls
-    of its own: two threads then run hardly faster than one. The interval belongs to the
-    interpreter, so the last call to leave restores it.
-    """
-    global _switchers, _interval
-    with _switching:
-        if _switchers == 0:
-            _interval = sys.getswitchinterval()
-            sys.setswitchinterval(min(SWITCH_SECONDS, _interval))
-        _switchers += 1
-    try:
-        yield
-    finally:
-        with _switching:
-            _switchers -= 1
-            if _switchers == 0:
-                sys.setswitchinterval(_interval)
