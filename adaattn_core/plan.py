@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from numbers import Real
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from adaattn_core.errors import AdaAttnError, PlanError
+from adaattn_core.checks import real, shown, truth, whole, word
+from adaattn_core.errors import ArgumentError, PlanError
 from adaattn_core.files import atomic_write_text
 from adaattn_core.formats import get_format
 from adaattn_core.problem import AttentionProblem, HeadIndex
-from adaattn_core.structure import Dense, Structure, structure_from_json
+from adaattn_core.structure import BlockSparse, Dense, Structure, structure_from_json
 
+SEED_MAX = 2**63 - 1
 PLAN_VERSION = 2
 """Version of the saved form; a file of another version is refused, never guessed at.
 
@@ -66,23 +68,17 @@ class HeadPlan:
     error_estimate: float = 0.0
 
     def __post_init__(self) -> None:
-        get_format(self.qk)
-        get_format(self.pv)
-        if self.scales not in ("token", "block") or self.rounding not in (
-            "nearest",
-            "stochastic",
-        ):
+        if not isinstance(self.structure, Structure):
             raise PlanError(
-                got=f"scales={self.scales!r}, rounding={self.rounding!r}",
-                needed='scales "token" or "block", rounding "nearest" or "stochastic"',
-                do="correct the plan",
+                got=f"structure={shown(self.structure)}",
+                needed="a Structure, e.g. Dense() or Landmark()",
+                do="see adaattn_core.structure for the kinds",
             )
-        if not 0 < self.p_scale < math.inf or self.flush_keys < 0:
-            raise PlanError(
-                got=f"p_scale={self.p_scale}, flush_keys={self.flush_keys}",
-                needed="a positive finite factor, and a number of keys of at least 0",
-                do="correct the plan",
-            )
+        for name, check in _HEAD_FIELDS.items():
+            given = getattr(self, name)
+            checked = check(name, given)
+            if checked is not given:
+                object.__setattr__(self, name, checked)
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dictionary."""
@@ -91,39 +87,65 @@ class HeadPlan:
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> HeadPlan:
-        """Invert `to_json`."""
+        """Invert `to_json`.
+
+        Raises
+        ------
+        PlanError
+            If a field is missing or unknown, or a value has another type or range.
+        """
         fields = dict(body)
-        structure = structure_from_json(fields.pop("structure", {}))
-        unknown = set(fields) - set(_HEAD_FIELDS)
-        if unknown:
-            raise PlanError(
-                got=f"unknown plan fields {sorted(unknown)}",
-                needed=f"fields {list(_HEAD_FIELDS)}",
-                do="save the plan again with this version",
-            )
-        for name, value in fields.items():
-            kind = _HEAD_FIELDS[name]
-            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-                raise PlanError(
-                    got=f"{name}={value!r}",
-                    needed=f"a {name} that is a {kind.__name__.lower()}",
-                    do="save the plan again with this version",
-                )
-        return cls(structure=structure, **fields)
+        _require_fields(fields, ("structure", *_HEAD_FIELDS), "a head's plan")
+        structure = structure_from_json(fields.pop("structure"))
+        try:
+            return cls(structure=structure, **fields)
+        except ArgumentError as error:  # a format that is none
+            raise PlanError(got=error.got, needed=error.needed, do=error.do) from error
 
 
-_HEAD_FIELDS: dict[str, type] = {
-    "qk": str,
-    "pv": str,
-    "scales": str,
-    "smooth_k": bool,
-    "rounding": str,
-    "p_scale": Real,
-    "flush_keys": int,
-    "reason": str,
-    "cost_estimate": Real,
-    "error_estimate": Real,
+_WEIGHT_FACTOR = 2.0**40
+"""Largest factor on P, and the inverse of the smallest: products with it stay in range."""
+
+
+def _format_name(name: str, value: Any) -> str:
+    return get_format(word(name, value, error=PlanError)).name
+
+
+def _number(least: float, most: float) -> Callable[[str, Any], float]:
+    return lambda name, value: real(name, value, least, most, error=PlanError)
+
+
+_HEAD_FIELDS: dict[str, Callable[[str, Any], Any]] = {
+    "qk": _format_name,
+    "pv": _format_name,
+    "scales": partial(word, options=("token", "block"), error=PlanError),
+    "smooth_k": partial(truth, error=PlanError),
+    "rounding": partial(word, options=("nearest", "stochastic"), error=PlanError),
+    "p_scale": _number(1 / _WEIGHT_FACTOR, _WEIGHT_FACTOR),
+    "flush_keys": partial(whole, error=PlanError),
+    "reason": partial(word, error=PlanError),
+    "cost_estimate": _number(0.0, math.inf),
+    "error_estimate": _number(0.0, math.inf),
 }
+"""Fields of a head's plan besides its structure, and what checks them."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object; one of two values with the same name would be ignored."""
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a name comes twice in one object")
+    return fields
+
+
+def _require_fields(fields: Mapping[str, Any], names: tuple[str, ...], what: str) -> None:
+    if set(fields) != set(names):
+        odd = sorted(map(str, set(fields) ^ set(names)))
+        raise PlanError(
+            got=f"{what} in which fields are missing or unknown: {shown(odd)}",
+            needed=f"fields {list(names)}",
+            do="save the plan again with this version",
+        )
 
 
 def _is_score_skip(structure: Any) -> bool:
@@ -154,6 +176,26 @@ class Plan:
     target: str = ""
     layer: str = ""
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.heads, Mapping) or not all(
+            type(index) is tuple
+            and len(index) == 2
+            and type(index[0]) is int
+            and type(index[1]) is int
+            and index[0] >= 0
+            and index[1] >= 0
+            and isinstance(head, HeadPlan)
+            for index, head in self.heads.items()
+        ):
+            raise PlanError(
+                got=f"heads={shown(self.heads)}",
+                needed="a mapping of (sequence, head), two ints of at least 0, to HeadPlan",
+                do="make the plan with Plan.uniform, or one HeadPlan per head",
+            )
+        whole("seed", self.seed, 0, SEED_MAX, error=PlanError)
+        for name in ("policy", "target", "layer"):
+            word(name, getattr(self, name), error=PlanError)
+
     def __getitem__(self, index: HeadIndex) -> HeadPlan:
         return self.heads[index]
 
@@ -181,6 +223,12 @@ class Plan:
                 needed=f"one for {len(problem.sequences)} sequences x {problem.heads_q} heads",
                 do="plan this problem afresh, or save one plan per shape",
             )
+        for (sequence, _), head in self.heads.items():
+            if isinstance(head.structure, BlockSparse) and head.structure.blocks is not None:
+                span = problem.sequences[sequence]
+                padded = problem.mask.cu_seqlens_kv is None
+                keys = problem.len_kv if padded else span.len_kv
+                head.structure.check_fits(span.len_q, keys)
 
     def explain(self) -> str:
         """Return a table: which heads run how, and what bound the choice."""
@@ -226,37 +274,43 @@ class Plan:
             same.
         """
         version = body.get("adaattn_plan") if isinstance(body, dict) else None
-        if version not in (1, PLAN_VERSION):
+        if type(version) is not int or version not in (1, PLAN_VERSION):
             raise PlanError(
-                got=f"a document with adaattn_plan={version!r}",
+                got=f"a document with adaattn_plan={shown(version)}",
                 needed=f"a plan of version {PLAN_VERSION}",
                 do="save the plan again with this version of AdaAttn",
             )
-        try:
-            heads = {}
-            for entry in body["heads"]:
-                fields = dict(entry)
-                if version == 1 and _is_score_skip(fields.get("structure")):
-                    raise PlanError(
-                        got="a plan of version 1 with score_skip (lam against the maximum)",
-                        needed=f"version {PLAN_VERSION} (lam against the log-sum-exp)",
-                        do="plan afresh and save again; at the same lam more is skipped now",
-                    )
-                index = (int(fields.pop("sequence")), int(fields.pop("head")))
-                heads[index] = HeadPlan.from_json(fields)
-            return cls(heads, int(body["seed"]), body["policy"], body["target"], body["layer"])
-        except PlanError:
-            raise
-        except AdaAttnError as error:
+        fields = dict(body)
+        names = ("adaattn_plan", "seed", "policy", "target", "layer", "heads")
+        _require_fields(fields, names, "a plan")
+        entries = fields["heads"]
+        if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
             raise PlanError(
-                got=error.got, needed=error.needed, do="save the plan again"
-            ) from error
-        except (KeyError, TypeError, ValueError) as error:
-            raise PlanError(
-                got=f"a damaged plan ({type(error).__name__}: {error})",
-                needed="every field that Plan.save writes",
+                got=f"heads={shown(entries)}",
+                needed="a list with one object for each head",
                 do="save the plan again",
-            ) from error
+            )
+        heads: dict[HeadIndex, HeadPlan] = {}
+        for entry in entries:
+            head = dict(entry)
+            if version == 1 and _is_score_skip(head.get("structure")):
+                raise PlanError(
+                    got="a plan of version 1 with score_skip (lam against the maximum)",
+                    needed=f"version {PLAN_VERSION} (lam against the log-sum-exp)",
+                    do="plan afresh and save again; at the same lam more is skipped now",
+                )
+            index = tuple(
+                whole(name, head.pop(name, None), error=PlanError)
+                for name in ("sequence", "head")
+            )
+            if index in heads:
+                raise PlanError(
+                    got=f"two plans for sequence {index[0]}, head {index[1]}",
+                    needed="one plan for each head",
+                    do="save the plan again",
+                )
+            heads[index[0], index[1]] = HeadPlan.from_json(head)
+        return cls(heads, fields["seed"], fields["policy"], fields["target"], fields["layer"])
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; the file appears whole or not at all."""
@@ -272,8 +326,9 @@ class Plan:
             If the file cannot be read as a plan.
         """
         try:
-            body = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            text = Path(path).read_text(encoding="utf-8")
+            body = json.loads(text, object_pairs_hook=_unique)
+        except (OSError, ValueError, RecursionError) as error:
             raise PlanError(
                 got=f"{path}: {error}",
                 needed="a plan file written by Plan.save or --save-plan",

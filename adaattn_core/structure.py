@@ -7,12 +7,18 @@ is data; executors read it, policies choose it, `docs/math` bounds it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
-from adaattn_core.errors import ArgumentError, PlanError
+from adaattn_core.checks import real, shown, whole
+from adaattn_core.errors import AdaAttnError, ArgumentError, PlanError
+
+POOL_MAX = 1 << 16
+"""Most keys that one pooled column may stand for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +26,17 @@ class Structure:
     """Base class; `kind` is the name in tables, JSON and capabilities."""
 
     kind: ClassVar[str] = ""
+
+    def _sizes(self, least: int, *names: str) -> None:
+        """Check fields that are whole numbers, and keep them as ints."""
+        for name in names:
+            object.__setattr__(self, name, whole(name, getattr(self, name), least))
+
+    def _share(self, name: str, *, zero: bool = False) -> None:
+        """Check a field in (0, 1), or in [0, 1)."""
+        value = real(name, getattr(self, name))
+        _require(0 < value < 1 or (zero and value == 0), f"{name}={value}", "a share below 1")
+        object.__setattr__(self, name, value)
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dictionary; `from_json` inverts it."""
@@ -58,12 +75,8 @@ class ScoreSkip(Structure):
     tile_kv: int = 64
 
     def __post_init__(self) -> None:
-        _require(0 < self.lam < 1, f"lam={self.lam}", "a weight threshold in (0, 1)")
-        _require(
-            self.tile_q > 0 and self.tile_kv > 0,
-            f"tiles {self.tile_q} x {self.tile_kv}",
-            "positive tile sizes",
-        )
+        self._share("lam")
+        self._sizes(1, "tile_q", "tile_kv")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +93,7 @@ class LowRank(Structure):
     rank: int = 1
 
     def __post_init__(self) -> None:
-        _require(self.rank >= 1, f"rank={self.rank}", "a rank of at least 1")
+        self._sizes(1, "rank")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,17 +127,35 @@ class BlockSparse(Structure):
     blocks: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
-        _require(0 <= self.tau < 1, f"tau={self.tau}", "a dropped mass in [0, 1)")
-        _require(
-            min(self.tile_q, self.tile_kv, self.samples, self.group) > 0 and self.band >= 0,
-            f"{self}",
-            "positive sizes",
-        )
+        self._share("tau", zero=True)
+        self._sizes(1, "tile_q", "tile_kv", "samples", "group")
+        self._sizes(0, "band")
+        if self.blocks is not None:
+            object.__setattr__(self, "blocks", _checked_blocks(self.blocks))
         _require(
             self.group % self.tile_q == 0,
             f"group={self.group}, tile_q={self.tile_q}",
             "a group that is a whole number of query tiles",
         )
+
+    def check_fits(self, len_q: int, len_kv: int) -> None:
+        """Raise PlanError unless given blocks speak of every query tile, and of keys that are.
+
+        Parameters
+        ----------
+        len_q, len_kv : int
+            Rows and keys of the sequence, padding included.
+        """
+        if self.blocks is None:
+            return
+        tiles, blocks = -(-len_q // self.tile_q), -(-len_kv // self.tile_kv)
+        last = max((row[-1] for row in self.blocks if row), default=-1)
+        if len(self.blocks) != tiles or last >= blocks:
+            raise PlanError(
+                got=f"blocks of {len(self.blocks)} query tiles, the last key block {last}",
+                needed=f"{tiles} query tiles of {self.tile_q} rows, key blocks below {blocks}",
+                do="make the blocks from a (query tiles, key blocks) array of this problem",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,13 +203,11 @@ class Landmark(Structure):
     tail: int = 128
 
     def __post_init__(self) -> None:
-        _require(0 <= self.tau < 1, f"tau={self.tau}", "an unrepresented mass in [0, 1)")
-        _require(
-            min(self.group, self.samples, self.tile) > 0
-            and min(self.band, self.pool, self.tail) >= 0,
-            f"{self}",
-            "positive sizes",
-        )
+        self._share("tau", zero=True)
+        self._share("screen_theta")
+        self._sizes(1, "group", "clusters", "samples", "tile")
+        self._sizes(0, "band", "pool", "screen_rank", "tail")
+        _require(self.pool <= POOL_MAX, f"pool={self.pool}", f"at most {POOL_MAX} keys a pool")
         step = self.pool or 1
         _require(
             self.group % self.tile == 0 and self.tile % step == 0 and self.band % step == 0,
@@ -186,16 +215,9 @@ class Landmark(Structure):
             "group a multiple of tile; tile and band multiples of pool",
         )
         _require(
-            self.clusters > 0
-            and self.clusters & (self.clusters - 1) == 0
-            and self.samples % self.clusters == 0,
+            self.clusters & (self.clusters - 1) == 0 and self.samples % self.clusters == 0,
             f"clusters={self.clusters}, samples={self.samples}",
             "clusters a power of 2, samples a multiple of it",
-        )
-        _require(
-            self.screen_rank >= 0 and 0 < self.screen_theta < 1,
-            f"screen_rank={self.screen_rank}, screen_theta={self.screen_theta}",
-            "a rank of at least 0 and a share in (0, 1)",
         )
 
 
@@ -204,37 +226,81 @@ STRUCTURES: dict[str, type[Structure]] = {
 }
 
 
-def structure_from_json(body: dict[str, Any]) -> Structure:
+def structure_from_json(body: Any, *, partial: bool = False) -> Structure:
     """Rebuild a structure from `Structure.to_json`.
+
+    Parameters
+    ----------
+    body : dict
+    partial : bool
+        Whether fields may be missing and then keep their defaults. A saved plan has them all.
 
     Raises
     ------
     PlanError
-        If the kind or a field is unknown.
+        If the kind is unknown, a field is unknown or missing, or a value is out of range.
     """
-    fields = dict(body)
+    fields = dict(body) if isinstance(body, Mapping) else {}
     kind = fields.pop("kind", None)
-    if kind not in STRUCTURES:
+    if not isinstance(kind, str) or kind not in STRUCTURES:
         raise PlanError(
-            got=f"structure kind {kind!r}",
+            got=f"structure kind {shown(kind)}",
             needed=f"one of {', '.join(STRUCTURES)}",
             do="save the plan again with this version",
         )
-    if fields.get("blocks") is not None:
-        fields["blocks"] = tuple(tuple(int(b) for b in row) for row in fields["blocks"])
+    names = [f.name for f in dataclasses.fields(STRUCTURES[kind])]
+    if not (set(fields) <= set(names) if partial else set(fields) == set(names)):
+        raise PlanError(
+            got=f"structure {kind} with fields {shown(sorted(map(str, fields)))}",
+            needed=f"fields {names}",
+            do="save the plan again with this version",
+        )
     try:
         return STRUCTURES[kind](**fields)
-    except TypeError as error:
+    except AdaAttnError as error:
         raise PlanError(
-            got=f"structure {kind} with fields {sorted(fields)}",
-            needed=f"fields {[f.name for f in dataclasses.fields(STRUCTURES[kind])]}",
-            do="save the plan again with this version",
+            got=f"{kind} structure with {error.got}",
+            needed=error.needed,
+            do="correct the plan, or save it again",
         ) from error
 
 
 def block_mask(blocks: Any) -> tuple[tuple[int, ...], ...]:
-    """Turn a boolean (query tiles, key blocks) array into `BlockSparse.blocks`."""
-    return tuple(tuple(int(j) for j in np.flatnonzero(row)) for row in np.asarray(blocks))
+    """Turn a boolean (query tiles, key blocks) array into `BlockSparse.blocks`.
+
+    Raises
+    ------
+    ArgumentError
+        If the array is not boolean or has another number of axes.
+    """
+    array = np.asarray(blocks)
+    if array.ndim != 2 or array.dtype != bool:
+        raise ArgumentError(
+            got=f"an array of {array.dtype} with shape {array.shape}",
+            needed="a boolean array of shape (query tiles, key blocks)",
+            do="compare it (array != 0) if its numbers stand for kept blocks",
+        )
+    return tuple(tuple(int(j) for j in np.flatnonzero(row)) for row in array)
+
+
+def _checked_blocks(blocks: Any) -> tuple[tuple[int, ...], ...]:
+    """Key blocks of every query tile as tuples of ints, which must increase."""
+    if not isinstance(blocks, tuple | list) or not all(
+        isinstance(row, tuple | list) for row in blocks
+    ):
+        raise ArgumentError(
+            got=f"blocks of type {type(blocks).__name__}",
+            needed="a tuple with one tuple of key block numbers for each query tile",
+            do="use adaattn_core.structure.block_mask to make it from a boolean array",
+        )
+    rows = tuple(tuple(whole("block", number) for number in row) for row in blocks)
+    for tile, row in enumerate(rows):
+        _require(
+            all(a < b for a, b in itertools.pairwise(row)),
+            f"blocks {row[:8]}{'...' if len(row) > 8 else ''} of query tile {tile}",
+            "block numbers that increase: each block once",
+        )
+    return rows
 
 
 def _require(holds: bool, got: str, needed: str) -> None:

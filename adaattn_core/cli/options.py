@@ -137,7 +137,7 @@ def parse_structure(text: str) -> Structure:
                 needed="field=number, or field=true",
                 do="e.g. --structure landmark:tau=0.02,band=128",
             ) from None
-    return structure_from_json(body)
+    return structure_from_json(body, partial=True)
 
 
 def _flag(name: str) -> str:

@@ -219,7 +219,9 @@ class BudgetPolicy:
                 if context.budget.guarantee == "sampled":
                     exact = (qk, pv) == (context.exact_format,) * 2
                     rounding = 0.0 if exact else stats.format_errors.get((qk, pv), float("inf"))
-                    yield replace(plan, error_estimate=error + rounding), share
+                    total = error + rounding
+                    total = math.inf if math.isnan(total) else total
+                    yield replace(plan, error_estimate=total), share
                 else:
                     yield self._with_theorem(plan, stats, context), share
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from adaattn_core.checks import shown
 from adaattn_core.errors import PlanError
 from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.policies.base import PolicyContext, safer
@@ -44,7 +45,7 @@ class CalibratedPolicy:
                 needed="exactly one of path and plans",
                 do="pass the file or folder that Plan.save wrote, or plans by layer name",
             )
-        self.plans = dict(plans) if plans is not None else _load(Path(str(path)))
+        self.plans = _load(Path(str(path))) if plans is None else _checked(plans)
 
     @classmethod
     def from_runs(cls, runs: Mapping[str, Iterable[Plan]]) -> CalibratedPolicy:
@@ -104,6 +105,18 @@ class CalibratedPolicy:
         return safer(plan, upper, stats, context)
 
 
+def _checked(plans: Mapping[str, Plan]) -> dict[str, Plan]:
+    if not isinstance(plans, Mapping) or not all(
+        isinstance(layer, str) and isinstance(plan, Plan) for layer, plan in plans.items()
+    ):
+        raise PlanError(
+            got=f"plans={shown(plans)}",
+            needed="a mapping of layer names to Plan",
+            do="read them with Plan.load, or pass the path of their folder",
+        )
+    return dict(plans)
+
+
 def _load(path: Path) -> dict[str, Plan]:
     if path.is_dir():
         plans = [Plan.load(file) for file in sorted(path.glob("*.json"))]
@@ -111,6 +124,13 @@ def _load(path: Path) -> dict[str, Plan]:
             raise PlanError(
                 got=f"{path}: no .json file", needed="saved plans", do="calibrate first"
             )
-        return {plan.layer: plan for plan in plans}
+        by_layer = {plan.layer: plan for plan in plans}
+        if len(by_layer) != len(plans):
+            raise PlanError(
+                got=f"{path}: {len(plans)} plans of {len(by_layer)} layers",
+                needed="one plan for each layer",
+                do="delete the plans that are out of date",
+            )
+        return by_layer
     plan = Plan.load(path)
     return {plan.layer: plan}

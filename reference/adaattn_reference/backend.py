@@ -18,7 +18,7 @@ from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_core.stats import HeadStats, MeasureRequest, ProblemStats
 from adaattn_core.structure import BlockSparse, Dense, Landmark, LowRank, ScoreSkip
-from adaattn_reference.blocks import choose_blocks
+from adaattn_reference.blocks import key_blocks
 from adaattn_reference.dense import HeadOutput, block_sparse, dense
 from adaattn_reference.exact import errors_against
 from adaattn_reference.farfield import GroupProbe
@@ -195,9 +195,7 @@ def _run_head(
     elif isinstance(structure, ScoreSkip):
         output = score_skip(view, operands, structure)
     elif isinstance(structure, BlockSparse):
-        blocks = structure.blocks
-        if blocks is None:
-            blocks = choose_blocks(view, structure, seed)
+        blocks = key_blocks(view, structure, seed)
         output = block_sparse(view, operands, structure, blocks)
     elif isinstance(structure, Landmark):
         output = landmark(view, operands, structure, seed, probes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,40 @@ def softmax_in_place(scores: Float) -> tuple[Float, Float]:
     total = np.maximum(weights @ np.ones(weights.shape[1], weights.dtype), TINY)
     weights /= total[:, None]
     return weights, top + np.log(total)
+
+
+@dataclass(frozen=True)
+class KeyBlocks:
+    """Key blocks that each query tile attends to.
+
+    Attributes
+    ----------
+    numbers : tuple of tuple of int
+        Of every query tile.
+    size : int
+        Keys per block.
+    origin : int
+        Where block 0 begins, counted from the view's first key: not after it.
+    """
+
+    numbers: tuple[tuple[int, ...], ...]
+    size: int
+    origin: int = 0
+
+    def holds(self, tile: int, low: int, high: int) -> NDArray[np.bool_]:
+        """Whether each of the view's keys low..high-1 lies in a block of the query tile."""
+        held = np.zeros(high - low, bool)
+        for number in self.numbers[tile]:
+            first = self.origin + number * self.size - low
+            held[max(first, 0) : max(first + self.size, 0)] = True
+        return held
+
+
+def key_blocks(view: HeadView, structure: BlockSparse, seed: int) -> KeyBlocks:
+    """Blocks that the plan gives (counted from the sequence's first key), or chosen ones."""
+    if structure.blocks is not None:
+        return KeyBlocks(structure.blocks, structure.tile_kv, -view.first_key)
+    return KeyBlocks(choose_blocks(view, structure, seed), structure.tile_kv)
 
 
 def choose_blocks(

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaattn_core.structure import BlockSparse
+from adaattn_reference.blocks import KeyBlocks
 from adaattn_reference.operands import Operands
 from adaattn_reference.softmax import RowAccumulator
 from adaattn_reference.view import HeadView
@@ -87,19 +88,21 @@ def block_sparse(
     view: HeadView,
     operands: Operands,
     structure: BlockSparse,
-    blocks: tuple[tuple[int, ...], ...],
+    blocks: KeyBlocks,
 ) -> HeadOutput:
-    """Attend to the visible keys of the given key blocks of each query tile."""
+    """Attend to the visible keys of the given key blocks of each query tile.
+
+    Complete, for the theorems, is what multiplied every key that a row of its tile can see.
+    """
     result = HeadOutput.empty(view, operands)
     complete = True
     for tile, start in enumerate(range(0, view.len_q, structure.tile_q)):
         rows = slice(start, min(start + structure.tile_q, view.len_q))
         accumulator = RowAccumulator(rows.stop - rows.start, operands)
         low, high = key_range(view, rows)
-        kept = np.asarray(blocks[tile] if tile < len(blocks) else (), np.int64)
-        keys = (kept[:, None] * structure.tile_kv + np.arange(structure.tile_kv)).ravel()
-        keys = keys[(keys >= low) & (keys < high)]
-        complete &= len(keys) == high - low
+        multiplied = blocks.holds(tile, low, high)
+        keys = low + np.flatnonzero(multiplied)
+        complete &= bool(multiplied.all())
         for first in range(0, len(keys), CHUNK_KEYS):
             chunk = keys[first : first + CHUNK_KEYS]
             scores = operands.scores(rows, chunk)

@@ -67,6 +67,18 @@ class Geometry:
         start, stop = self.near(rows // self.structure.tile * self.structure.tile)
         return start, stop
 
+    def near_holds_all(self, row_stop: NDArray[np.int64]) -> bool:
+        """Whether every row before the tail finds the keys it may see in its near field.
+
+        Parameters
+        ----------
+        row_stop : ndarray of int64, shape (len_q,)
+            One past the last key that each row may see.
+        """
+        start, stop = (edge[: self.tail.start] for edge in self._near)
+        seen = row_stop[: self.tail.start]
+        return bool(((seen == 0) | ((start == 0) & (stop >= seen))).all())
+
     def near_of_rows(
         self, rows: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

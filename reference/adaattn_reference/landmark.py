@@ -82,6 +82,8 @@ def landmark(
         result.out[tail], result.lse[tail] = dense_tile(view, operands, tail)
         result.computed += int((view.stop[tail] - view.start[tail]).sum())
     result.rank = round(sum(columns) / max(len(columns), 1))
+    if geometry.near_holds_all(view.stop):
+        result.dropped_mass_upper = 0.0
     return result
 
 

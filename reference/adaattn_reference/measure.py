@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from adaattn_core.plan import HeadPlan
 from adaattn_core.stats import HeadStats, MeasureRequest, StructureEstimate
 from adaattn_core.structure import BlockSparse, Landmark, LowRank, ScoreSkip, Structure
-from adaattn_reference.blocks import choose_blocks, exact_scores, softmax_in_place
+from adaattn_reference.blocks import exact_scores, key_blocks, softmax_in_place
 from adaattn_reference.farfield import FarField, GroupProbe, far_field, probe_head
 from adaattn_reference.geometry import Geometry
 from adaattn_reference.linalg import eigh, gram
@@ -286,14 +286,13 @@ class _Judge:
 
     def block_sparse(self, structure: BlockSparse) -> StructureEstimate:
         """Error of chosen blocks on the held-out rows."""
-        blocks = structure.blocks or choose_blocks(self.view, structure, self.request.seed)
-        size, errors, kept_scores = structure.tile_kv, [], 0
+        blocks = key_blocks(self.view, structure, self.request.seed)
+        errors, kept_scores = [], 0
         for part, rows in enumerate(self.parts):
             weights = self.weights[part]
-            kept = np.zeros((len(rows), -(-self.view.len_kv // size)), bool)
-            for i, row in enumerate(rows):
-                kept[i, list(blocks[row // structure.tile_q])] = True
-            keep = np.repeat(kept, size, axis=1)[:, : weights.shape[1]]
+            tiles, of_row = np.unique(rows // structure.tile_q, return_inverse=True)
+            kept = [blocks.holds(int(tile), 0, weights.shape[1]) for tile in tiles]
+            keep = np.stack(kept)[of_row]
             part_weights = np.where(keep, weights, 0)
             kept_scores += int((keep & (weights > 0)).sum())
             total = np.maximum(part_weights.sum(axis=1), TINY)

@@ -186,7 +186,10 @@ def _round_values(value: Float, plan: HeadPlan) -> Float:
 
 
 def _fp8_product(weights: Float, value: Float, flush_keys: int) -> Float:
-    """P·V with Hopper's FP8 accumulator: 13 fraction bits, truncated, flushed to float32."""
+    """P·V with Hopper's FP8 accumulator: 13 fraction bits, truncated, flushed to float32.
+
+    `flush_keys` = 0 flushes at the end only.
+    """
     keys = weights.shape[-1]
     flush_keys = flush_keys or max(keys, 1)
     out = np.zeros((*weights.shape[:-1], value.shape[-1]), np.float32)

@@ -90,6 +90,8 @@ class HeadView:
     allowed, bias : ndarray or None, shape (len_q, len_kv)
         Broadcast views of boolean and additive masks, cut to the same keys.
     scale : float
+    first_key : int
+        Number, within the sequence, of the first key kept here.
     """
 
     query: Float
@@ -99,6 +101,7 @@ class HeadView:
     allowed: NDArray[np.bool_] | None
     bias: Float | None
     scale: float
+    first_key: int = 0
 
     @property
     def key(self) -> Float:
@@ -285,6 +288,7 @@ class ProblemViews:
             allowed=allowed,
             bias=bias,
             scale=p.scale,
+            first_key=low,
         )
 
     def _key_values(self, sequence: int, head_kv: int, low: int, high: int) -> KeyValues:

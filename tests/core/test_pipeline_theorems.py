@@ -98,7 +98,7 @@ def test_narrow_formats_climb_to_wider_ones() -> None:
 def test_structures_that_no_theorem_bounds_go_straight_to_dense() -> None:
     backend = Blind(structures=("dense", "landmark"))
     budget = ErrorBudget(rel=0.1)
-    far = FixedPolicy(Landmark(tau=0.5, band=16, tile=16, pool=16, group=64, samples=8))
+    far = FixedPolicy(Landmark(tau=0.5, band=16, tile=16, pool=16, group=64, samples=8, tail=0))
     result = attention(
         *draw(), mask=Mask.causal("bottom_right"), budget=budget, policy=far, backend=backend
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from adaattn_core.errors import ArgumentError, FileError, PlanError
 from adaattn_core.formats import FORMATS
 from adaattn_core.mask import Mask
 from adaattn_core.plan import PLAN_VERSION, HeadPlan, Plan
+from adaattn_core.policies import CalibratedPolicy
 from adaattn_core.problem import AttentionProblem
 from adaattn_core.structure import (
     STRUCTURES,
@@ -28,12 +31,13 @@ from adaattn_core.structure import (
 )
 
 MANY = st.integers(1, 512)
+BLOCKS = st.sets(st.integers(0, 2**31 - 1)).map(sorted).map(tuple)
 STRUCTURE = st.one_of(
     st.just(Dense()),
     st.builds(ScoreSkip, lam=st.floats(1e-12, 0.9), tile_q=MANY, tile_kv=MANY),
     st.builds(LowRank, rank=MANY),
     st.builds(BlockSparse, tau=st.floats(0, 0.9), band=MANY, samples=MANY),
-    st.builds(BlockSparse, blocks=st.lists(st.lists(MANY).map(tuple), max_size=4).map(tuple)),
+    st.builds(BlockSparse, blocks=st.lists(BLOCKS, max_size=4).map(tuple)),
     st.builds(Landmark, tau=st.floats(0, 0.9), samples=MANY, tail=st.integers(0, 512)),
 )
 HEAD = st.builds(
@@ -133,6 +137,42 @@ def _with_head(**changed: Any) -> dict[str, Any]:
         _with_head(structure={"kind": "low_rank", "depth": 3}),
         _with_head(structure={"kind": "score_skip", "lam": "small"}),
         _with_head(structure=None),
+        _with_head(structure={"kind": "dense", "colour": "red"}),
+        _with_head(structure={"kind": "low_rank"}),
+        _with_head(structure=LowRank(3).to_json() | {"rank": 3.0}),
+        _with_head(structure=LowRank(3).to_json() | {"rank": True}),
+        _with_head(structure=ScoreSkip().to_json() | {"lam": float("nan")}),
+        _with_head(structure=BlockSparse().to_json() | {"blocks": [[0, 0]]}),
+        _with_head(structure=BlockSparse().to_json() | {"blocks": [[1, 0]]}),
+        _with_head(structure=BlockSparse().to_json() | {"blocks": [[-1]]}),
+        _with_head(structure=BlockSparse().to_json() | {"blocks": [[2**31]]}),
+        _with_head(structure=BlockSparse().to_json() | {"blocks": [[2**64]]}),
+        _with_head(structure=BlockSparse().to_json() | {"blocks": [[0.5]]}),
+        _with_head(structure=BlockSparse().to_json() | {"blocks": [0]}),
+        _with_head(structure=BlockSparse().to_json() | {"blocks": {}}),
+        _with_head(structure=BlockSparse().to_json() | {"band": 2**63}),
+        _with_head(structure=Landmark().to_json() | {"pool": 2**20, "tile": 2**20}),
+        _with_head(flush_keys=2**40),
+        _with_head(p_scale=float("inf")),
+        _with_head(p_scale=1e300),
+        _with_head(p_scale=10**400),
+        _with_head(error_estimate=float("nan")),
+        _with_head(cost_estimate=-1.0),
+        _with_head(smooth_k=1),
+        _with_head(reason=None),
+        _with_head(head=-1),
+        _with_head(head="0"),
+        _with_head(sequence=0.0),
+        _with_head(sequence=True),
+        _document(seed=-1),
+        _document(seed=1.5),
+        _document(seed=True),
+        _document(seed=2**70),
+        _document(layer=None),
+        _document(policy=3),
+        _document(adaattn_plan=True),
+        _document(colour="red"),
+        _document(heads=_document()["heads"] * 2),
     ],
 )
 def test_damaged_documents_are_refused(document: Any, tmp_path: Path) -> None:
@@ -154,7 +194,18 @@ def test_plans_of_version_1_are_read_where_they_mean_the_same(tmp_path: Path) ->
         Plan.from_json(_with_head(structure=None) | {"adaattn_plan": 1})
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"null"])
+def test_names_that_come_twice_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    text = json.dumps(_document())
+    path.write_text(text.replace('"seed": 0', '"seed": 0, "seed": 1'))
+    with pytest.raises(PlanError, match="twice"):
+        Plan.load(path)
+
+
+NESTED = b'{"heads":' + b"[" * 100_000
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"null", NESTED])
 def test_files_that_are_no_plan(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_bytes(content)
@@ -223,3 +274,166 @@ def test_structures_round_trip_with_blocks() -> None:
     assert blocks == ((0, 2), ())
     structure = BlockSparse(blocks=blocks)
     assert structure_from_json(json.loads(json.dumps(structure.to_json()))) == structure
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [((0, 0),), ((1, 0),), ((-1,),), ((2**31,),), ((2**63,),), ((0.0,),), (0,), 7, "ab"],
+)
+def test_blocks_are_increasing_whole_numbers(blocks: Any) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        BlockSparse(tile_q=128, group=128, blocks=blocks)
+    assert str(caught.value).count("\n") == 2
+
+
+@pytest.mark.parametrize("array", [np.zeros(3, bool), np.zeros((2, 2)), [[0, 2]], [[]]])
+def test_block_masks_are_boolean_matrices(array: Any) -> None:
+    with pytest.raises(ArgumentError):
+        block_mask(array)
+
+
+def test_numbers_of_numpy_are_kept_as_plain_ones() -> None:
+    structure = Landmark(tau=np.float32(0.25), band=np.int32(128))  # type: ignore[arg-type]
+    assert (type(structure.tau), type(structure.band)) == (float, int)
+    json.dumps(structure.to_json())
+    blocks = BlockSparse(blocks=[[np.int64(0), np.uint8(3)]])  # type: ignore[arg-type]
+    assert blocks.blocks == ((0, 3),)
+    assert hash(blocks) == hash(BlockSparse(blocks=((0, 3),)))
+
+
+@pytest.mark.parametrize("value", [True, 1.0, "1", None, -1, 2**31, 2**200, math.nan, [1]])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (cls.kind, field.name)
+        for cls in STRUCTURES.values()
+        for field in dataclasses.fields(cls)
+        if field.type == "int"
+    ],
+)
+def test_sizes_of_structures_are_whole_and_in_range(kind: str, name: str, value: Any) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        STRUCTURES[kind](**{name: value})
+    assert str(caught.value).count("\n") == 2
+
+
+@pytest.mark.parametrize("value", [True, "0.5", None, math.nan, math.inf, 1.0, -0.1, 1j, [0.5]])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (cls.kind, field.name)
+        for cls in STRUCTURES.values()
+        for field in dataclasses.fields(cls)
+        if field.type == "float"
+    ],
+)
+def test_shares_of_structures_are_numbers_below_one(kind: str, name: str, value: Any) -> None:
+    with pytest.raises(ArgumentError):
+        STRUCTURES[kind](**{name: value})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"structure": "dense"},
+        {"structure": None},
+        {"qk": ["f32"]},
+        {"smooth_k": "no"},
+        {"scales": None},
+        {"p_scale": math.nan},
+        {"p_scale": 0},
+        {"flush_keys": 1.5},
+        {"error_estimate": math.nan},
+        {"cost_estimate": -1},
+        {"reason": 5},
+    ],
+)
+def test_head_plans_are_checked_when_made(fields: dict[str, Any]) -> None:
+    with pytest.raises(PlanError) as caught:
+        HeadPlan(**fields)
+    assert str(caught.value).count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"heads": None},
+        {"heads": {(0, 0): Dense()}},
+        {"heads": {(0, -1): HeadPlan()}},
+        {"heads": {(0, 0.0): HeadPlan()}},
+        {"heads": {0: HeadPlan()}},
+        {"seed": -1},
+        {"seed": 0.5},
+        {"policy": None},
+        {"layer": 3},
+    ],
+)
+def test_plans_are_checked_when_made(fields: dict[str, Any]) -> None:
+    with pytest.raises(PlanError) as caught:
+        Plan(**({"heads": {}} | fields))
+    assert str(caught.value).count("\n") == 2
+
+
+@pytest.mark.parametrize("blocks", [(), ((0,), (0,)), ((1,),), ((0, 5),)])
+def test_given_blocks_fit_the_problem(blocks: Any) -> None:
+    plan = Plan.uniform(_problem(1), HeadPlan(BlockSparse(blocks=blocks)))
+    with pytest.raises(PlanError, match="query tiles"):
+        plan.check_fits(_problem(1))
+    Plan.uniform(_problem(1), HeadPlan(BlockSparse(blocks=((0,),)))).check_fits(_problem(1))
+
+
+def _mutations(value: Any) -> st.SearchStrategy[Any]:
+    other: list[Any] = [
+        None,
+        True,
+        -1,
+        2**31,
+        2**64,
+        0.5,
+        math.nan,
+        math.inf,
+        "x",
+        [],
+        {},
+        [[0, 0]],
+    ]
+    return st.sampled_from([v for v in other if type(v) is not type(value) or v != value])
+
+
+@given(plan=PLAN.filter(lambda p: len(p.heads) > 0), data=st.data())
+def test_whatever_loads_is_a_plan_that_saves_again(plan: Plan, data: st.DataObject) -> None:
+    """Any one value of a plan file replaced: refused in three lines, or a whole plan."""
+    document = json.loads(json.dumps(plan.to_json()))
+    places: list[tuple[Any, Any]] = []
+
+    def walk(node: Any) -> None:
+        for key in list(node) if isinstance(node, dict) else range(len(node)):
+            places.append((node, key))
+            if isinstance(node[key], dict | list):
+                walk(node[key])
+
+    walk(document)
+    node, key = data.draw(st.sampled_from(range(len(places))).map(places.__getitem__))
+    node[key] = data.draw(_mutations(node[key]))
+    try:
+        loaded = Plan.from_json(document)
+    except PlanError as error:
+        refused = str(error)
+    else:
+        refused = "1\n2\n3"
+        assert Plan.from_json(json.loads(json.dumps(loaded.to_json()))) == loaded
+    assert refused.count("\n") == 2
+
+
+def test_calibrated_folders_hold_one_plan_per_layer(tmp_path: Path) -> None:
+    plan = Plan.uniform(_problem(), HeadPlan(), layer="L0")
+    for name in ("a", "b"):
+        plan.save(tmp_path / f"{name}.json")
+    with pytest.raises(PlanError, match="one plan for each layer"):
+        CalibratedPolicy(tmp_path)
+
+
+@pytest.mark.parametrize("plans", [{"L0": HeadPlan()}, {0: Plan({})}, [Plan({})]])
+def test_calibrated_plans_are_plans_by_name(plans: Any) -> None:
+    with pytest.raises(PlanError, match="layer names"):
+        CalibratedPolicy(plans=plans)
