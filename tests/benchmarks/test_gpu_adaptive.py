@@ -1,0 +1,118 @@
+"""What gpu_adaptive.py reports must be right before it is measured: truth, errors, rotation."""
+
+import importlib
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from adaattn_core.testing.oracles import relative_frobenius, row_quantile
+
+torch = pytest.importorskip("torch")
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def module(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield importlib.import_module
+    for name in [n for n, m in sys.modules.items() if _lies_in(m, FOLDER)]:
+        del sys.modules[name]
+
+
+def _lies_in(module, folder):
+    file = getattr(module, "__file__", None)
+    return bool(file) and Path(file).parent == folder
+
+
+def problem(module, length=96, dim=16):
+    draw = torch.Generator().manual_seed(3)
+    shapes = ((1, 6, length, dim), (1, 2, length, dim), (1, 2, length, dim))
+    arrays = (torch.randn(s, generator=draw).to(torch.bfloat16) for s in shapes)
+    return module("adaptive_peers").Heads(*arrays)
+
+
+def test_exact_rows_are_causal_attention(module, monkeypatch):
+    heads = problem(module)
+    truth = module("adaptive_truth")
+    monkeypatch.setattr(truth, "CELLS_MAX", 5 * heads.length)  # several pieces
+    rows = torch.tensor([0, 1, 5, 17, 64, 70, 95])
+    wide = (x.double() for x in heads.wide())
+    expected = torch.nn.functional.scaled_dot_product_attention(*wide, is_causal=True)
+    got = truth.exact_rows(heads, rows)
+    assert torch.allclose(got, expected[0][:, rows], rtol=1e-12, atol=1e-12)
+
+
+def test_errors_are_those_of_the_oracles(module):
+    heads = problem(module)
+    truth = module("adaptive_truth")
+    exact = truth.draw(heads, heads.length, torch.Generator())
+    assert len(exact.rows) == heads.length
+    noise = torch.randn(exact.out.shape, generator=torch.Generator().manual_seed(4))
+    out = (exact.out + 0.1 * noise)[None]
+    errors = truth.errors(out, exact)
+    for head in range(heads.count):
+        pair = out[0, head].numpy(), exact.out[head].numpy()
+        assert errors["rows"][head] == pytest.approx(row_quantile(*pair, 0.95), rel=1e-12)
+        assert errors["worst"][head] == pytest.approx(row_quantile(*pair, 1.0), rel=1e-12)
+        assert errors["frobenius"][head] == pytest.approx(relative_frobenius(*pair), rel=1e-12)
+
+
+def test_a_nonfinite_or_zero_output_is_no_small_error(module):
+    heads = problem(module)
+    truth = module("adaptive_truth")
+    exact = truth.draw(heads, heads.length, torch.Generator())
+    broken = exact.out[None].clone()
+    broken[0, 0] = math.nan
+    broken[0, 1] = 0.0
+    errors = truth.errors(broken, exact)["rows"]
+    assert errors[0] == errors[1] == math.inf
+    assert errors[2] == 0.0
+
+
+@pytest.mark.parametrize("stretch", [4.0, 16.0])
+def test_rotation_is_that_of_transformers(module, stretch):
+    transformers = pytest.importorskip("transformers")
+    rope = importlib.import_module("transformers.modeling_rope_utils")
+    config = transformers.LlamaConfig(
+        hidden_size=576,
+        num_attention_heads=9,
+        max_position_embeddings=int(8192 * stretch),
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 1e5,
+            "factor": stretch,
+            "original_max_position_embeddings": 8192,
+        },
+    )
+    expected, factor = rope.ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
+    got, got_factor = module("smollm2_torch").inverse_frequencies(64, 1e5, 8192, stretch)
+    assert torch.allclose(got, expected, rtol=1e-6, atol=0)
+    assert got_factor == pytest.approx(factor)
+
+
+def test_a_problem_is_measured_and_reported(module):
+    heads = problem(module)
+    measuring, report = module("adaptive_measure"), module("adaptive_report")
+    exact = module("adaptive_truth").draw(heads, heads.length, torch.Generator())
+    settings = measuring.Settings(
+        budgets=(0.2,), peers=("cuDNN", "dense", "FA3"), rounds=1, burst_ms=0.0, whole_repeats=1
+    )
+    cell = measuring.measure(heads, exact, settings) | {"text": "prose", "layers": [1]}
+    facts = cell["contenders"]["budget 0.2"]["facts"]
+    assert len(facts["upper"]) == len(facts["share"]) == heads.count
+    assert np.less_equal(cell["contenders"]["cuDNN"]["errors"]["rows"], 0.02).all()
+    assert "missing" not in cell["contenders"]["budget 0.2"]
+    assert set(cell["absent"]) <= {"FA3"}
+    whole = {
+        "device": "a CPU", "torch": torch.__version__, "date": "today", "command": "python",
+        "revision": "none", "rounds": 1, "burst_ms": 0.0, "rows": 96, "budgets": [0.2],
+        "captures": [{"text": "prose", "len": 96, "perplexity": 9.0}], "cells": [cell],
+        "hard": [cell | {"case": "N(0, 1)"}], "needles": [], "graphs": [], "cut_short": ["x"],
+    }  # fmt: skip
+    page = report.markdown(whole)
+    assert "| 0.2 | 96 | prose | 6 |" in page
+    assert "- not begun: x" in page
+    assert report.summary(whole)
