@@ -1,4 +1,4 @@
-"""Small runs of every path of the row_facts kernel, for compute-sanitizer to watch.
+"""Small runs of every path of smxx_operand_norms, for compute-sanitizer to watch.
 
     compute-sanitizer --tool memcheck python benchmarks/gpu_check_facts.py
 

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from sm90_direct import DTYPES, Kernel, Launch
 
 from adaattn_core.problem import SequenceSpan
-from adaattn_cuda.sm90 import plan_launch
-from adaattn_cuda.sm90_work import Geometry
+from adaattn_cuda.sm90 import LaunchPlan, plan_launch
+from adaattn_cuda.work.geometry import Geometry
+from adaattn_cuda.work.records import GATHERED, MASK_NONE, WorkList
 
 
 def sequence(batch: int, q_start: int, len_q: int, kv_start: int, len_kv: int) -> SequenceSpan:
@@ -246,17 +248,17 @@ def check_sources(kernel: Kernel, dtype: str) -> dict[str, Any]:
         132,
         tile,
     )
-    records = plan.records
-    records["source"][..., 1] = records["source"][..., 0]
-    second = records["source"][..., 1]
-    second["map"], second["keys"], second["masked"], second["bias_first"] = (
-        1,
-        lens[1],
-        0,
-        lens[0],
-    )
-    records["sources"] = 2
-    records["tiles"] += -(-lens[1] // tile.tile_n)
+    items = plan.work.items.copy()
+    table = np.repeat(plan.work.sources, 2)  # two sources an item, side by side
+    table["first_bias"][0::2] = 0
+    second = table[1::2]
+    second["tensor"], second["keys"] = GATHERED, lens[1]
+    second["mask"], second["first_bias"] = MASK_NONE, lens[0]
+    table[1::2] = second
+    items["first_source"] *= 2
+    items["sources"] = np.where(items["rows"] > 0, 2, 0)
+    items["tiles"] += -(-lens[1] // tile.tile_n)
+    plan = LaunchPlan(tile, dtype, WorkList(items, table))
     launch = Launch.prepare(
         kernel, plan, q, [p[0] for p in parts], [p[1] for p in parts], scale, bias
     )

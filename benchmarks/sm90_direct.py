@@ -12,7 +12,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from cuda.bindings import driver, nvrtc
 
@@ -109,7 +108,7 @@ class Launch:
             device="cuda",
         )
         lse = torch.full((batch, heads, len_q), float("nan"), device="cuda")
-        records = torch.from_numpy(plan.records.view(np.uint8).reshape(-1).copy()).cuda()
+        records = torch.frombuffer(bytearray(plan.work.tobytes()), dtype=torch.uint8).cuda()
         block = pack_params(
             plan,
             matrix(query),
@@ -128,10 +127,11 @@ class Launch:
 
     def __call__(self) -> torch.Tensor:
         """Enqueue on the current stream."""
-        if self.plan.grid:
+        grid = self.plan.work.grid
+        if grid:
             ok(
                 driver.cuLaunchKernel(
-                    self.kernel.function, self.plan.grid, 1, 1, self.kernel.tile.threads, 1, 1,
+                    self.kernel.function, grid, 1, 1, self.kernel.tile.threads, 1, 1,
                     self.kernel.tile.smem_bytes, torch.cuda.current_stream().cuda_stream,
                     ctypes.addressof(self.arguments), 0,
                 )

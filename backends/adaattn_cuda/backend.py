@@ -26,7 +26,7 @@ from adaattn_cuda.facts import LazyFacts
 from adaattn_cuda.forward import attention_forward
 from adaattn_cuda.launch import Launch, LaunchCache
 from adaattn_cuda.library import library_of
-from adaattn_cuda.row_facts import FactsPlan, RowFacts
+from adaattn_cuda.operand_norms import FactsPlan, RowFacts
 from adaattn_cuda.toolchain import nvrtc_version
 
 __all__ = ["CudaBackend"]

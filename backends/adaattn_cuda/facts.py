@@ -1,6 +1,6 @@
 """Facts of a dense run: measured on the device behind the run, read when somebody asks.
 
-Nothing waits: a kernel (`adaattn_cuda.row_facts`) is enqueued with the run, and its figures
+Nothing waits: a kernel (`adaattn_cuda.operand_norms`) is enqueued with the run, and its figures
 come to the host when a certificate is looked at. Every figure is an upper bound (`output_rms`:
 a lower one); the names and meanings are those of `adaattn_core.facts.RunFacts`.
 
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from adaattn_core.facts import RunFacts
 from adaattn_core.plan import HeadPlan
 from adaattn_core.problem import AttentionProblem, HeadIndex
-from adaattn_cuda.row_facts import SLOTS
+from adaattn_cuda.operand_norms import SLOTS
 
 __all__ = ["LazyFacts", "Records"]
 

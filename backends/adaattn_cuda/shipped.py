@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import adaattn_kernels_cu as kernels
-from adaattn_cuda import row_facts
+from adaattn_cuda import operand_norms
 from adaattn_cuda.resources import Budget, parse_budget
 from adaattn_cuda.spec import KernelSpec
 from adaattn_cuda.tuning import sm80, sm90
@@ -20,7 +20,7 @@ def specs(arch: str) -> list[KernelSpec]:
         If the architecture is older than Ampere or unknown.
     """
     own = sm90.shipped() if arch == "sm_90a" else []
-    return sm80.shipped(arch) + own + row_facts.shipped(arch)
+    return sm80.shipped(arch) + own + operand_norms.shipped(arch)
 
 
 def budget(spec: KernelSpec) -> Budget:

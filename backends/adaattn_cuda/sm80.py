@@ -14,6 +14,7 @@ from adaattn_core.errors import UnsupportedError
 from adaattn_core.problem import SequenceSpan
 from adaattn_cuda.arrays import ArrayView
 from adaattn_cuda.tuning import sm80 as tuning
+from adaattn_cuda.work.geometry import UNLIMITED, extent
 
 __all__ = [
     "DenseTask",
@@ -25,21 +26,17 @@ __all__ = [
     "units",
 ]
 
-UNLIMITED = 1 << 30
-"""Window extent that no length reaches: kUnlimited in sm80_params.cuh."""
-
-LEN_LIMIT = 1 << 29
 BIAS_TYPES = {"f32": 1, "f16": 2, "bf16": 3}
 INPUT_FORMATS = ("f32", "f16", "bf16")
 OPERAND_FORMATS = ("f32", "tf32", "f16", "bf16")
 
 
 MAX_UNITS = 128
-"""Units in one launch: kMaxUnits in sm80_params.cuh."""
+"""Units in one launch: kMaxUnits in work/units.cuh."""
 
 
 class Unit(ctypes.Structure):
-    """The twin of ``Unit`` in sm80_params.cuh: a sequence, or one head of one."""
+    """The twin of ``Unit`` in work/units.cuh: a sequence, or one head of one."""
 
     _fields_ = tuple(
         (name, ctypes.c_int32)
@@ -55,10 +52,21 @@ _STRIDES = (
     "lse_head",
     *(f"{x}_{axis}" for x in ("allowed", "bias") for axis in (*_AXES, "key")),
 )  # fmt: skip
-_SIZES = (
-    "batch", "heads_q", "group_size", "len_q", "len_kv", "dim_qk", "dim_v",
-    "left", "right", "bottom_right", "bias_type",
-)  # fmt: skip
+
+
+class UnitList(ctypes.Structure):
+    """The twin of ``UnitList`` in work/units.cuh."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_int32)
+            for name in (
+                "batch", "len_q", "len_kv", "left", "right", "bottom_right", "group_size",
+                "tiles", "heads_per_unit", "unit_count",
+            )
+        ),
+        ("units", Unit * MAX_UNITS),
+    )  # fmt: skip
 
 
 class Params(ctypes.Structure):
@@ -67,12 +75,9 @@ class Params(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_int64) for name in _STRIDES),
-        *((name, ctypes.c_int32) for name in _SIZES),
+        *((name, ctypes.c_int32) for name in ("dim_qk", "dim_v", "bias_type")),
         ("scale_log2", ctypes.c_float),
-        ("tiles", ctypes.c_int32),
-        ("heads_per_unit", ctypes.c_int32),
-        ("unit_count", ctypes.c_int32),
-        ("units", Unit * MAX_UNITS),
+        ("work", UnitList),
     )
 
 
@@ -149,10 +154,10 @@ def specialisation(task: DenseTask, arch: str) -> tuning.Specialisation:
             needed=f"head dimensions of at most {tuning.DIM_LIMIT} on the GPU",
             do='use backend="numpy" for this problem',
         )
-    if max(task.query.shape[2], task.key.shape[2]) > LEN_LIMIT:
+    if max(task.query.shape[2], task.key.shape[2]) > UNLIMITED:
         raise UnsupportedError(
             got=f"len_q={task.query.shape[2]}, len_kv={task.key.shape[2]}",
-            needed=f"lengths of at most {LEN_LIMIT}",
+            needed=f"lengths of at most {UNLIMITED}",
             do="split the queries, or the keys and merge by lse",
         )
     if {task.qk, task.pv} - set(OPERAND_FORMATS):
@@ -220,11 +225,17 @@ def launches(task: DenseTask, tile_m: int) -> list[tuple[Params, int]]:
 
 def _pack(task: DenseTask, tiles: int, chunk: list[tuple[int, ...]]) -> Params:
     params = Params()
-    params.tiles = tiles
-    params.heads_per_unit = task.query.shape[1] if task.heads is None else 1
-    params.unit_count = len(chunk)
+    work = params.work
+    work.batch, heads_q, work.len_q, params.dim_qk = task.query.shape
+    work.len_kv, params.dim_v = task.value.shape[2:]
+    work.left, work.right = extent(task.left), extent(task.right)
+    work.bottom_right = int(task.bottom_right)
+    work.group_size = heads_q // task.key.shape[1]
+    work.tiles = tiles
+    work.heads_per_unit = heads_q if task.heads is None else 1
+    work.unit_count = len(chunk)
     for i, unit in enumerate(chunk):
-        params.units[i] = Unit(*unit)
+        work.units[i] = Unit(*unit)
     for name in ("query", "key", "value", "out"):
         array: ArrayView = getattr(task, name)
         for axis, stride in zip(("batch", "head", "row"), array.strides, strict=False):
@@ -235,12 +246,6 @@ def _pack(task: DenseTask, tiles: int, chunk: list[tuple[int, ...]]) -> Params:
         if mask is not None:
             for axis, stride in zip(("batch", "head", "row", "key"), mask.strides, strict=True):
                 setattr(params, f"{name}_{axis}", stride)
-    params.batch, params.heads_q, params.len_q, params.dim_qk = task.query.shape
-    params.len_kv, params.dim_v = task.value.shape[2:]
-    params.group_size = task.query.shape[1] // task.key.shape[1]
-    params.left = UNLIMITED if task.left is None else min(task.left, UNLIMITED)
-    params.right = UNLIMITED if task.right is None else min(task.right, UNLIMITED)
-    params.bottom_right = int(task.bottom_right)
     params.bias_type = 0 if task.bias is None else BIAS_TYPES[task.bias.dtype]
     params.scale_log2 = task.scale * math.log2(math.e)
     return params

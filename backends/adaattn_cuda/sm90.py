@@ -1,7 +1,7 @@
 """Host side of ``sm90_attn_fwd_f16``: what it takes, its launch plan, its parameters.
 
 A launch needs three steps. `plan_launch` depends on shapes only and is meant to be cached by
-its arguments; its records are copied to the device once. `pack_params` depends on pointers and
+its arguments; its work list is copied to the device once. `pack_params` depends on pointers and
 strides; its result can be cached by them. The launch itself passes that block by value.
 """
 
@@ -13,14 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from adaattn_core.errors import AdaAttnError
 from adaattn_core.problem import AttentionProblem
 from adaattn_cuda import driver
-from adaattn_cuda.sm90_work import MAX_LEN, Geometry, work_records
 from adaattn_cuda.tuning.sm90 import STEM, Tile, choose
+from adaattn_cuda.work.geometry import UNLIMITED, Geometry
+from adaattn_cuda.work.records import TENSORS, WorkList, work_list
 
 __all__ = [
     "STEM",
@@ -35,9 +33,8 @@ __all__ = [
 ]
 
 MAX_DIM = 256
-MAX_MAPS = 3
 SLACK_LOG2 = 8.0
-"""How far the running maximum may grow before rescaling; softmax/online.cuh says why."""
+"""How far the running maximum may grow before rescaling; kSlackLog2 in softmax/slack.cuh."""
 
 _ALIGNMENT_BYTES = 16
 _ELEMENT_BYTES = 2
@@ -83,27 +80,17 @@ class LaunchPlan:
         The specialisation; `Tile.spec` makes its KernelSpec.
     dtype : str
         ``bf16`` or ``f16``.
-    records : ndarray, shape (rounds, grid)
-        To be copied to the device; (0, 0) if there is nothing to do.
+    work : WorkList
+        To be copied to the device.
     """
 
     tile: Tile
     dtype: str
-    records: NDArray[np.void]
-
-    @property
-    def grid(self) -> int:
-        """Blocks of the launch."""
-        return int(self.records.shape[1])
-
-    @property
-    def rounds(self) -> int:
-        """Records per block, at most."""
-        return int(self.records.shape[0])
+    work: WorkList
 
 
 class Matrix(ctypes.Structure):
-    """The twin of ``Matrix`` in params.cuh; strides in elements."""
+    """The twin of ``Matrix`` in sm90_params.cuh; strides in elements."""
 
     _fields_ = (
         ("data", ctypes.c_uint64),
@@ -114,18 +101,19 @@ class Matrix(ctypes.Structure):
 
 
 class Params(ctypes.Structure):
-    """The twin of ``AttentionParams`` in params.cuh: 1,280 bytes, passed by value."""
+    """The twin of ``AttentionParams`` in sm90_params.cuh: 1,280 bytes, passed by value."""
 
     _fields_ = (
         ("query_map", ctypes.c_ubyte * _MAP_BYTES),
-        ("key_map", ctypes.c_ubyte * _MAP_BYTES * MAX_MAPS),
-        ("value_map", ctypes.c_ubyte * _MAP_BYTES * MAX_MAPS),
+        ("key_map", ctypes.c_ubyte * _MAP_BYTES * len(TENSORS)),
+        ("value_map", ctypes.c_ubyte * _MAP_BYTES * len(TENSORS)),
         ("query", Matrix),
-        ("key", Matrix * MAX_MAPS),
-        ("value", Matrix * MAX_MAPS),
+        ("key", Matrix * len(TENSORS)),
+        ("value", Matrix * len(TENSORS)),
         ("out", Matrix),
         ("lse", Matrix),
-        ("records", ctypes.c_uint64),
+        ("items", ctypes.c_uint64),
+        ("sources", ctypes.c_uint64),
         ("bias", ctypes.c_uint64),
         ("inverse_scale", ctypes.c_float),
         ("scale_log2", ctypes.c_float),
@@ -133,7 +121,7 @@ class Params(ctypes.Structure):
         ("rounds", ctypes.c_int32),
         ("dim_qk", ctypes.c_int32),
         ("dim_v", ctypes.c_int32),
-        ("padding", ctypes.c_ubyte * 56),
+        ("padding", ctypes.c_ubyte * 48),
     )
 
 
@@ -151,8 +139,8 @@ def supports(problem: AttentionProblem) -> str | None:
     if not problem.mask.is_structural:
         return f"{problem.mask.describe()} mask: only one visible interval per row"
     longest = max(problem.len_q, problem.len_kv)
-    if longest > MAX_LEN:
-        return f"len {longest}: at most {MAX_LEN} rows"
+    if longest > UNLIMITED:
+        return f"len {longest}: at most {UNLIMITED} rows"
     return None
 
 
@@ -188,8 +176,7 @@ def plan_launch(
         Overrules the choice, for measurements.
     """
     tile = choose(geometry, blocks) if tile is None else tile
-    records = work_records(geometry, tile.tile_m, tile.tile_n, blocks, tile.max_sources)
-    return LaunchPlan(tile, dtype, records)
+    return LaunchPlan(tile, dtype, work_list(geometry, tile.tile_m, tile.tile_n, blocks))
 
 
 def pack_params(
@@ -200,7 +187,7 @@ def pack_params(
     out: DeviceMatrix,
     lse: DeviceMatrix,
     scale: float,
-    records_pointer: int,
+    work_pointer: int,
     bias_pointer: int = 0,
 ) -> Params:
     """Pack the kernel's parameter block, 1,280 bytes, to be passed by value.
@@ -211,13 +198,13 @@ def pack_params(
     query, out : DeviceMatrix
         Shapes (batch, heads_q, len_q, dim_qk) and (batch, heads_q, len_q, dim_v).
     keys, values : sequence of DeviceMatrix
-        Up to three pairs; a source's ``map`` is its index here.
+        Up to three pairs; a source's ``tensor`` is the index here.
     lse : DeviceMatrix
         float32, shape (batch, heads_q, len_q, 1).
     scale : float
         Factor on the scores, > 0.
-    records_pointer : int
-        Device address of ``plan.records``.
+    work_pointer : int
+        Device address of ``plan.work.tobytes()``.
     bias_pointer : int
         Device address of float32 biases, for a tile with ``bias``; added to the scaled scores.
 
@@ -233,11 +220,12 @@ def pack_params(
         _encode(params.value_map[index], value, plan.tile.tile_n, plan.dtype)
         params.key[index], params.value[index] = _matrix(key), _matrix(value)
     params.query, params.out, params.lse = _matrix(query), _matrix(out), _matrix(lse)
-    params.records, params.bias = records_pointer, bias_pointer
+    params.items, params.sources = plan.work.addresses(work_pointer)
+    params.bias = bias_pointer
     params.inverse_scale = 1.0 / scale
     params.scale_log2 = scale * math.log2(math.e)
     params.slack = SLACK_LOG2 / params.scale_log2
-    params.rounds = plan.rounds
+    params.rounds = plan.work.rounds
     params.dim_qk, params.dim_v = query.shape[3], out.shape[3]
     return params
 

@@ -11,7 +11,7 @@ from adaattn_core.problem import AttentionProblem
 from adaattn_cuda import driver, sm90
 from adaattn_cuda.arrays import ArrayView
 from adaattn_cuda.launch import kernel_of, refuse_capture
-from adaattn_cuda.sm90_work import Geometry
+from adaattn_cuda.work.geometry import Geometry
 
 __all__ = ["Sm90Launch", "refusal"]
 
@@ -70,12 +70,12 @@ class Sm90Launch:
         self._lock = threading.Lock()
         self.workspace_bytes = 0
         self._table: driver.DeviceTable | None = None
-        if self._plan.grid == 0:
+        if self._plan.work.grid == 0:
             return
         refuse_capture(stream, "copies the work list to the device")
         self._kernel = kernel_of(spec, tile.threads, stream)
         self._kernel.prepare(device)
-        self._table = driver.DeviceTable(self._plan.records.tobytes(), device)
+        self._table = driver.DeviceTable(self._plan.work.tobytes(), device)
         self.workspace_bytes = self._table.size_bytes
 
     def start(self, pointers: tuple[int, ...], device: int, stream: int) -> None:
@@ -84,7 +84,7 @@ class Sm90Launch:
             return
         call = self._calls.get((stream, pointers))
         if call is None:
-            call = driver.Call(self._kernel, self._pack(pointers), self._plan.grid, stream)
+            call = driver.Call(self._kernel, self._pack(pointers), self._plan.work.grid, stream)
             with self._lock:
                 self._calls[stream, pointers] = call
                 if len(self._calls) > _ADDRESSES_REMEMBERED:

@@ -16,7 +16,7 @@ class KernelSpec:
     Parameters
     ----------
     stem : str
-        File stem below ``adaattn/attn/``, e.g. ``"sm80_attn_fwd"``.
+        File stem, e.g. ``"sm80_attn_fwd"``; also the C++ namespace.
     traits : tuple of bool, int or str
         Template arguments of ``Traits``, in order; a str is C++ text (a type or enumerator).
     smem_bytes : int
@@ -25,6 +25,8 @@ class KernelSpec:
         Real architecture, e.g. ``"sm_80"`` or ``"sm_90a"``.
     options : tuple of str
         Further ptxas options.
+    folder : str
+        Of the header, below ``adaattn/``.
     """
 
     stem: str
@@ -32,11 +34,12 @@ class KernelSpec:
     smem_bytes: int
     arch: str
     options: tuple[str, ...] = ()
+    folder: str = "attn"
 
     @property
     def header(self) -> str:
         """Include name of the kernel's source."""
-        return f"adaattn/attn/{self.stem}.cuh"
+        return f"adaattn/{self.folder}/{self.stem}.cuh"
 
     @property
     def name(self) -> str:

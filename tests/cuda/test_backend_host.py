@@ -87,7 +87,7 @@ class HostRecords:
 
 
 def figures(x: Any) -> Any:
-    """A NumPy model of the row_facts kernel on (batch, heads, len, dim)."""
+    """A NumPy model of smxx_operand_norms on (batch, heads, len, dim)."""
     wide = x.astype(np.float64)
     good = np.isfinite(wide).all(-1)
     wide = np.where(good[..., None], wide, 0)

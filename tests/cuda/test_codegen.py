@@ -14,7 +14,7 @@ from adaattn_cuda.tuning.sm80 import specialise
 GOLDEN = """\
 #include "adaattn/attn/example.cuh"
 
-using Traits = adaattn::example::Traits<adaattn::Bf16, 128, true, false>;
+using Traits = adaattn::example::Traits<adaattn::Format::bf16, 128, true, false>;
 static_assert(Traits::kSmemBytes == 4096, "host and kernel disagree on smem");
 
 extern "C" __global__ void __launch_bounds__(Traits::kThreads, 1)
@@ -25,7 +25,7 @@ adaattn_entry(const __grid_constant__ adaattn::example::Params params) {
 
 
 def test_unit_is_pinned() -> None:
-    spec = KernelSpec("example", ("adaattn::Bf16", 128, True, False), 4096, "sm_90a")
+    spec = KernelSpec("example", ("adaattn::Format::bf16", 128, True, False), 4096, "sm_90a")
     assert render(spec) == GOLDEN
     assert ENTRY in GOLDEN
 
@@ -44,8 +44,8 @@ def test_every_field_of_a_trait_reaches_the_unit() -> None:
 
 def test_closure_follows_includes() -> None:
     found = kernels.closure("adaattn/attn/sm80_attn_fwd.cuh")
-    assert "adaattn/ptx/sm80_ptx.cuh" in found
-    assert "adaattn/attn/sm80_softmax.cuh" in found
+    assert "adaattn/ptx/sm80.cuh" in found
+    assert "adaattn/softmax/row_state.cuh" in found
     assert set(found) <= set(kernels.names())
 
 

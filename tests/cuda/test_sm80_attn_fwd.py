@@ -131,11 +131,12 @@ def task(
 
 def test_uniform_task_is_one_launch_without_a_list() -> None:
     ((params, blocks),) = sm80.launches(task(), 128)
-    assert (params.unit_count, params.tiles, params.heads_per_unit) == (0, 3, 4)
+    work = params.work
+    assert (work.unit_count, work.tiles, work.heads_per_unit) == (0, 3, 4)
     assert blocks == 2 * 4 * 3
-    assert (params.batch, params.heads_q, params.group_size) == (2, 4, 2)
-    assert (params.len_q, params.len_kv, params.dim_qk, params.dim_v) == (300, 500, 64, 96)
-    assert (params.left, params.right) == (sm80.UNLIMITED, sm80.UNLIMITED)
+    assert (work.batch, work.group_size) == (2, 2)
+    assert (work.len_q, work.len_kv, params.dim_qk, params.dim_v) == (300, 500, 64, 96)
+    assert (work.left, work.right) == (sm80.UNLIMITED, sm80.UNLIMITED)
     assert (params.query_batch, params.query_head, params.query_row) == (76800, 19200, 64)
     assert params.scale_log2 == pytest.approx(0.125 * 1.4426950408889634, rel=1e-7)
 
@@ -144,8 +145,8 @@ def test_ragged_units_come_longest_first_and_keep_their_place() -> None:
     ragged = task([(10, 20), (0, 7), (290, 30), (129, 0)])
     ((params, blocks),) = sm80.launches(ragged, 128)
     units = [
-        tuple(getattr(params.units[i], name) for name, _ in sm80.Unit._fields_)
-        for i in range(params.unit_count)
+        tuple(getattr(params.work.units[i], name) for name, _ in sm80.Unit._fields_)
+        for i in range(params.work.unit_count)
     ]
     # batch, head, q_start, len_q, kv_start, len_kv; the sequence without rows is left out
     assert units == [(0, 0, 10, 290, 27, 30), (0, 0, 300, 129, 57, 0), (0, 0, 0, 10, 0, 20)]
@@ -154,15 +155,17 @@ def test_ragged_units_come_longest_first_and_keep_their_place() -> None:
 
 def test_chosen_heads_become_units_of_their_own() -> None:
     ((params, blocks),) = sm80.launches(task(heads=((1, 3), (0, 0), (1, 3))), 128)
-    assert (params.unit_count, params.heads_per_unit) == (2, 1)
-    assert [(u.batch, u.head) for u in params.units[:2]] == [(0, 0), (1, 3)]
+    assert (params.work.unit_count, params.work.heads_per_unit) == (2, 1)
+    assert [(u.batch, u.head) for u in params.work.units[:2]] == [(0, 0), (1, 3)]
     assert blocks == 2 * 3
 
 
 def test_long_lists_take_several_launches() -> None:
     found = sm80.launches(task([(1 + i % 5, 3) for i in range(300)]), 128)
-    assert [params.unit_count for params, _ in found] == [128, 128, 44]
-    lengths = [u.len_q for params, _ in found for u in params.units[: params.unit_count]]
+    assert [params.work.unit_count for params, _ in found] == [128, 128, 44]
+    lengths = [
+        u.len_q for params, _ in found for u in params.work.units[: params.work.unit_count]
+    ]
     assert lengths == sorted(lengths, reverse=True)
     assert len(lengths) == 300
 
@@ -175,7 +178,11 @@ def test_nothing_to_do_launches_nothing() -> None:
 def test_window_beyond_any_length_is_unlimited() -> None:
     wide = task(left=1 << 40, right=0, bottom_right=True)
     ((params, _),) = sm80.launches(wide, 128)
-    assert (params.left, params.right, params.bottom_right) == (sm80.UNLIMITED, 0, 1)
+    assert (params.work.left, params.work.right, params.work.bottom_right) == (
+        sm80.UNLIMITED,
+        0,
+        1,
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """The sm80 kernel's own source, run on a CPU: layouts, masks, pipeline, rows without a key.
 
-Only the instruction header is replaced (by emulation/adaattn/ptx/sm80_ptx.cuh); everything else
+Only the instruction header is replaced (by emulation/adaattn/ptx/sm80.cuh); everything else
 is what a GPU runs. The tolerance is one rounding of each operand and of the output.
 """
 
@@ -29,20 +29,21 @@ from adaattn_cuda.tuning.sm80 import Specialisation
 DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype("f2"), "f32": np.dtype("f4")}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()} | {np.dtype(bool): "bool"}
 _UNIT = """\
+#include "cpu.h"
 #include "adaattn/attn/sm80_attn_fwd.cuh"
 
 using Traits = adaattn::sm80_attn_fwd::Traits<{arguments}>;
 static_assert(Traits::kSmemBytes == {smem_bytes}, "host and kernel disagree on smem");
 
 namespace {{
-adaattn::sm80::Params shared_params;
+adaattn::sm80_attn_fwd::Params shared_params;
 }}
 
-extern "C" int params_bytes() {{ return sizeof(adaattn::sm80::Params); }}
-extern "C" void run(const adaattn::sm80::Params* params, int blocks) {{
+extern "C" int params_bytes() {{ return sizeof(adaattn::sm80_attn_fwd::Params); }}
+extern "C" void run(const adaattn::sm80_attn_fwd::Params* params, int blocks) {{
     shared_params = *params;
     for (int block = 0; block < blocks; ++block) {{
-        adaattn::sm80::emulation::run_block(
+        adaattn::ptx::emulation::run_block(
             block, Traits::kThreads, Traits::kSmemBytes,
             [] {{ adaattn::sm80_attn_fwd::run<Traits>(shared_params); }});
     }}

@@ -14,8 +14,17 @@ from adaattn_core.problem import AttentionProblem, SequenceSpan
 from adaattn_cuda import sm90
 from adaattn_cuda.compile import Compiler
 from adaattn_cuda.resources import parse_budget
-from adaattn_cuda.sm90_work import Geometry, record_dtype
 from adaattn_cuda.tuning.sm90 import Tile, candidates, choose, is_legal, padded_dim, shipped
+from adaattn_cuda.work.geometry import UNLIMITED, Geometry
+from adaattn_cuda.work.records import (
+    ITEM,
+    MASK_INTERVAL,
+    MASK_NONE,
+    NO_BIAS,
+    NO_PARTIAL,
+    SOURCE,
+    TENSORS,
+)
 
 BLOCKS = 132
 
@@ -63,22 +72,26 @@ def test_layouts_match_the_headers(compiler: Compiler, monkeypatch: pytest.Monke
     lines.append(
         f"static_assert(sizeof(adaattn::AttentionParams) == {ctypes.sizeof(sm90.Params)});"
     )
+    lines += [
+        f"static_assert(adaattn::softmax::kSlackLog2 == {sm90.SLACK_LOG2});",
+        f"static_assert(adaattn::work::kUnlimited == {UNLIMITED});",
+        f"static_assert(adaattn::work::kNoPartial == {NO_PARTIAL});",
+        f"static_assert(adaattn::work::kNoBias == {NO_BIAS});",
+        f"static_assert(adaattn::work::kMaskInterval == {MASK_INTERVAL});",
+        f"static_assert(adaattn::work::kMaskNone == {MASK_NONE});",
+        f"static_assert(adaattn::work::kTensors == {len(TENSORS)});",
+    ]
+    for name, twin in (("WorkItem", ITEM), ("Source", SOURCE)):
+        assert twin.fields is not None
+        lines.append(f"static_assert(sizeof(adaattn::work::{name}) == {twin.itemsize});")
+        lines += [
+            f"static_assert(__builtin_offsetof(adaattn::work::{name}, {field}) == {offset});"
+            for field, (_, offset, *_) in twin.fields.items()
+            if not field.startswith("reserved")
+        ]
     for sources in (1, 2, 3):
-        size = record_dtype(sources).itemsize
-        lines.append(f"static_assert(sizeof(adaattn::WorkRecord<{sources}>) == {size});")
-    record = record_dtype(1)
-    assert record.fields is not None
-    for name in record.names or ():
-        if name != "source" and not name.startswith("reserved"):
-            offset = record.fields[name][1]
-            lines.append(
-                f"static_assert(__builtin_offsetof(adaattn::WorkItem, {name}) == {offset});"
-            )
-    source = record["source"].base
-    assert source.fields is not None
-    for name in source.names or ():
-        offset = source.fields[name][1]
-        lines.append(f"static_assert(__builtin_offsetof(adaattn::Source, {name}) == {offset});")
+        size = ITEM.itemsize + sources * SOURCE.itemsize
+        lines.append(f"static_assert(sizeof(adaattn::work::WorkRecord<{sources}>) == {size});")
     spec = Tile(64, 64, 2, 64).spec("bf16")
     unit = "\n".join([f'#include "{spec.header}"', *lines, 'extern "C" __global__ void f() {}'])
     monkeypatch.setattr("adaattn_cuda.compile.render", lambda _: unit)
@@ -215,7 +228,7 @@ def packed(monkeypatch: pytest.MonkeyPatch, fake: FakeDriver) -> sm90.Params:
 def test_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeDriver()
     params = packed(monkeypatch, fake)
-    assert params.records == 77
+    assert (params.items, params.sources) == (77, 77 + 64 * 6)
     assert params.scale_log2 == pytest.approx(0.5 / np.log(2), rel=1e-6)
     assert params.slack * params.scale_log2 == pytest.approx(sm90.SLACK_LOG2, rel=1e-6)
     assert params.inverse_scale == 2.0

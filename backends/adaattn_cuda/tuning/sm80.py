@@ -103,7 +103,7 @@ class Specialisation:
 
     def spec(self, arch: str) -> KernelSpec:
         """Return the kernel to build."""
-        formats = (f"adaattn::sm80::Format::{name}" for name in (self.input, self.qk, self.pv))
+        formats = (f"adaattn::Format::{name}" for name in (self.input, self.qk, self.pv))
         return KernelSpec(
             STEM,
             (

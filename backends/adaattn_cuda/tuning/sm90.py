@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from adaattn_cuda.sm90_work import Geometry
 from adaattn_cuda.spec import KernelSpec
+from adaattn_cuda.work.geometry import Geometry
+from adaattn_cuda.work.records import ITEM, SOURCE
 
 __all__ = [
     "SMEM_LIMIT_BYTES",
@@ -34,8 +35,6 @@ SMEM_LIMIT_BYTES = 232_448
 
 _PANEL_COLUMNS = 64
 _ELEMENT_BYTES = 2
-_WORK_ITEM_BYTES = 48
-_SOURCE_BYTES = 32
 
 
 def padded_dim(dim: int) -> int:
@@ -64,7 +63,7 @@ class Tile:
     bias : bool
         Per-key addends to the scores.
     max_sources : int
-        Sources that a work record has room for.
+        Most sources of an item.
     """
 
     dim_qk: int
@@ -89,8 +88,8 @@ class Tile:
 
     @property
     def record_bytes(self) -> int:
-        """Size of one work record."""
-        return _WORK_ITEM_BYTES + _SOURCE_BYTES * self.max_sources
+        """Size of an item with its sources in shared memory."""
+        return ITEM.itemsize + SOURCE.itemsize * self.max_sources
 
     @property
     def smem_bytes(self) -> int:
@@ -113,9 +112,8 @@ class Tile:
 
     def traits(self, dtype: str) -> tuple[str | int, ...]:
         """Template arguments for inputs of format ``bf16`` or ``f16``."""
-        element = {"bf16": "adaattn::Bf16", "f16": "adaattn::F16"}[dtype]
         return (
-            element,
+            f"adaattn::Format::{dtype}",
             self.dim_qk,
             self.dim_v,
             self.consumers,

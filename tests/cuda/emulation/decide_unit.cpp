@@ -1,7 +1,6 @@
 // decide_unit.cpp -- decide.cuh on a CPU: products and sums are rounded one by one, as __fmul_rn and __fadd_rn do.
 #include <cstddef>
-#define __device__
-#define __forceinline__ inline
+#include "cpu.h"
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 #include "adaattn/plan/decide.cuh"

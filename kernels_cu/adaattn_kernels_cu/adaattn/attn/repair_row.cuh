@@ -1,24 +1,27 @@
-// repair_row.cuh -- one query row recomputed by one warp, key by key, over its visible keys only. SPDX-License-Identifier: Apache-2.0
+// repair_row.cuh -- one query row recomputed by one warp, key by key, over its visible keys only.
+// SPDX-License-Identifier: Apache-2.0
 //
-// The tensor-core path multiplies masked probabilities, which are 0, by whatever the values hold: 0 x NaN = NaN would leak a
-// value that the row must not see (a later token, or the neighbouring sequence of a ragged batch). Rows whose result is not
-// finite are therefore done again here, where unseen keys are never touched. A row that does see a NaN or Inf keeps it.
+// The tensor-core path multiplies masked probabilities, which are 0, by whatever the values hold: 0
+// x NaN = NaN would leak a value that the row must not see (a later token, or the neighbouring
+// sequence of a ragged batch). Rows whose result is not finite are therefore done again here, where
+// unseen keys are never touched. A row that does see a NaN or Inf keeps it.
 #pragma once
 
-#include "adaattn/attn/params.cuh"
+#include "adaattn/attn/sm90_params.cuh"
 #include "adaattn/mask/interval.cuh"
-#include "adaattn/ptx/convert.cuh"
+#include "adaattn/ptx/sm80.cuh"
+#include "adaattn/quant/convert.cuh"
 
 namespace adaattn {
 
-template <class Element, int kDimV, bool kBias, int kMaxSources>
-__device__ __forceinline__ void repair_row(const AttentionParams& params, const WorkRecord<kMaxSources>& record, int row,
-                                           int lane) {
+template <Format kFormat, int kDimV, bool kBias, int kMaxSources>
+ADAATTN_DEVICE void repair_row(const AttentionParams& params,
+                               const work::WorkRecord<kMaxSources>& record, int row, int lane) {
     constexpr int kColumns = kDimV / kWarpThreads;
-    const WorkItem& item = record.item;
+    const work::WorkItem& item = record.item;
     const u16* query = static_cast<const u16*>(params.query.data) +
                        params.query.offset(item.batch, item.head, item.row_first + row);
-    float best = negative_infinity();
+    float best = -ptx::infinity();
     float sum = 0.0f;
     float acc[kColumns];
 #pragma unroll
@@ -26,31 +29,38 @@ __device__ __forceinline__ void repair_row(const AttentionParams& params, const 
 
 #pragma unroll 1
     for (int index = 0; index < item.sources; ++index) {
-        const Source& source = record.sources[index];
-        const mask::Interval seen = mask::visible(item, source, source.position, source.keys, row);
-        const u16* keys = static_cast<const u16*>(params.key[source.map].data) +
-                          params.key[source.map].offset(source.batch, source.head, source.first);
-        const u16* values = static_cast<const u16*>(params.value[source.map].data) +
-                            params.value[source.map].offset(source.batch, source.head, source.first);
-        const i64 key_stride = params.key[source.map].stride_row;
-        const i64 value_stride = params.value[source.map].stride_row;
+        const work::Source& source = record.sources[index];
+        const mask::Interval seen =
+            mask::visible_columns(item, source, source.position, source.keys, row);
+        const u16* keys =
+            static_cast<const u16*>(params.key[source.tensor].data) +
+            params.key[source.tensor].offset(source.batch, source.head, source.first_key);
+        const u16* values =
+            static_cast<const u16*>(params.value[source.tensor].data) +
+            params.value[source.tensor].offset(source.batch, source.head, source.first_key);
+        const i64 key_stride = params.key[source.tensor].stride_row;
+        const i64 value_stride = params.value[source.tensor].stride_row;
 #pragma unroll 1
-        for (int base = larger(seen.first, 0); base < seen.stop; base += kWarpThreads) {
-            float score = negative_infinity();  // log2 units
+        for (int base = larger(seen.start, 0); base < seen.stop; base += kWarpThreads) {
+            float score = -ptx::infinity();  // log2 units
             if (base + lane < seen.stop) {
                 const u16* key = keys + (base + lane) * key_stride;
                 float dot = 0.0f;
 #pragma unroll 1
                 for (int k = 0; k < params.dim_qk; ++k) {
-                    dot = fmaf(ptx::widen(Element{}, query[k]), ptx::widen(Element{}, key[k]), dot);
+                    dot = fmaf(quant::widen<kFormat>(query[k]), quant::widen<kFormat>(key[k]), dot);
                 }
-                if constexpr (kBias) dot += params.bias[source.bias_first + base + lane] * params.inverse_scale;
+                if constexpr (kBias) {
+                    if (source.first_bias != work::kNoBias) {
+                        dot += params.bias[source.first_bias + base + lane] * params.inverse_scale;
+                    }
+                }
                 score = dot * params.scale_log2;
             }
             float highest = score;
 #pragma unroll
             for (int offset = 16; offset > 0; offset /= 2) {
-                highest = fmaxf(highest, __shfl_xor_sync(kFullWarp, highest, offset));
+                highest = fmaxf(highest, ptx::shuffle_xor(highest, offset));
             }
             highest = fmaxf(highest, best);
             const float factor = highest == best ? 1.0f : ptx::exp2_approx(best - highest);
@@ -68,14 +78,14 @@ __device__ __forceinline__ void repair_row(const AttentionParams& params, const 
                 for (int c = 0; c < kColumns; ++c) {
                     const int column = c * kWarpThreads + lane;
                     if (column < params.dim_v) {
-                        acc[c] = fmaf(shared_weight, ptx::widen(Element{}, value[column]), acc[c]);
+                        acc[c] = fmaf(shared_weight, quant::widen<kFormat>(value[column]), acc[c]);
                     }
                 }
             }
         }
     }
 #pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(kFullWarp, sum, offset);
+    for (int offset = 16; offset > 0; offset /= 2) sum += ptx::shuffle_xor(sum, offset);
 
     const float inverse = sum == 0.0f ? 0.0f : ptx::reciprocal_approx(sum);
     u16* out = static_cast<u16*>(const_cast<void*>(params.out.data)) +
@@ -83,13 +93,12 @@ __device__ __forceinline__ void repair_row(const AttentionParams& params, const 
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
         const int column = c * kWarpThreads + lane;
-        if (column < params.dim_v) out[column] = ptx::narrow(Element{}, acc[c] * inverse);
+        if (column < params.dim_v) out[column] = quant::narrow<kFormat>(acc[c] * inverse);
     }
     if (lane == 0) {
-        constexpr float kLn2 = 0.6931471805599453f;
         float* lse = static_cast<float*>(const_cast<void*>(params.lse.data)) +
                      params.lse.offset(item.batch, item.head, item.row_first + row);
-        *lse = sum == 0.0f ? negative_infinity() : kLn2 * (best + log2f(sum));
+        *lse = sum == 0.0f ? -ptx::infinity() : kLn2 * (best + log2f(sum));
     }
 }
 

@@ -1,11 +1,12 @@
 // sm80_attn_fwd.cuh -- exact attention forward on any GPU from Ampere on (mma.sync + cp.async).
+// SPDX-License-Identifier: Apache-2.0
 //
 // Algorithm    One block computes one tile of kTileM query rows of one head:
 //                1. the rows' visible keys form one interval each; the block walks the key tiles
 //                   that any of its rows sees, last tile first (a causal mask's cut tiles come
 //                   first, while later copies are under way);
 //                2. S = Q K^T; masks, in the tiles that some row sees only partly;
-//                3. online softmax in base 2 with a lazy reference (sm80_softmax.cuh);
+//                3. online softmax in base 2 with a lazy reference (softmax/row_state.cuh);
 //                4. O = alpha O + P V;
 //                5. out = O / sum, lse = ln(sum) + reference.
 //              Source: Milakov & Gimelshein, arXiv 1805.02867; Dao, arXiv 2307.08691.
@@ -22,7 +23,7 @@
 //              | Q    | kQk  | kTileM x kDimQk             | 8 rows  | whole block   |
 //              | K[s] | kQk  | kTileN x kDimQk, s < kStages | 8 rows  | one key tile  |
 //              | V[s] | kPv  | kTileN x kDimV, s < kStages  | 8 rows  | one key tile  |
-//              | source | -  | 32 of 128 bytes             | none    | whole block   |
+//              | rest | -    | 80 of 128 bytes: sources, item, whole tiles    | whole block   |
 //              Nothing is aliased; kSmemBytes is their sum.
 // Registers    O takes kTileM kDimV / (32 kWarps) of them, S kTileM kTileN / (32 kWarps).
 // Barriers     Block barriers only. Two stages: one per key tile, after the wait for its copies: it
@@ -36,16 +37,16 @@
 #pragma once
 
 #include "adaattn/attn/sm80_epilogue.cuh"
-#include "adaattn/attn/sm80_mask.cuh"
 #include "adaattn/attn/sm80_params.cuh"
-#include "adaattn/attn/sm80_products.cuh"
-#include "adaattn/attn/sm80_softmax.cuh"
-#include "adaattn/attn/sm80_tile.cuh"
+#include "adaattn/mask/sm80_mask.cuh"
+#include "adaattn/mask/sm80_nonfinite.cuh"
+#include "adaattn/mma/sm80_products.cuh"
+#include "adaattn/softmax/row_state.cuh"
+#include "adaattn/tile/sm80_tile.cuh"
+#include "adaattn/work/shared_item.cuh"
+#include "adaattn/work/units.cuh"
 
 namespace adaattn::sm80_attn_fwd {
-
-using namespace adaattn::sm80;
-using sm80::Params;
 
 template <Format kInput_, Format kQk_, Format kPv_, int kTileM_, int kTileN_, int kDimQk_,
           int kDimV_, int kWarps_, int kStages_, bool kArrayMask_, bool kVectorised_>
@@ -57,13 +58,15 @@ struct Traits {
     static constexpr bool kArrayMask = kArrayMask_, kVectorised = kVectorised_;
     static constexpr int kThreads = 32 * kWarps;
 
-    using QueryTile = Tile<kQk, kTileM, kDimQk>;
-    using KeyTile = Tile<kQk, kTileN, kDimQk>;
-    using ValueTile = Tile<kPv, kTileN, kDimV>;
+    using QueryTile = tile::Tile<kQk, kTileM, kDimQk>;
+    using KeyTile = tile::Tile<kQk, kTileN, kDimQk>;
+    using ValueTile = tile::Tile<kPv, kTileN, kDimV>;
     static constexpr int kQueryAt = 0;
     static constexpr int kKeyAt = kQueryAt + QueryTile::kBytes;
     static constexpr int kValueAt = kKeyAt + kStages * KeyTile::kBytes;
     static constexpr int kSourceAt = kValueAt + kStages * ValueTile::kBytes;
+    static constexpr int kItemAt = kSourceAt + 32;
+    static constexpr int kRangeAt = kItemAt + work::kSharedItemBytes;
     static constexpr int kSmemBytes = kSourceAt + 128;
 
     // A copy needs no conversion when the stored types agree (tf32 and f32 are both stored as f32).
@@ -85,176 +88,184 @@ struct Traits {
     static_assert(kStages == 1 || kStages == 2, "one or two K/V stages");
 };
 
-// A choice made at compile time, as an argument.
-template <bool kValue>
-struct Flag {
-    static constexpr bool value = kValue;
-};
-
 template <class T>
 ADAATTN_DEVICE void run(const Params& params) {
     using QueryTile = typename T::QueryTile;
     using KeyTile = typename T::KeyTile;
     using ValueTile = typename T::ValueTile;
 
-    const u32 shared = shared_base();
-    const WorkItem item = work_item(params);
-    if (item.tile * T::kTileM >= item.len_q) {
+    const u32 shared = ptx::shared_base();
+    const work::UnitWork own =
+        work::work_of_block<T::kTileM>(params.work, static_cast<int>(ptx::block_index()));
+    const work::WorkItem& item = own.item;
+    const work::Source& source = own.source;
+    if (item.rows <= 0) {
         return;
     }
-    const int lane = thread_index() & 31;
-    const int tile_row = item.tile * T::kTileM;
-    const int warp_row = (thread_index() / 32) * T::kRowsPerWarp;
+    const int lane = ptx::thread_index() & 31;
+    const int warp_row = (ptx::thread_index() / 32) * T::kRowsPerWarp;
 
-    // The tiles that any row sees, and those that every row sees whole: [whole_begin, whole_end).
-    const int last_row =
-        (tile_row + T::kTileM < item.len_q ? tile_row + T::kTileM : item.len_q) - 1;
-    const Interval of_first = visible_keys(params, item, tile_row);
-    const Interval of_last = visible_keys(params, item, last_row);
-    const Interval visit = {of_first.start, of_last.stop};
+    // The tiles that any row sees.
+    const mask::Interval of_first = mask::visible(item, 0);
+    const mask::Interval of_last = mask::visible(item, item.rows - 1);
+    const mask::Interval visit = {of_first.start, of_last.stop};
     const int tile_begin = visit.start / T::kTileN;
-    const int tile_end = visit.stop > visit.start ? (visit.stop + T::kTileN - 1) / T::kTileN
-                                                  : tile_begin;
-    const int whole_begin = (of_last.start + T::kTileN - 1) / T::kTileN;
-    const int whole_end = of_first.stop / T::kTileN;
+    const int tile_end = visit.stop > visit.start ? ceil_div(visit.stop, T::kTileN) : tile_begin;
 
-    const i64 batch = item.batch, head_kv = item.head / params.group_size;
+    const i64 batch = item.batch, head_kv = source.head;
     const auto at = [](const void* base, i64 element) -> const void* {
         return static_cast<const char*>(base) + element * storage_bytes(T::kInput);
     };
     // What a fill needs rests in shared memory meanwhile: the main loop has no registers to spare.
-    if (thread_index() == 0) {
-        store_fill_source(shared + T::kSourceAt, {
-            at(params.key, batch * params.key_batch + head_kv * params.key_head +
-                               item.kv_start * params.key_row),
-            at(params.value, batch * params.value_batch + head_kv * params.value_head +
-                                 item.kv_start * params.value_row),
-            visit.start, visit.stop});
+    if (ptx::thread_index() == 0) {
+        tile::store_fill_source(
+            shared + T::kSourceAt,
+            {at(params.key, batch * params.key_batch + head_kv * params.key_head +
+                                source.first_key * params.key_row),
+             at(params.value, batch * params.value_batch + head_kv * params.value_head +
+                                  source.first_key * params.value_row),
+             visit.start, visit.stop});
+        work::store_item(shared + T::kItemAt, item);
+        const u32 range[4] = {static_cast<u32>(tile_begin),
+                              static_cast<u32>(ceil_div(of_last.start, T::kTileN)),
+                              static_cast<u32>(of_first.stop / T::kTileN), 0u};
+        ptx::store_shared_128(shared + T::kRangeAt, range);
     }
-    block_sync();  // the source is there before any thread fills
+    ptx::block_sync();  // the source is there before any thread fills
+    // The first tile (0), and those that every row sees whole: from (1) up to (2). Read again after
+    // every tile with a mask, which has no registers to keep them in.
+    const auto range = [&](int word) {
+        return static_cast<int>(ptx::load_shared_32(shared + T::kRangeAt + 4 * word));
+    };
     const auto fill_key = [&](int tile, int stage) {
-        const FillSource source = load_fill_source(shared + T::kSourceAt);
-        const Filler<KeyTile, T::kQk, T::kInput, T::kAsyncQk, T::kThreads> keys(
-            source.key, params.key_row, params.dim_qk);
-        keys.fill(shared + T::kKeyAt + stage * KeyTile::kBytes, tile * T::kTileN, source.start,
-                  source.stop);
+        const tile::FillSource from = tile::load_fill_source(shared + T::kSourceAt);
+        const tile::Filler<KeyTile, T::kQk, T::kInput, T::kAsyncQk, T::kThreads> keys(
+            from.key, params.key_row, params.dim_qk);
+        keys.fill(shared + T::kKeyAt + stage * KeyTile::kBytes, tile * T::kTileN, from.start,
+                  from.stop);
     };
     const auto fill_value = [&](int tile, int stage) {
-        const FillSource source = load_fill_source(shared + T::kSourceAt);
-        const Filler<ValueTile, T::kPv, T::kInput, T::kAsyncPv, T::kThreads> values(
-            source.value, params.value_row, params.dim_v);
-        values.fill(shared + T::kValueAt + stage * ValueTile::kBytes, tile * T::kTileN,
-                    source.start, source.stop);
+        const tile::FillSource from = tile::load_fill_source(shared + T::kSourceAt);
+        const tile::Filler<ValueTile, T::kPv, T::kInput, T::kAsyncPv, T::kThreads> values(
+            from.value, params.value_row, params.dim_v);
+        values.fill(shared + T::kValueAt + stage * ValueTile::kBytes, tile * T::kTileN, from.start,
+                    from.stop);
     };
 
-    Output<T> out;
-    clear<T::kRowTiles, T::kValueTiles>(out);
-    RowState<T::kRowTiles> state;
+    mma::Output<T> out;
+    mma::clear<T::kRowTiles, T::kValueTiles>(out);
+    softmax::RowState<T::kRowTiles> state;
     state.reset();
-    const ArrayMask arrays(params, item);
+    const mask::ArrayMask arrays(params, item, source);
     const float scale = T::kArrayMask ? 1.0f : params.scale_log2;
-    const u32 query_lane = row_operand<QueryTile>(shared + T::kQueryAt, warp_row, lane);
+    const u32 query_lane = tile::row_operand<QueryTile>(shared + T::kQueryAt, warp_row, lane);
 
     int tile = tile_end - 1;
     if (tile >= tile_begin) {
-        const Filler<QueryTile, T::kQk, T::kInput, T::kAsyncQk, T::kThreads> queries(
+        const tile::Filler<QueryTile, T::kQk, T::kInput, T::kAsyncQk, T::kThreads> queries(
             at(params.query, batch * params.query_batch + item.head * params.query_head +
-                                 item.q_start * params.query_row),
+                                 item.row_first * params.query_row),
             params.query_row, params.dim_qk);
-        queries.fill(shared + T::kQueryAt, tile_row, 0, item.len_q);
+        queries.fill(shared + T::kQueryAt, 0, 0, item.rows);
         fill_key(tile, 0);
-        copy_async_commit();
+        ptx::copy_async_commit();
         if constexpr (T::kStages == 2) {
             fill_value(tile, 0);
-            copy_async_commit();
+            ptx::copy_async_commit();
         }
     }
 
     int stage = 0;
     // One key tile. Where every row sees all of it (not `cut`) there is nothing to mask; kMayCut =
-    // false leaves that code out.
-    const auto visit_tile = [&](auto may_cut, bool cut) {
+    // false leaves that code out. `begin` is the first tile.
+    const auto visit_tile = [&](auto may_cut, bool cut, int begin) {
         constexpr bool kMayCut = decltype(may_cut)::value;
         const u32 key_tile = shared + T::kKeyAt + stage * KeyTile::kBytes;
         const u32 value_tile = shared + T::kValueAt + stage * ValueTile::kBytes;
         const int first_key = tile * T::kTileN;
         const auto separate = [&] {
             if constexpr (kMayCut) {
-                if (cut &&
-                    block_sync_or(holds_nonfinite<ValueTile, T::kPv, T::kThreads>(value_tile))) {
-                    separate_nonfinite<T>(out, value_tile, params, item, arrays,
-                                          tile_row + warp_row, first_key);
+                if (cut && ptx::block_sync_or(
+                               mask::holds_nonfinite<ValueTile, T::kPv, T::kThreads>(value_tile))) {
+                    mask::separate_nonfinite<T>(out, value_tile,
+                                                work::load_item(shared + T::kItemAt), arrays,
+                                                warp_row, first_key);
                 }
             }
         };
 
-        copy_async_wait<0>();
-        block_sync();  // this tile has arrived for all; all are done with the buffers filled next
+        ptx::copy_async_wait<0>();
+        // This tile has arrived for all; all are done with the buffers filled next.
+        ptx::block_sync();
         if constexpr (T::kStages == 2) {
-            if (tile > tile_begin) {
+            if (tile > begin) {
                 fill_key(tile - 1, stage ^ 1);
                 fill_value(tile - 1, stage ^ 1);
             }
-            copy_async_commit();
+            ptx::copy_async_commit();
             separate();
         } else {
             fill_value(tile, 0);
-            copy_async_commit();
+            ptx::copy_async_commit();
             if (kMayCut && cut) {  // V is looked at before the scores need their registers
-                copy_async_wait<0>();
-                block_sync();  // V has arrived for all
+                ptx::copy_async_wait<0>();
+                ptx::block_sync();  // V has arrived for all
                 separate();
             }
         }
 
-        Scores<T> scores;
-        compute_scores<T>(scores, query_lane, column_operand<KeyTile>(key_tile, lane));
+        mma::Scores<T> scores;
+        mma::compute_scores<T>(scores, query_lane, tile::column_operand<KeyTile>(key_tile, lane));
 
         if constexpr (T::kStages == 1) {
-            copy_async_wait<0>();
-            block_sync();  // V has arrived for all; all are done with K, which is filled next
-            if (tile > tile_begin) {
+            ptx::copy_async_wait<0>();
+            ptx::block_sync();  // V has arrived for all; all are done with K, which is filled next
+            if (tile > begin) {
                 fill_key(tile - 1, 0);
             }
-            copy_async_commit();
+            ptx::copy_async_commit();
         }
 
         if constexpr (kMayCut) {
             if (cut) {
-                mask_scores<T>(scores, params, item, arrays, tile_row + warp_row, first_key);
+                mask::mask_scores<T>(scores, work::load_item(shared + T::kItemAt), arrays,
+                                     params.scale_log2, warp_row, first_key);
             }
         }
 #pragma unroll
         for (int m = 0; m < T::kRowTiles; ++m) {
             float alpha[2];
             if (state.update(m, scores[m], scale, alpha)) {
-                rescale(out[m], alpha);
+                mma::rescale(out[m], alpha);
             }
         }
         if constexpr (is_narrow(T::kPv)) {
-            add_values_narrow<T>(out, scores, row_operand<ValueTile>(value_tile, 0, lane));
+            mma::add_values_narrow<T>(out, scores,
+                                      tile::row_operand<ValueTile>(value_tile, 0, lane));
         } else {
-            add_values_wide<T>(out, scores, value_tile);
+            mma::add_values_wide<T>(out, scores, value_tile);
         }
         if constexpr (T::kStages == 2) {
             stage ^= 1;
         }
     };
-    while (tile >= tile_begin) {
+    while (tile >= range(0)) {
+        const int begin = range(0), whole_begin = range(1), whole_end = range(2);
         // The narrow formats are fast enough, and short enough of registers, to earn a loop of
         // their own for whole tiles.
         if constexpr (!T::kArrayMask && is_narrow(T::kPv)) {
             for (; tile >= whole_begin && tile < whole_end; --tile) {
-                visit_tile(Flag<false>{}, false);
+                visit_tile(Flag<false>{}, false, begin);
             }
         }
-        if (tile >= tile_begin) {
-            visit_tile(Flag<true>{}, T::kArrayMask || tile < whole_begin || tile >= whole_end);
+        if (tile >= begin) {
+            const bool cut = T::kArrayMask || tile < whole_begin || tile >= whole_end;
+            visit_tile(Flag<true>{}, cut, range(0));
             --tile;
         }
     }
     state.finish();
-    store_rows<T>(out, state, params, scale);
+    store_rows<T>(out, state, params, work::load_item(shared + T::kItemAt), scale);
 }
 
 }  // namespace adaattn::sm80_attn_fwd

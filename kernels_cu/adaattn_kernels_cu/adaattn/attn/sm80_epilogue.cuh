@@ -1,17 +1,21 @@
 // sm80_epilogue.cuh -- out and lse of one warp's rows, from accumulators to global memory.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include "adaattn/attn/sm80_params.cuh"
-#include "adaattn/attn/sm80_products.cuh"
+#include "adaattn/mma/sm80_products.cuh"
+#include "adaattn/quant/convert.cuh"
+#include "adaattn/softmax/row_state.cuh"
+#include "adaattn/work/work_item.cuh"
 
-namespace adaattn::sm80 {
+namespace adaattn::sm80_attn_fwd {
 
 template <Format kInput>
 ADAATTN_DEVICE void store_element(char* row, int column, float x) {
     if constexpr (kInput == Format::f32) {
         reinterpret_cast<float*>(row)[column] = x;
     } else {
-        reinterpret_cast<u16*>(row)[column] = static_cast<u16>(pack_pair<kInput>(x, 0.0f));
+        reinterpret_cast<u16*>(row)[column] = static_cast<u16>(quant::pack_pair<kInput>(x, 0.0f));
     }
 }
 
@@ -20,7 +24,7 @@ ADAATTN_DEVICE void store_element(char* row, int column, float x) {
 template <class T>
 ADAATTN_DEVICE void store_columns(char* row, int column, const float (&x)[2], const float (&y)[2],
                                   int dim, bool writes) {
-    const int t = thread_index() & 3;
+    const int t = ptx::thread_index() & 3;
     if constexpr (!T::kVectorised) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
@@ -35,35 +39,34 @@ ADAATTN_DEVICE void store_columns(char* row, int column, const float (&x)[2], co
     } else if constexpr (T::kInput == Format::f32) {
         const int at = column + 2 * t;
         if (writes && at < dim) {
-            store_global_64(row + at * 4, float_bits(x[0]), float_bits(x[1]));
+            ptx::store_global_64(row + at * 4, ptx::float_bits(x[0]), ptx::float_bits(x[1]));
         }
         if (writes && at + 8 < dim) {
-            store_global_64(row + (at + 8) * 4, float_bits(y[0]), float_bits(y[1]));
+            ptx::store_global_64(row + (at + 8) * 4, ptx::float_bits(y[0]), ptx::float_bits(y[1]));
         }
     } else {
         // Neighbours trade halves: the even lane then holds four columns of x, the odd one of y,
         // and the quad writes one whole 32-byte sector.
-        const u32 mine_x = pack_pair<T::kInput>(x[0], x[1]);
-        const u32 mine_y = pack_pair<T::kInput>(y[0], y[1]);
+        const u32 mine_x = quant::pack_pair<T::kInput>(x[0], x[1]);
+        const u32 mine_y = quant::pack_pair<T::kInput>(y[0], y[1]);
         const bool odd = t & 1;
-        const u32 received = shuffle_xor(odd ? mine_x : mine_y, 1);
+        const u32 received = ptx::shuffle_xor(odd ? mine_x : mine_y, 1);
         const int at = odd ? column + 8 + 2 * (t - 1) : column + 2 * t;
         if (writes && at < dim) {
-            store_global_64(row + at * 2, odd ? received : mine_x, odd ? mine_y : received);
+            ptx::store_global_64(row + at * 2, odd ? received : mine_x, odd ? mine_y : received);
         }
     }
 }
 
 // (r6) out = O / sum and lse of this warp's rows; `state` is finished.
 template <class T>
-ADAATTN_DEVICE void store_rows(const Output<T>& out, const RowState<T::kRowTiles>& state,
-                               const Params& params, float scale) {
-    const int lane = thread_index() & 31;
-    // Read again, not kept over the main loop: registers are what the kernel is short of.
-    const WorkItem item = work_item(params);
-    const int first_row = item.tile * T::kTileM + thread_index() / 32 * T::kRowsPerWarp;
+ADAATTN_DEVICE void store_rows(const mma::Output<T>& out,
+                               const softmax::RowState<T::kRowTiles>& state, const Params& params,
+                               const work::WorkItem& item, float scale) {
+    const int lane = ptx::thread_index() & 31;
+    const int first_row = ptx::thread_index() / 32 * T::kRowsPerWarp;
     constexpr int kBytes = storage_bytes(T::kInput);
-    const i64 row_zero = static_cast<i64>(item.q_start);
+    const i64 row_zero = static_cast<i64>(item.row_first);
     char* base = static_cast<char*>(params.out) +
                  (item.batch * params.out_batch + item.head * params.out_head) * kBytes;
     float* lse = params.lse + item.batch * params.lse_batch + item.head * params.lse_head;
@@ -72,7 +75,7 @@ ADAATTN_DEVICE void store_rows(const Output<T>& out, const RowState<T::kRowTiles
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = first_row + 16 * m + 8 * half + lane / 4;
-            const bool writes = row < item.len_q;
+            const bool writes = row < item.rows;
             const float sum = state.sum[m][half];
             const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;  // no visible key: out = 0
             char* out_row = base + (row_zero + row) * params.out_row * kBytes;
@@ -91,4 +94,4 @@ ADAATTN_DEVICE void store_rows(const Output<T>& out, const RowState<T::kRowTiles
     }
 }
 
-}  // namespace adaattn::sm80
+}  // namespace adaattn::sm80_attn_fwd

@@ -1,34 +1,39 @@
-// sm90_epilogue.cuh -- normalises a warp's 16 output rows and writes them with their lse. SPDX-License-Identifier: Apache-2.0
+// sm90_epilogue.cuh -- normalises a warp's 16 output rows and writes them with their lse.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "adaattn/attn/params.cuh"
 #include "adaattn/attn/repair_row.cuh"
+#include "adaattn/attn/sm90_params.cuh"
+#include "adaattn/quant/convert.cuh"
 #include "adaattn/softmax/online.cuh"
 
 namespace adaattn {
 
-// Transposes a 4 x 4 matrix of words held by a quad (lane t: row t), so that every lane can store 16 contiguous bytes.
-__device__ __forceinline__ void transpose_quad(u32 (&words)[4], int lane) {
+// Transposes a 4 x 4 matrix of words held by a quad (lane t: row t), so that every lane can store
+// 16 contiguous bytes.
+ADAATTN_DEVICE void transpose_quad(u32 (&words)[4], int lane) {
     const bool odd = lane & 1;
     const bool high = lane & 2;
 #pragma unroll
     for (int pair = 0; pair < 4; pair += 2) {
-        const u32 received = __shfl_xor_sync(kFullWarp, odd ? words[pair] : words[pair + 1], 1);
+        const u32 received = ptx::shuffle_xor(odd ? words[pair] : words[pair + 1], 1);
         (odd ? words[pair] : words[pair + 1]) = received;
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        const u32 received = __shfl_xor_sync(kFullWarp, high ? words[i] : words[i + 2], 2);
+        const u32 received = ptx::shuffle_xor(high ? words[i] : words[i + 2], 2);
         (high ? words[i] : words[i + 2]) = received;
     }
 }
 
-// Writes the lse of a warp's 16 rows, of which `row` is the first within the tile, and leaves the reciprocals of this thread's
-// two row sums; 0 for a row that saw no key, whose output is 0.
+// Writes the lse of a warp's 16 rows, of which `row` is the first within the tile, and leaves the
+// reciprocals of this thread's two row sums; 0 for a row that saw no key, whose output is 0.
 template <int kMaxSources>
-__device__ __forceinline__ void write_lse(const AttentionParams& params, const WorkRecord<kMaxSources>& record,
-                                          const softmax::Online& state, int row, int lane, float (&inverse_sum)[2]) {
-    const WorkItem& item = record.item;
+ADAATTN_DEVICE void write_lse(const AttentionParams& params,
+                              const work::WorkRecord<kMaxSources>& record,
+                              const softmax::Online& state, int row, int lane,
+                              float (&inverse_sum)[2]) {
+    const work::WorkItem& item = record.item;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const int own_row = row + lane / 4 + 8 * r;
@@ -43,10 +48,12 @@ __device__ __forceinline__ void write_lse(const AttentionParams& params, const W
 }
 
 // Normalises and writes the same rows; accumulators as wgmma leaves them.
-template <class Element, int kDimV, bool kBias, int kMaxSources>
-__device__ __forceinline__ void write_rows(const AttentionParams& params, const WorkRecord<kMaxSources>& record,
-                                           const float (&acc)[kDimV / 2], const float (&inverse_sum)[2], int row, int lane) {
-    const WorkItem& item = record.item;
+template <Format kFormat, int kDimV, bool kBias, int kMaxSources>
+ADAATTN_DEVICE void write_rows(const AttentionParams& params,
+                               const work::WorkRecord<kMaxSources>& record,
+                               const float (&acc)[kDimV / 2], const float (&inverse_sum)[2],
+                               int row, int lane) {
+    const work::WorkItem& item = record.item;
     u32 broken_quads[2];  // bit 4 q: row q (+ 8) of the 16 is not finite
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -63,12 +70,13 @@ __device__ __forceinline__ void write_rows(const AttentionParams& params, const 
                 const float low = acc[4 * (block + i) + 2 * r];
                 const float high = acc[4 * (block + i) + 2 * r + 1];
                 poison = fmaf(low, 0.0f, fmaf(high, 0.0f, poison));
-                words[i] = ptx::pack(Element{}, low * inverse_sum[r], high * inverse_sum[r]);
+                words[i] = quant::pack_pair<kFormat>(low * inverse_sum[r], high * inverse_sum[r]);
             }
             transpose_quad(words, lane);
             const int column = 8 * (block + lane % 4);
             if (exists && column < params.dim_v) {
-                *reinterpret_cast<uint4*>(out + column) = make_uint4(words[0], words[1], words[2], words[3]);
+                *reinterpret_cast<uint4*>(out + column) =
+                    make_uint4(words[0], words[1], words[2], words[3]);
             }
         }
         const u32 lanes = __ballot_sync(kFullWarp, exists && !(poison == 0.0f));
@@ -79,7 +87,8 @@ __device__ __forceinline__ void write_rows(const AttentionParams& params, const 
 #pragma unroll 1
     for (int i = 0; i < 16; ++i) {
         const u32 broken = i < 8 ? broken_quads[0] : broken_quads[1];
-        if (broken >> (4 * (i % 8)) & 1u) repair_row<Element, kDimV, kBias>(params, record, row + i, lane);
+        if (broken >> (4 * (i % 8)) & 1u)
+            repair_row<kFormat, kDimV, kBias>(params, record, row + i, lane);
     }
 }
 

@@ -1,7 +1,12 @@
-// types.cuh -- integer names, element tags and constants shared by every kernel. SPDX-License-Identifier: Apache-2.0
+// types.cuh -- integer names, constants and small helpers shared by every kernel.
+// SPDX-License-Identifier: Apache-2.0
 //
-// NVRTC compiles these sources without the standard library, so the few types needed are spelled here.
+// Plain C++ only, so that the headers built on it also compile for a CPU (tests/cuda/emulation).
+// NVRTC has no standard library: the few types needed are spelled here.
 #pragma once
+
+// Every device function is inlined: a kernel is one function.
+#define ADAATTN_DEVICE __device__ __forceinline__
 
 namespace adaattn {
 
@@ -11,20 +16,27 @@ using u16 = unsigned short;
 using u32 = unsigned int;
 using u64 = unsigned long long;
 
-// Element tags: the names of adaattn_core.formats, capitalised. They carry no storage; both are 16 bits wide.
-struct Bf16 {};
-struct F16 {};
-
 constexpr int kWarpThreads = 32;
 constexpr int kWarpgroupThreads = 128;
 constexpr u32 kFullWarp = 0xffffffffu;
 
-__device__ __forceinline__ float negative_infinity() { return __int_as_float(static_cast<int>(0xff800000u)); }
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
 
-__device__ constexpr int ceil_div(int numerator, int denominator) { return (numerator + denominator - 1) / denominator; }
-__device__ constexpr int round_up(int value, int multiple) { return ceil_div(value, multiple) * multiple; }
+__host__ __device__ constexpr int ceil_div(int numerator, int denominator) {
+    return (numerator + denominator - 1) / denominator;
+}
+__host__ __device__ constexpr int round_up(int value, int multiple) {
+    return ceil_div(value, multiple) * multiple;
+}
 
-__device__ __forceinline__ int smaller(int a, int b) { return a < b ? a : b; }
-__device__ __forceinline__ int larger(int a, int b) { return a > b ? a : b; }
+ADAATTN_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
+ADAATTN_DEVICE int larger(int a, int b) { return a > b ? a : b; }
+
+// A choice made at compile time, as an argument.
+template <bool kValue>
+struct Flag {
+    static constexpr bool value = kValue;
+};
 
 }  // namespace adaattn

@@ -1,31 +1,34 @@
-// warpgroup.cuh -- named barriers and register hand-over between warpgroups. SPDX-License-Identifier: Apache-2.0
+// warpgroup.cuh -- named barriers and register hand-over between warpgroups.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include "adaattn/common/types.cuh"
 
 namespace adaattn::ptx {
 
-// PTX ISA, "setmaxnreg": every warp of a warpgroup executes it, in one branch per role; counts are multiples of 8.
+// PTX ISA, "setmaxnreg": every warp of a warpgroup executes it, in one branch per role; counts are
+// multiples of 8.
 template <int kRegisters>
-__device__ __forceinline__ void registers_take() {
+ADAATTN_DEVICE void registers_take() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 template <int kRegisters>
-__device__ __forceinline__ void registers_give() {
+ADAATTN_DEVICE void registers_give() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// PTX ISA, "barrier.sync / barrier.arrive": `threads` counts those that wait and those that only arrive.
-__device__ __forceinline__ void named_barrier_sync(u32 id, u32 threads) {
+// PTX ISA, "barrier.sync / barrier.arrive": `threads` counts those that wait and those that only
+// arrive.
+ADAATTN_DEVICE void named_barrier_sync(u32 id, u32 threads) {
     asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-__device__ __forceinline__ void named_barrier_arrive(u32 id, u32 threads) {
+ADAATTN_DEVICE void named_barrier_arrive(u32 id, u32 threads) {
     asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // A value that the compiler may take as the same in all lanes of a warp.
-__device__ __forceinline__ int warp_uniform(int value) { return __shfl_sync(kFullWarp, value, 0); }
+ADAATTN_DEVICE int warp_uniform(int value) { return __shfl_sync(kFullWarp, value, 0); }
 
 }  // namespace adaattn::ptx

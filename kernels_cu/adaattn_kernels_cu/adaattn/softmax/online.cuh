@@ -1,26 +1,27 @@
 // online.cuh -- online softmax over accumulator fragments. SPDX-License-Identifier: Apache-2.0
 //
-// Keeps, for the two rows that a thread holds, a reference r and l = sum_j 2^(c s_j - c r), c = scale log2(e). Any r near the
-// running maximum serves: it moves only when the maximum has grown by more than kSlackLog2, so probabilities stay below
-// 2^kSlackLog2 and the accumulators are rescaled rarely. Source: Milakov & Gimelshein, arXiv 1805.02867; the slack is the
-// conditional rescaling of FlashAttention-4, arXiv 2603.05451.
+// Keeps, for the two rows that a thread holds, a reference r and l = sum_j 2^(c s_j - c r), c =
+// scale log2(e). Any r near the running maximum serves: it moves only when the maximum has grown by
+// more than kSlackLog2, so probabilities stay below 2^kSlackLog2 and the accumulators are rescaled
+// rarely. Source: Milakov & Gimelshein, arXiv 1805.02867; the slack is the conditional rescaling of
+// FlashAttention-4, arXiv 2603.05451.
 #pragma once
 
 #include "adaattn/common/types.cuh"
-#include "adaattn/ptx/convert.cuh"
+#include "adaattn/ptx/sm80.cuh"
+#include "adaattn/quant/convert.cuh"
+#include "adaattn/softmax/slack.cuh"
 
 namespace adaattn::softmax {
 
-constexpr float kSlackLog2 = 8.0f;
-
-__device__ __forceinline__ float quad_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, 1));
-    return fmaxf(x, __shfl_xor_sync(kFullWarp, x, 2));
+ADAATTN_DEVICE float quad_max(float x) {
+    x = fmaxf(x, ptx::shuffle_xor(x, 1));
+    return fmaxf(x, ptx::shuffle_xor(x, 2));
 }
 
-__device__ __forceinline__ float quad_sum(float x) {
-    x += __shfl_xor_sync(kFullWarp, x, 1);
-    return x + __shfl_xor_sync(kFullWarp, x, 2);
+ADAATTN_DEVICE float quad_sum(float x) {
+    x += ptx::shuffle_xor(x, 1);
+    return x + ptx::shuffle_xor(x, 2);
 }
 
 // Sums whole rows only at the end: until then `sum` is this thread's share of the columns.
@@ -28,21 +29,22 @@ struct Online {
     float reference[2];  // r, in units of the raw scores; -inf until the row has seen a key
     float sum[2];
 
-    __device__ __forceinline__ void reset() {
+    ADAATTN_DEVICE void reset() {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            reference[r] = negative_infinity();
+            reference[r] = -ptx::infinity();
             sum[r] = 0.0f;
         }
     }
 
-    // Turns scores into probabilities in place. Returns, alike in all lanes, whether the accumulators must be multiplied by
-    // `factor`. With `fresh`, just after `reset`, there is nothing to multiply, and `factor` keeps what the caller has in it.
-    // `slack` is kSlackLog2 / scale_log2, divided on the host. No lane needs the row's maximum unless some lane of the warp saw a score above the
-    // slack, so the common path has no shuffle.
+    // Turns scores into probabilities in place. Returns, alike in all lanes, whether the
+    // accumulators must be multiplied by `factor`. With `fresh`, just after `reset`, there is
+    // nothing to multiply, and `factor` keeps what the caller has in it. `slack` is kSlackLog2 /
+    // scale_log2, divided on the host. No lane needs the row's maximum unless some lane of the warp
+    // saw a score above the slack, so the common path has no shuffle.
     template <int kCount>
-    __device__ __forceinline__ bool exponentiate(float (&scores)[kCount], float scale_log2, float slack, bool fresh,
-                                                 float (&factor)[2]) {
+    ADAATTN_DEVICE bool exponentiate(float (&scores)[kCount], float scale_log2, float slack,
+                                     bool fresh, float (&factor)[2]) {
         float highest[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -56,14 +58,15 @@ struct Online {
             highest[r] = fmaxf(even, odd);
         }
         const bool grown = highest[0] > reference[0] + slack || highest[1] > reference[1] + slack;
-        const bool moved = __any_sync(kFullWarp, grown);
+        const bool moved = ptx::warp_any(grown);
         if (moved) {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 const float next = fmaxf(quad_max(highest[r]), reference[r]);
                 // Equal references include -inf and -inf, whose difference would be NaN.
-                const float rescale =
-                    next == reference[r] ? 1.0f : ptx::exp2_approx((reference[r] - next) * scale_log2);
+                const float rescale = next == reference[r]
+                                          ? 1.0f
+                                          : ptx::exp2_approx((reference[r] - next) * scale_log2);
                 reference[r] = next;
                 sum[r] *= rescale;
                 if (!fresh) factor[r] = rescale;
@@ -72,7 +75,7 @@ struct Online {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             // A row that has seen no key yet keeps every probability at 2^(-inf - 0) = 0.
-            const float shift = reference[r] == negative_infinity() ? 0.0f : reference[r] * scale_log2;
+            const float shift = reference[r] == -ptx::infinity() ? 0.0f : reference[r] * scale_log2;
             float even = 0.0f;
             float odd = 0.0f;
 #pragma unroll
@@ -85,35 +88,39 @@ struct Online {
                 odd += second;
             }
             sum[r] += even + odd;
-            asm volatile("" : "+f"(sum[r]));  // added up here, under the products in flight, not where it is next needed
+            // Added up here, under the products in flight, not where it is next needed.
+            asm volatile("" : "+f"(sum[r]));
         }
         return moved;
     }
 
-    // Natural-logarithm lse of row r; -inf where the row saw no key. Call after the quad's sums were added up.
-    __device__ __forceinline__ float lse(int r, float row_sum, float scale_log2) const {
-        constexpr float kLn2 = 0.6931471805599453f;
-        return row_sum == 0.0f ? negative_infinity() : kLn2 * (reference[r] * scale_log2 + log2f(row_sum));
+    // Natural-logarithm lse of row r; -inf where the row saw no key. Call after the quad's sums
+    // were added up.
+    ADAATTN_DEVICE float lse(int r, float row_sum, float scale_log2) const {
+        return row_sum == 0.0f ? -ptx::infinity()
+                               : kLn2 * (reference[r] * scale_log2 + log2f(row_sum));
     }
 };
 
 template <int kCount>
-__device__ __forceinline__ void clear(float (&accumulators)[kCount]) {
+ADAATTN_DEVICE void clear(float (&accumulators)[kCount]) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) accumulators[i] = 0.0f;
 }
 
 template <int kCount>
-__device__ __forceinline__ void rescale_rows(float (&accumulators)[kCount], const float (&factor)[2]) {
+ADAATTN_DEVICE void rescale_rows(float (&accumulators)[kCount], const float (&factor)[2]) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) accumulators[i] *= factor[(i / 2) % 2];
 }
 
-// Rounds a fragment of probabilities to 16 bits: the A operand of the next product, k16 slice by k16 slice.
-template <class Element, int kCount>
-__device__ __forceinline__ void round_pairs(const float (&probabilities)[kCount], u32 (&rounded)[kCount / 2]) {
+// Rounds a fragment of probabilities to 16 bits: the A operand of the next product, k16 slice by
+// k16 slice.
+template <Format kFormat, int kCount>
+ADAATTN_DEVICE void round_pairs(const float (&probabilities)[kCount], u32 (&rounded)[kCount / 2]) {
 #pragma unroll
-    for (int i = 0; i < kCount / 2; ++i) rounded[i] = ptx::pack(Element{}, probabilities[2 * i], probabilities[2 * i + 1]);
+    for (int i = 0; i < kCount / 2; ++i)
+        rounded[i] = quant::pack_pair<kFormat>(probabilities[2 * i], probabilities[2 * i + 1]);
 }
 
 }  // namespace adaattn::softmax

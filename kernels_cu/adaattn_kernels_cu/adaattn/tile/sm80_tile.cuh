@@ -1,13 +1,16 @@
 // sm80_tile.cuh -- a tile of rows in shared memory: its layout, how it is filled, how it is read.
+// SPDX-License-Identifier: Apache-2.0
 //
 // Layout: rows of kPitch bytes (a multiple of 128); the 16-byte chunk c of row r sits at chunk
 // c ^ (r % 8). Eight rows at one logical chunk then lie in eight different bank groups, which is
 // what ldmatrix, the 16-byte copies and the column reads of a 32-bit value tile need.
 #pragma once
 
-#include "adaattn/attn/sm80_format.cuh"
+#include "adaattn/common/format.cuh"
+#include "adaattn/ptx/sm80.cuh"
+#include "adaattn/quant/convert.cuh"
 
-namespace adaattn::sm80 {
+namespace adaattn::tile {
 
 template <Format kFormat, int kRows_, int kDim_>
 struct Tile {
@@ -56,21 +59,21 @@ class Filler {
     ADAATTN_DEVICE void fill(u32 tile, int first_row, int valid_begin, int valid_end) const {
         const int begin = valid_begin - first_row, end = valid_end - first_row;
         if constexpr (kWalks) {
-            const int own_row = thread_index() / TileT::kChunks;
-            const int chunk = thread_index() % TileT::kChunks;
+            const int own_row = ptx::thread_index() / TileT::kChunks;
+            const int chunk = ptx::thread_index() % TileT::kChunks;
             const bool column_valid = chunk * kPerChunk < dim_;
             const char* from = base_ + ((first_row + own_row) * stride_ + chunk * kPerChunk) *
                                            TileT::kElementBytes;
 #pragma unroll 8
             for (int i = 0; i < kCopies / kThreads; ++i) {
                 const int row = own_row + i * kRowStep;
-                copy_async_16(tile + TileT::chunk_offset(row, chunk), from,
-                              column_valid && row >= begin && row < end);
+                ptx::copy_async_16(tile + TileT::chunk_offset(row, chunk), from,
+                                   column_valid && row >= begin && row < end);
                 from += kRowStep * stride_ * TileT::kElementBytes;
             }
         } else {
 #pragma unroll 1
-            for (int i = thread_index(); i < kCopies; i += kThreads) {
+            for (int i = ptx::thread_index(); i < kCopies; i += kThreads) {
                 const int row = i / TileT::kChunks, chunk = i % TileT::kChunks;
                 const i64 index = (first_row + row) * stride_ + chunk * kPerChunk;
                 fill_chunk(tile + TileT::chunk_offset(row, chunk), index,
@@ -83,26 +86,26 @@ class Filler {
     // The chunk at element `index`, of which the first `count` elements are valid.
     ADAATTN_DEVICE void fill_chunk(u32 address, i64 index, int count) const {
         if constexpr (kAsync) {
-            copy_async_16(address, base_ + index * TileT::kElementBytes, count > 0);
+            ptx::copy_async_16(address, base_ + index * TileT::kElementBytes, count > 0);
         } else {
             float x[kPerChunk];
 #pragma unroll
             for (int e = 0; e < kPerChunk; ++e) {
-                x[e] = e < count ? load_element<kInput>(base_, index + e) : 0.0f;
+                x[e] = e < count ? quant::load_element<kInput>(base_, index + e) : 0.0f;
                 if constexpr (kFormat == Format::f16 && kInput != Format::f16) {
-                    x[e] = saturate_f16(x[e]);
+                    x[e] = quant::saturate_f16(x[e]);
                 }
             }
             u32 packed[4];
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 if constexpr (is_narrow(kFormat)) {
-                    packed[e] = pack_pair<kFormat>(x[2 * e], x[2 * e + 1]);
+                    packed[e] = quant::pack_pair<kFormat>(x[2 * e], x[2 * e + 1]);
                 } else {
-                    packed[e] = float_bits(x[e]);
+                    packed[e] = ptx::float_bits(x[e]);
                 }
             }
-            store_shared_128(address, packed);
+            ptx::store_shared_128(address, packed);
         }
     }
 };
@@ -115,21 +118,21 @@ struct FillSource {
 };
 
 ADAATTN_DEVICE void store_fill_source(u32 address, const FillSource& source) {
-    const unsigned long long key = reinterpret_cast<unsigned long long>(source.key);
-    const unsigned long long value = reinterpret_cast<unsigned long long>(source.value);
+    const u64 key = reinterpret_cast<u64>(source.key);
+    const u64 value = reinterpret_cast<u64>(source.value);
     const u32 pointers[4] = {static_cast<u32>(key), static_cast<u32>(key >> 32),
                              static_cast<u32>(value), static_cast<u32>(value >> 32)};
     const u32 rows[4] = {static_cast<u32>(source.start), static_cast<u32>(source.stop), 0u, 0u};
-    store_shared_128(address, pointers);
-    store_shared_128(address + 16, rows);
+    ptx::store_shared_128(address, pointers);
+    ptx::store_shared_128(address + 16, rows);
 }
 
 ADAATTN_DEVICE FillSource load_fill_source(u32 address) {
     u32 pointers[4], rows[4];
-    load_shared_128(pointers, address);
-    load_shared_128(rows, address + 16);
+    ptx::load_shared_128(pointers, address);
+    ptx::load_shared_128(rows, address + 16);
     const auto join = [](u32 low, u32 high) {
-        return reinterpret_cast<const void*>(static_cast<unsigned long long>(high) << 32 | low);
+        return reinterpret_cast<const void*>(static_cast<u64>(high) << 32 | low);
     };
     return {join(pointers[0], pointers[1]), join(pointers[2], pointers[3]),
             static_cast<int>(rows[0]), static_cast<int>(rows[1])};
@@ -139,11 +142,11 @@ ADAATTN_DEVICE FillSource load_fill_source(u32 address) {
 template <Format kFormat>
 ADAATTN_DEVICE float shared_element(u32 address) {
     if constexpr (kFormat == Format::bf16) {
-        return from_bf16(load_shared_16(address));
+        return ptx::from_bf16(ptx::load_shared_16(address));
     } else if constexpr (kFormat == Format::f16) {
-        return from_f16(load_shared_16(address));
+        return ptx::from_f16(ptx::load_shared_16(address));
     } else {
-        return bits_float(load_shared_32(address));
+        return ptx::bits_float(ptx::load_shared_32(address));
     }
 }
 
@@ -161,8 +164,7 @@ ADAATTN_DEVICE u32 column_operand(u32 tile, int lane) {
 // The swizzle is an XOR on bits 4..6, so only whole 128-byte lines may be added.
 template <class TileT>
 ADAATTN_DEVICE u32 moved(u32 address, int step, int rows) {
-    return (address ^ static_cast<u32>((step & 3) << 5)) + (step >> 2) * 128 +
-           rows * TileT::kPitch;
+    return (address ^ static_cast<u32>((step & 3) << 5)) + (step >> 2) * 128 + rows * TileT::kPitch;
 }
 
-}  // namespace adaattn::sm80
+}  // namespace adaattn::tile

@@ -1,4 +1,5 @@
-// sm80_softmax.cuh -- online softmax of one warp's scores, in base 2.
+// row_state.cuh -- online softmax of one warp's scores, in base 2.
+// SPDX-License-Identifier: Apache-2.0
 //
 // Per row: the score `top` that the exponentials are taken against, and the sum so far of
 //   p_j = 2^(s_j * scale - ref),  ref = fl(top * scale).
@@ -8,19 +9,14 @@
 // neighbours.
 #pragma once
 
-#include "adaattn/attn/sm80_tile.cuh"
+#include "adaattn/ptx/sm80.cuh"
+#include "adaattn/softmax/slack.cuh"
 
-namespace adaattn::sm80 {
+namespace adaattn::softmax {
 
-constexpr float kSlackLog2 = 8.0f;
 // Beyond this |ref| the rounding of the product fl(top * scale) is no longer small; scores are
 // then shifted before they are scaled, so that 2^x cannot overflow.
 constexpr float kLargeRef = 16777216.0f;  // 2^24
-
-// Accumulator fragment of 16 rows by 8 columns: lane l holds rows l/4 (elements 0, 1) and l/4 + 8
-// (elements 2, 3), columns 2 (l%4) and + 1.
-template <int kRowTiles, int kColumnTiles>
-using Accumulator = float[kRowTiles][kColumnTiles][4];
 
 template <int kRowTiles>
 struct RowState {
@@ -32,7 +28,7 @@ struct RowState {
         for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                top[m][half] = -infinity();
+                top[m][half] = -ptx::infinity();
                 sum[m][half] = 0.0f;
             }
         }
@@ -48,43 +44,43 @@ struct RowState {
         float ref[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            float top_new = -infinity();
+            float top_new = -ptx::infinity();
 #pragma unroll
             for (int n = 0; n < kKeyTiles; ++n) {
-                top_new = max_number(top_new, scores[n][2 * half]);
-                top_new = max_number(top_new, scores[n][2 * half + 1]);
+                top_new = ptx::max_number(top_new, scores[n][2 * half]);
+                top_new = ptx::max_number(top_new, scores[n][2 * half + 1]);
             }
-            top_new = max_number(top_new, shuffle_xor(top_new, 1));
-            top_new = max_number(top_new, shuffle_xor(top_new, 2));
+            top_new = ptx::max_number(top_new, ptx::shuffle_xor(top_new, 1));
+            top_new = ptx::max_number(top_new, ptx::shuffle_xor(top_new, 2));
             const float top_old = top[m][half];
             // -inf minus -inf is NaN, which compares false: a row without keys stays put.
             const bool moves = (top_new - top_old) * scale > kSlackLog2;
             top[m][half] = moves ? top_new : top_old;
-            ref[half] = mul_rn(top[m][half], scale);
+            ref[half] = ptx::mul_rn(top[m][half], scale);
             // Nothing was summed yet where top_old is -inf; 1 keeps an Inf added on its own.
-            alpha[half] = moves && top_old != -infinity()
-                              ? exp2_approx(mul_rn(top_old, scale) - ref[half])
+            alpha[half] = moves && top_old != -ptx::infinity()
+                              ? ptx::exp2_approx(ptx::mul_rn(top_old, scale) - ref[half])
                               : 1.0f;
             sum[m][half] *= alpha[half];
             moved_any |= moves;
             large_any |= ref[half] > kLargeRef || ref[half] < -kLargeRef;
         }
-        if (warp_any(large_any)) {
+        if (ptx::warp_any(large_any)) {
             shift_large(m, scores, ref);
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const float shift = ref[half] == -infinity() ? 0.0f : -ref[half];
+            const float shift = ref[half] == -ptx::infinity() ? 0.0f : -ref[half];
 #pragma unroll
             for (int n = 0; n < kKeyTiles; ++n) {
 #pragma unroll
                 for (int e = 2 * half; e < 2 * half + 2; ++e) {
-                    scores[n][e] = exp2_approx(fma_rn(scores[n][e], scale, shift));
+                    scores[n][e] = ptx::exp2_approx(ptx::fma_rn(scores[n][e], scale, shift));
                     sum[m][half] += scores[n][e];
                 }
             }
         }
-        return warp_any(moved_any);
+        return ptx::warp_any(moved_any);
     }
 
     // Sums over the four lanes that share a row.
@@ -93,18 +89,17 @@ struct RowState {
         for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                sum[m][half] += shuffle_xor(sum[m][half], 1);
-                sum[m][half] += shuffle_xor(sum[m][half], 2);
+                sum[m][half] += ptx::shuffle_xor(sum[m][half], 1);
+                sum[m][half] += ptx::shuffle_xor(sum[m][half], 2);
             }
         }
     }
 
     // Natural-log LSE of a row after `finish`; -inf where it saw nothing.
     ADAATTN_DEVICE float lse(int m, int half, float scale) const {
-        constexpr float kLn2 = 0.6931471805599453f;
-        return top[m][half] == -infinity()
-                   ? -infinity()
-                   : (mul_rn(top[m][half], scale) + log2_accurate(sum[m][half])) * kLn2;
+        return top[m][half] == -ptx::infinity()
+                   ? -ptx::infinity()
+                   : (ptx::mul_rn(top[m][half], scale) + ptx::log2_accurate(sum[m][half])) * kLn2;
     }
 
   private:
@@ -113,8 +108,8 @@ struct RowState {
     ADAATTN_DEVICE void shift_large(int m, float (&scores)[kKeyTiles][4], float (&ref)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const bool large = (ref[half] > kLargeRef && ref[half] < infinity()) ||
-                               (ref[half] < -kLargeRef && ref[half] > -infinity());
+            const bool large = (ref[half] > kLargeRef && ref[half] < ptx::infinity()) ||
+                               (ref[half] < -kLargeRef && ref[half] > -ptx::infinity());
             const float shift = large ? top[m][half] : 0.0f;
             ref[half] = large ? 0.0f : ref[half];
 #pragma unroll
@@ -128,4 +123,4 @@ struct RowState {
     }
 };
 
-}  // namespace adaattn::sm80
+}  // namespace adaattn::softmax

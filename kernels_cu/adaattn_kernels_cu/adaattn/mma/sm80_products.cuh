@@ -1,10 +1,11 @@
 // sm80_products.cuh -- the two matrix products of one warp's rows: S = Q K^T and O += P V.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "adaattn/attn/sm80_softmax.cuh"
-#include "adaattn/attn/sm80_tile.cuh"
+#include "adaattn/mma/fragment.cuh"
+#include "adaattn/tile/sm80_tile.cuh"
 
-namespace adaattn::sm80 {
+namespace adaattn::mma {
 
 template <class T>
 using Scores = Accumulator<T::kRowTiles, T::kKeyTiles>;
@@ -31,13 +32,13 @@ ADAATTN_DEVICE void add_score_step(Scores<T>& scores, u32 query, u32 key, int st
     Fragment<T::kQk, 4> a[T::kRowTiles];
 #pragma unroll
     for (int m = 0; m < T::kRowTiles; ++m) {
-        load_matrices(a[m].high, moved<typename T::QueryTile>(query, step, 16 * m));
+        ptx::load_matrices(a[m].high, tile::moved<typename T::QueryTile>(query, step, 16 * m));
         a[m].split();
     }
 #pragma unroll
     for (int n = 0; n < T::kKeyTiles; n += 2) {
         Fragment<T::kQk, 4> b;
-        load_matrices(b.high, moved<typename T::KeyTile>(key, step, 8 * n));
+        ptx::load_matrices(b.high, tile::moved<typename T::KeyTile>(key, step, 8 * n));
         b.split();
 #pragma unroll
         for (int m = 0; m < T::kRowTiles; ++m) {
@@ -105,15 +106,15 @@ ADAATTN_DEVICE void add_values_narrow(Output<T>& out, const Scores<T>& weights, 
         for (int m = 0; m < T::kRowTiles; ++m) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {  // (r4)
-                const float(&p)[4] = weights[m][2 * k + i / 2];
-                a[m].high[i] = pack_pair<T::kPv>(p[2 * (i & 1)], p[2 * (i & 1) + 1]);
+                const float (&p)[4] = weights[m][2 * k + i / 2];
+                a[m].high[i] = quant::pack_pair<T::kPv>(p[2 * (i & 1)], p[2 * (i & 1) + 1]);
             }
         }
 #pragma unroll
         for (int n = 0; n < T::kValueTiles; n += 2) {
             Fragment<T::kPv, 4> b;
-            load_matrices_transposed(b.high,
-                                     moved<typename T::ValueTile>(value, n / 2, 16 * k));
+            ptx::load_matrices_transposed(b.high,
+                                          tile::moved<typename T::ValueTile>(value, n / 2, 16 * k));
 #pragma unroll
             for (int m = 0; m < T::kRowTiles; ++m) {
                 multiply<T::kPv, 0>(out[m][n], a[m], b);
@@ -131,7 +132,7 @@ ADAATTN_DEVICE void add_values_wide(Output<T>& out, const Scores<T>& weights, u3
     using ValueTile = typename T::ValueTile;
     // n8 blocks whose short partial sums are held at a time; a long row of O leaves room for fewer.
     constexpr int kBlocks = T::kValueTiles > 16 ? 2 : 4;
-    const int lane = thread_index() & 31;
+    const int lane = ptx::thread_index() & 31;
     const u32 even = value + ValueTile::element_offset(2 * (lane & 3), lane / 4);
     const u32 odd = value + ValueTile::element_offset(2 * (lane & 3) + 1, lane / 4);
     // Split once here: in the loop below it would be compiled again for every block of columns.
@@ -140,11 +141,11 @@ ADAATTN_DEVICE void add_values_wide(Output<T>& out, const Scores<T>& weights, u3
     for (int k = 0; k < T::kKeyTiles; ++k) {
 #pragma unroll
         for (int m = 0; m < T::kRowTiles; ++m) {
-            const float(&p)[4] = weights[m][k];
-            split[k][m].high[0] = float_bits(p[0]);
-            split[k][m].high[1] = float_bits(p[2]);
-            split[k][m].high[2] = float_bits(p[1]);
-            split[k][m].high[3] = float_bits(p[3]);
+            const float (&p)[4] = weights[m][k];
+            split[k][m].high[0] = ptx::float_bits(p[0]);
+            split[k][m].high[1] = ptx::float_bits(p[2]);
+            split[k][m].high[2] = ptx::float_bits(p[1]);
+            split[k][m].high[3] = ptx::float_bits(p[3]);
             split[k][m].split();
         }
     }
@@ -158,8 +159,8 @@ ADAATTN_DEVICE void add_values_wide(Output<T>& out, const Scores<T>& weights, u3
 #pragma unroll
             for (int n = 0; n < kBlocks; ++n) {
                 Fragment<T::kPv, 2> b;
-                b.high[0] = load_shared_32(moved<ValueTile>(even, first + n, 8 * k));
-                b.high[1] = load_shared_32(moved<ValueTile>(odd, first + n, 8 * k));
+                b.high[0] = ptx::load_shared_32(tile::moved<ValueTile>(even, first + n, 8 * k));
+                b.high[1] = ptx::load_shared_32(tile::moved<ValueTile>(odd, first + n, 8 * k));
                 b.split();
 #pragma unroll
                 for (int m = 0; m < T::kRowTiles; ++m) {
@@ -180,4 +181,4 @@ ADAATTN_DEVICE void add_values_wide(Output<T>& out, const Scores<T>& weights, u3
     }
 }
 
-}  // namespace adaattn::sm80
+}  // namespace adaattn::mma

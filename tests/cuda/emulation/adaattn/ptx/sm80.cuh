@@ -1,4 +1,4 @@
-// sm80_ptx.cuh -- the instruction header of the sm80 family, emulated on a CPU for tests.
+// sm80.cuh -- the instruction header of the sm80 family, emulated on a CPU for tests.
 //
 // It takes the place of the shipped header of the same name (include order), so the kernel's own
 // source runs unchanged. Every CUDA thread is a fiber; a fiber runs until it meets the others of
@@ -16,15 +16,9 @@
 
 #include <vector>
 
-#define __host__
-#define __device__
-#define ADAATTN_DEVICE inline
+#include "adaattn/common/types.cuh"
 
-namespace adaattn::sm80 {
-
-using i64 = long long;
-using u32 = unsigned int;
-using u16 = unsigned short;
+namespace adaattn::ptx {
 
 namespace emulation {
 
@@ -331,18 +325,16 @@ inline void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, Element e
 }  // namespace emulation
 
 ADAATTN_DEVICE void mma_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    emulation::multiply<16, 2>(d, a, b0, b1, [](u32 x, int i) {
-        return from_bf16(static_cast<u16>(x >> (16 * i)));
-    });
+    emulation::multiply<16, 2>(
+        d, a, b0, b1, [](u32 x, int i) { return from_bf16(static_cast<u16>(x >> (16 * i))); });
 }
 ADAATTN_DEVICE void mma_f16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    emulation::multiply<16, 2>(d, a, b0, b1, [](u32 x, int i) {
-        return from_f16(static_cast<u16>(x >> (16 * i)));
-    });
+    emulation::multiply<16, 2>(
+        d, a, b0, b1, [](u32 x, int i) { return from_f16(static_cast<u16>(x >> (16 * i))); });
 }
 ADAATTN_DEVICE void mma_tf32(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    emulation::multiply<8, 1>(
-        d, a, b0, b1, [](u32 x, int) { return emulation::float_of(x & 0xffffe000u); });
+    emulation::multiply<8, 1>(d, a, b0, b1,
+                              [](u32 x, int) { return emulation::float_of(x & 0xffffe000u); });
 }
 
 ADAATTN_DEVICE void store_global_64(void* global, u32 low, u32 high) {
@@ -354,4 +346,4 @@ ADAATTN_DEVICE void store_global_64(void* global, u32 low, u32 high) {
     memcpy(static_cast<char*>(global) + 4, &high, 4);
 }
 
-}  // namespace adaattn::sm80
+}  // namespace adaattn::ptx

@@ -1,20 +1,23 @@
-// wgmma_mma.cuh -- m64nNk16 with f32 accumulators, one specialisation per N and element type. SPDX-License-Identifier: Apache-2.0
+// wgmma_f16.cuh -- m64nNk16 with f32 accumulators, one specialisation per N and element type.
+// SPDX-License-Identifier: Apache-2.0
 //
 // PTX ISA, "wgmma.mma_async". D (64 x N, f32, registers) = A x B (+ D unless `accumulate` is 0).
 //   ss: A and B in shared memory, both K-major (queries x keys).
 //   rs: A in registers (probabilities), B in shared memory, MN-major (values as stored).
-// Fragment of D: warp w, lane t of the warpgroup hold rows 16 w + t / 4 (d[4 j], d[4 j + 1]) and 8 below (d[4 j + 2], d[4 j + 3])
-// of columns 8 j + 2 (t % 4) + {0, 1}. Rounded to 16 bits it is, pair by pair, the A fragment of the next product.
+// Fragment of D: warp w, lane t of the warpgroup hold rows 16 w + t / 4 (d[4 j], d[4 j + 1]) and 8
+// below (d[4 j + 2], d[4 j + 3]) of columns 8 j + 2 (t % 4) + {0, 1}. Rounded to 16 bits it is, pair
+// by pair, the A fragment of the next product.
 #pragma once
 
-#include "adaattn/common/types.cuh"
+#include "adaattn/common/format.cuh"
 
 namespace adaattn::ptx {
 
-template <class Element, int kN>
+template <Format kFormat, int kN>
 struct Wgmma;
 
-// ADAATTN_Tn: the first 8 n operand numbers as text; ADAATTN_Dn: the first 8 n accumulators as operands.
+// clang-format off
+// ADAATTN_Tn: the first 8 n operand numbers as text; ADAATTN_Dn: the first 8 n accumulators.
 #define ADAATTN_T1 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define ADAATTN_T2 ADAATTN_T1 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define ADAATTN_T3 ADAATTN_T2 ", %16, %17, %18, %19, %20, %21, %22, %23"
@@ -52,10 +55,10 @@ struct Wgmma;
 #define ADAATTN_D16 ADAATTN_D15, ADAATTN_REGS8(15)
 
 // N: columns; G: N / 16; P0..P5: the operand numbers that follow the N / 2 accumulators.
-#define ADAATTN_WGMMA(ELEMENT, TYPE, N, G, P0, P1, P2, P3, P4, P5)                                             \
+#define ADAATTN_WGMMA(FORMAT, TYPE, N, G, P0, P1, P2, P3, P4, P5)                                             \
     template <>                                                                                                \
-    struct Wgmma<ELEMENT, N> {                                                                                 \
-        static __device__ __forceinline__ void ss(float (&d)[N / 2], u64 a, u64 b, int accumulate) {           \
+    struct Wgmma<FORMAT, N> {                                                                                 \
+        ADAATTN_DEVICE static void ss(float (&d)[N / 2], u64 a, u64 b, int accumulate) {           \
             asm volatile(                                                                                      \
                 "{\n.reg .pred p;\nsetp.ne.b32 p, %" #P2 ", 0;\n"                                              \
                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE                                \
@@ -63,7 +66,7 @@ struct Wgmma;
                 : ADAATTN_D##G                                                                                 \
                 : "l"(a), "l"(b), "r"(accumulate));                                                            \
         }                                                                                                      \
-        static __device__ __forceinline__ void rs(float (&d)[N / 2], const u32* a, u64 b, int accumulate) {    \
+        ADAATTN_DEVICE static void rs(float (&d)[N / 2], const u32* a, u64 b, int accumulate) {    \
             asm volatile(                                                                                      \
                 "{\n.reg .pred p;\nsetp.ne.b32 p, %" #P5 ", 0;\n"                                              \
                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE                                \
@@ -73,8 +76,8 @@ struct Wgmma;
         }                                                                                                      \
     };
 #define ADAATTN_WGMMA_BOTH(N, G, P0, P1, P2, P3, P4, P5)       \
-    ADAATTN_WGMMA(Bf16, "bf16", N, G, P0, P1, P2, P3, P4, P5)  \
-    ADAATTN_WGMMA(F16, "f16", N, G, P0, P1, P2, P3, P4, P5)
+    ADAATTN_WGMMA(Format::bf16, "bf16", N, G, P0, P1, P2, P3, P4, P5)  \
+    ADAATTN_WGMMA(Format::f16, "f16", N, G, P0, P1, P2, P3, P4, P5)
 
 ADAATTN_WGMMA_BOTH(64, 4, 32, 33, 34, 35, 36, 37)
 ADAATTN_WGMMA_BOTH(80, 5, 40, 41, 42, 43, 44, 45)
@@ -122,5 +125,6 @@ ADAATTN_WGMMA_BOTH(256, 16, 128, 129, 130, 131, 132, 133)
 #undef ADAATTN_D15
 #undef ADAATTN_T16
 #undef ADAATTN_D16
+// clang-format on
 
 }  // namespace adaattn::ptx

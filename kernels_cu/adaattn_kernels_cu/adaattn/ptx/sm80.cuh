@@ -1,16 +1,13 @@
-// sm80_ptx.cuh -- the instructions the sm80 family is written in, one per function (PTX ISA 8.x).
+// sm80.cuh -- instructions of every GPU from Ampere on, one per function (PTX ISA 8.x).
+// SPDX-License-Identifier: Apache-2.0
 //
-// Everything that is not plain C++ stands here and nowhere else in the family, so that a test can
-// put an emulation in this header's place and run the kernels on a CPU.
+// Whatever is not plain C++ in the sm80 family stands here and nowhere else, so that a test can
+// put an emulation in this header's place and run its kernels on a CPU.
 #pragma once
 
-#define ADAATTN_DEVICE __device__ __forceinline__
+#include "adaattn/common/types.cuh"
 
-namespace adaattn::sm80 {
-
-using i64 = long long;
-using u32 = unsigned int;
-using u16 = unsigned short;
+namespace adaattn::ptx {
 
 // --- where am I ------------------------------------------------------------------------------
 ADAATTN_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
@@ -59,6 +56,12 @@ ADAATTN_DEVICE float exp2_approx(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+// PTX: rcp.approx.ftz.f32, within 1 ulp.
+ADAATTN_DEVICE float reciprocal_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 ADAATTN_DEVICE float log2_accurate(float x) { return log2f(x); }
 ADAATTN_DEVICE float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 // Neither may be contracted into an fma: the first operand of a split must round as written.
@@ -67,11 +70,9 @@ ADAATTN_DEVICE float mul_rn(float a, float b) { return __fmul_rn(a, b); }
 ADAATTN_DEVICE float max_number(float a, float b) { return fmaxf(a, b); }  // drops a NaN
 
 // --- warp and block --------------------------------------------------------------------------
-ADAATTN_DEVICE float shuffle_xor(float x, int mask) {
-    return __shfl_xor_sync(0xffffffffu, x, mask);
-}
-ADAATTN_DEVICE u32 shuffle_xor(u32 x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
-ADAATTN_DEVICE bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
+ADAATTN_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(kFullWarp, x, mask); }
+ADAATTN_DEVICE u32 shuffle_xor(u32 x, int mask) { return __shfl_xor_sync(kFullWarp, x, mask); }
+ADAATTN_DEVICE bool warp_any(bool x) { return __any_sync(kFullWarp, x); }
 ADAATTN_DEVICE void block_sync() { __syncthreads(); }
 ADAATTN_DEVICE bool block_sync_or(bool x) { return __syncthreads_or(x); }
 
@@ -158,4 +159,4 @@ ADAATTN_DEVICE void store_global_64(void* global, u32 low, u32 high) {
     asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(global), "r"(low), "r"(high) : "memory");
 }
 
-}  // namespace adaattn::sm80
+}  // namespace adaattn::ptx

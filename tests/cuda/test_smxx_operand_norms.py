@@ -9,9 +9,9 @@ import pytest
 
 from adaattn_core.mask import Mask
 from adaattn_core.problem import AttentionProblem
-from adaattn_cuda import driver, row_facts
+from adaattn_cuda import driver, operand_norms
 from adaattn_cuda.arrays import ArrayView, contiguous
-from adaattn_cuda.row_facts import SLOTS, FactsPlan, RowFacts
+from adaattn_cuda.operand_norms import SLOTS, FactsPlan, RowFacts
 
 EDGES = (0, 70, 70, 270, 300)
 RECORDS = 1 << 30
@@ -58,7 +58,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = driver.DeviceFacts("a card", "sm_80", 108, 166912)
     monkeypatch.setattr(driver, "device_facts", lambda device: facts)
     monkeypatch.setattr(driver, "Call", Call)
-    monkeypatch.setattr(row_facts, "kernel_of", lambda spec, threads, stream: Kernel())
+    monkeypatch.setattr(operand_norms, "kernel_of", lambda spec, threads, stream: Kernel())
 
 
 def problem(mask: Mask | None, batch: int = 1) -> AttentionProblem:

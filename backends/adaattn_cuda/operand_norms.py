@@ -1,4 +1,4 @@
-"""Host side of the row_facts kernel: which records it writes, and reading them back."""
+"""Host side of ``smxx_operand_norms``: which records it writes, and reading them back."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ __all__ = ["ARRAYS", "SLOTS", "FactsPlan", "RowFacts", "shipped"]
 
 ARRAYS = ("query", "key", "value", "out")
 SLOTS = ("norm", "bf16", "f16", "tf32", "distance")
-"""Columns of a record, all squared: the kernel's kSlots."""
+"""Columns of a record, all squared: the kernel's Slot."""
 THREADS = 256
 ROWS_PER_BLOCK, MAX_BLOCKS = 128, 64
 """Rows that one block should have at least, and most blocks of one head of one array."""
 
 
 class _Rows(ctypes.Structure):
-    """The twin of ``Rows`` in row_facts.cuh."""
+    """The twin of ``Rows`` in smxx_operand_norms.cuh."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),
@@ -38,7 +38,7 @@ class _Rows(ctypes.Structure):
 
 
 class _Params(ctypes.Structure):
-    """The twin of ``Params`` in row_facts.cuh."""
+    """The twin of ``Params`` in smxx_operand_norms.cuh."""
 
     _fields_ = (
         ("arrays", _Rows * len(ARRAYS)),
@@ -49,7 +49,9 @@ class _Params(ctypes.Structure):
 
 
 def _spec(input_format: str, arch: str) -> KernelSpec:
-    return KernelSpec("row_facts", (f"adaattn::sm80::Format::{input_format}",), 0, arch)
+    return KernelSpec(
+        "smxx_operand_norms", (f"adaattn::Format::{input_format}",), 0, arch, folder="quant"
+    )
 
 
 def shipped(arch: str) -> list[KernelSpec]:

@@ -1,0 +1,48 @@
+// sm90_params.cuh -- the one argument of the sm90 attention kernels.
+// SPDX-License-Identifier: Apache-2.0
+//
+// Passed by value as a __grid_constant__, as tensor maps must be. Mirrored field by field in
+// adaattn_cuda/sm90.py.
+#pragma once
+
+#include "adaattn/common/types.cuh"
+#include "adaattn/ptx/tma.cuh"
+#include "adaattn/work/work_item.cuh"
+
+namespace adaattn {
+
+// A (batch, head, row, dim) array with unit stride along dim; strides in elements.
+struct Matrix {
+    const void* data;
+    i64 stride_row;
+    i64 stride_head;
+    i64 stride_batch;
+
+    ADAATTN_DEVICE i64 offset(int batch, int head, int row) const {
+        return batch * stride_batch + head * stride_head + row * stride_row;
+    }
+};
+
+struct AttentionParams {
+    ptx::TensorMap query_map;                  // box: tile_m rows x 64 columns
+    ptx::TensorMap key_map[work::kTensors];    // box: tile_n rows x 64 columns
+    ptx::TensorMap value_map[work::kTensors];  // box: tile_n rows x 64 columns
+    Matrix query;                              // the same arrays for the scalar path
+    Matrix key[work::kTensors];
+    Matrix value[work::kTensors];
+    Matrix out;
+    Matrix lse;                   // f32, (batch, head, row); dim does not exist
+    const work::WorkItem* items;  // (rounds, gridDim.x)
+    const work::Source* sources;  // the table that items point into
+    const float* bias;            // per-key addends to the scaled scores, or null
+    float inverse_scale;          // 1 / scale, to bring biases to the raw scores' units
+    float scale_log2;             // scale log2(e) > 0
+    float slack;                  // softmax::kSlackLog2 / scale_log2
+    i32 rounds;
+    i32 dim_qk;
+    i32 dim_v;
+};
+
+static_assert(sizeof(AttentionParams) == 1280, "mirrored by the host");
+
+}  // namespace adaattn
