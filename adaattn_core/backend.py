@@ -94,6 +94,9 @@ class Backend(Protocol):
     ) -> RawResult:
         """Do exactly what the plan says, or raise UnsupportedError.
 
+        The one exception is said in the result: heads of which a row sees NaN or Inf run dense
+        (`RawResult.ran_dense`), whatever their structure.
+
         Parameters
         ----------
         heads : collection of (sequence, head), optional

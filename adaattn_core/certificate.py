@@ -1,7 +1,8 @@
 """Certificates: one sentence per head about the error of the returned output.
 
-With confidence `confidence`, at least a share `rows` of the head's query rows satisfy
-``|out_i - exact_i| <= upper * rms_i |out_i|``.
+With confidence `confidence`, at least a share `rows` of the head's query rows that see a key
+satisfy ``|out_i - exact_i| <= upper * rms_i |out_i|``. The rms is that of all rows of the head:
+rows that see nothing are 0, exactly, and make the unit smaller, never the share larger.
 """
 
 from __future__ import annotations

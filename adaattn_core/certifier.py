@@ -14,6 +14,7 @@ from adaattn_core.budget import ErrorBudget
 from adaattn_core.certificate import Certificate, HeadCertificate, LazyHeads
 from adaattn_core.certify import sampled_certificate, theorem_certificate
 from adaattn_core.facts import RawResult, RunFacts
+from adaattn_core.liverows import LiveRows
 from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.problem import AttentionProblem, HeadIndex
 
@@ -88,6 +89,7 @@ class Certifier:
         self.measures = measures
         self.shape = (len(problem.sequences), problem.heads_q)
         self.rounds: dict[HeadIndex, int] = {}
+        self.live = LiveRows(problem)
 
     def exhausted(self, index: HeadIndex) -> bool:
         """Whether the head has no sampling round left: only a theorem can certify it then."""
@@ -146,11 +148,12 @@ class Certifier:
         split = 1 - (1 - budget.confidence) / tests
         least = minimal_sample_size(budget.rows, split)
         count, most = int(LOOKS[look] * least), int(max(LOOKS) * least)
-        lengths = {index: self.problem.sequences[index[0]].len_q for index in todo}
         rows: dict[HeadIndex, NDArray[np.int64]] = {}
-        for index, len_q in lengths.items():
+        for index in todo:
+            live = self.live[index]
             rng = np.random.default_rng((self.seed, 0, *index, self.rounds[index], look))
-            rows[index] = np.arange(len_q) if len_q <= most else rng.integers(0, len_q, count)
+            every = len(live) <= most
+            rows[index] = live if every else live[rng.integers(0, len(live), count)]
         errors = self.backend.row_errors(self.problem, raw, rows)
         return {
             index: sampled_certificate(
@@ -158,9 +161,9 @@ class Certifier:
                 raw.facts[index],
                 rows=budget.rows,
                 confidence=budget.confidence,
-                len_q=len_q,
-                complete=len_q <= most,
+                len_q=len(self.live[index]),
+                complete=len(self.live[index]) <= most,
                 rounds=tests,
             )
-            for index, len_q in lengths.items()
+            for index in todo
         }

@@ -180,9 +180,9 @@ def sampled_certificate(
     rows, confidence : float
         The sentence asked for, each in (0, 1).
     len_q : int
-        Query rows of the head.
+        Query rows of the head that see a key: the rows that are drawn from, and spoken about.
     complete : bool
-        Whether `errors` holds every row exactly once; the quantile is then exact.
+        Whether `errors` holds every such row exactly once; the quantile is then exact.
     rounds : int
         Rounds of escalation that may draw afresh; the confidence is split over them, so that
         the sentence that is finally kept holds with `confidence` all the same.

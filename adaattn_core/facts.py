@@ -37,7 +37,9 @@ class RunFacts:
     dropped_mass_upper : float
         Largest share of a row's softmax mass that was left out (inf where nothing is known).
     bias_max_abs : float
-        Largest finite magnitude of the additive mask.
+        Largest magnitude of what the additive mask adds to a score. A backend may shift a row's
+        mask as a whole (softmax does not see it), and keys that a row's mask leaves no weight
+        that float64 could hold are hidden: they do not count.
     keys_max : int
         Most visible keys of a row.
     sum_keys_max : int
@@ -80,6 +82,10 @@ class RawResult:
     lse : array of float32, shape (batch, heads_q, len_q)
         Natural log; -inf where a row sees nothing.
     facts : dict of (sequence, head) to RunFacts
+    ran_dense : set of (sequence, head)
+        Heads that ran dense although the plan names another structure, because a row sees NaN
+        or Inf, or because scores might overflow: only then do these reach exactly the rows that
+        see them.
     workspace : object
         Opaque, of the backend that ran: what `row_errors` need not prepare again.
     """
@@ -87,6 +93,7 @@ class RawResult:
     out: Any
     lse: Any
     facts: dict[HeadIndex, RunFacts] = field(default_factory=dict)
+    ran_dense: set[HeadIndex] = field(default_factory=set)
     workspace: Any = field(default=None, repr=False)
 
 

@@ -85,6 +85,7 @@ class Mask:
                     needed="a whole number of at least 0, or None for unlimited",
                     do="count the keys to each side, the row's own position not included",
                 )
+        left, right = (None if n is None else int(n) for n in (left, right))
         return cls(alignment=_alignment(alignment), left=left, right=right)
 
     @classmethod
@@ -178,8 +179,9 @@ class Mask:
         if not self.has_window:
             return np.zeros(len_q, np.int64), np.full(len_q, len_kv, np.int64)
         position = rows + (len_kv - len_q if self.alignment == "bottom_right" else 0)
-        start = np.zeros(len_q, np.int64) if self.left is None else position - self.left
-        stop = np.full(len_q, len_kv) if self.right is None else position + self.right + 1
+        left, right = self.reach(len_q, len_kv)
+        start = np.zeros(len_q, np.int64) if left is None else position - left
+        stop = np.full(len_q, len_kv) if right is None else position + right + 1
         start = np.clip(start, 0, len_kv)
         return start, np.maximum(np.clip(stop, 0, len_kv), start)
 
@@ -189,6 +191,18 @@ class Mask:
             return False
         offset = len_kv - len_q if self.alignment == "bottom_right" else 0
         return self.left is None or len_q - 1 + offset <= self.left
+
+    def reach(self, len_q: int, len_kv: int) -> tuple[int | None, int | None]:
+        """`left` and `right`, no larger than these lengths can tell apart.
+
+        Positions may be added to them without overflow, however wide the window is.
+        """
+        most = len_q + len_kv
+        left, right = self.left, self.right
+        return (
+            None if left is None else min(left, most),
+            None if right is None else min(right, most),
+        )
 
     def extent(self, len_q: int, len_kv: int) -> tuple[int, int]:
         """Scores that one sequence's intervals leave in all, and most of them in one row."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 from adaattn_core.backend import Backend
@@ -18,8 +19,12 @@ from adaattn_core.policies.base import Policy, PolicyContext
 from adaattn_core.policies.fixed import ExactPolicy
 from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_core.stats import HeadStats, ProblemStats
+from adaattn_core.structure import Dense
 
 Notes = dict[str, Any]
+
+RAN_DENSE = "ran dense: a row sees NaN or Inf, or scores might overflow"
+"""Reason in the plan of a head that ran dense whatever its structure."""
 
 
 def run_pipeline(
@@ -61,6 +66,10 @@ def run_pipeline(
     plan.check_fits(problem)
     clock.stop("plan_seconds")
     raw = backend.run(problem, plan, workspace=workspace)
+    ran_dense = sorted(raw.ran_dense)
+    plan = plan.with_heads(
+        {i: replace(plan[i], structure=Dense(), reason=RAN_DENSE) for i in ran_dense}
+    )
     clock.stop("run_seconds")
     certifier = Certifier(problem, backend, budget, seed, measures=capabilities.measures)
     if budget is None:  # nobody waits for the verdict: a device may still be computing
@@ -93,7 +102,10 @@ def run_pipeline(
             failing = certificate.violations(budget)
         clock.stop("escalate_seconds")
         _check_outcome(certificate, budget, failing, backend)
-    return raw, plan, certificate, stats, {**clock.seconds, "escalated": escalated}
+    notes = {**clock.seconds, "escalated": escalated}
+    if ran_dense:
+        notes["ran_dense"] = [f"{sequence},{head}" for sequence, head in ran_dense]
+    return raw, plan, certificate, stats, notes
 
 
 def _check_outcome(

@@ -71,7 +71,7 @@ class HeadStats:
     structures : tuple of StructureEstimate
         Candidates that the backend tried on held-out sampled rows; Dense is implied.
     nonfinite : bool
-        Whether a visible input is NaN or Inf.
+        Whether a visible input is NaN or Inf, or scores might overflow: only dense is safe.
     sampled_rows : int
         Rows behind the estimates (0 = nothing was sampled).
     """

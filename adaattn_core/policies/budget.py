@@ -183,8 +183,8 @@ class BudgetPolicy:
             fallback, cost_estimate=_ratio(context.costs.head_cost(stats, fallback, 1.0), dense)
         )
         if budget is None or stats.nonfinite or not stats.visible:
-            why = "dense: non-finite input" if stats.nonfinite else "dense: nothing to save"
-            return replace(fallback, reason=why)
+            why = "non-finite or too large input" if stats.nonfinite else "nothing to save"
+            return replace(fallback, reason=f"dense: {why}")
         best = fallback
         for plan, share in self._candidates(stats, context):
             cost = _ratio(context.costs.head_cost(stats, plan, share, measured=True), dense)

@@ -92,7 +92,7 @@ class EntropyPolicy:
     def _structure(self, stats: HeadStats, context: PolicyContext) -> tuple[Structure, str]:
         kinds = context.capabilities.structures
         if stats.nonfinite or not stats.sampled_rows:
-            return Dense(), "dense: nothing measured or non-finite input"
+            return Dense(), "dense: nothing measured, or non-finite or too large input"
         if min(stats.len_q, stats.len_kv) < self.least_len:
             return Dense(), f"dense: shorter than {self.least_len}"
         if stats.entropy_relative >= self.entropy_diffuse:

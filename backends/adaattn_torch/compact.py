@@ -121,8 +121,9 @@ def written_out(pattern: Mask, shape: tuple[int, ...], device: torch.device) -> 
         allowed = allowed & (column < ends)
     if pattern.alignment == "bottom_right":
         row = row + ((len_kv if ends is None else ends) - len_q)
-    if pattern.right is not None:
-        allowed = allowed & (column <= row + pattern.right)
-    if pattern.left is not None:
-        allowed = allowed & (column >= row - pattern.left)
+    left, right = pattern.reach(len_q, len_kv)
+    if right is not None:
+        allowed = allowed & (column <= row + right)
+    if left is not None:
+        allowed = allowed & (column >= row - left)
     return allowed.expand(batch, 1, len_q, len_kv)

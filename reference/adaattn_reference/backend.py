@@ -105,20 +105,24 @@ class NumpyBackend:
         if workspace is None or workspace.problem is not problem:
             workspace = Workspace(problem, plan.seed, ProblemViews(problem))
         raw.workspace = workspace
-        wide = any(plan[i].qk == "f64" for i in todo)
-        views64 = ProblemViews(problem, np.float64) if wide else None
+        views64 = ProblemViews(problem, np.float64)
         space = workspace
 
         def work(index: HeadIndex) -> tuple[HeadIndex, HeadOutput, RunFacts]:
             head = plan[index]
             _check_formats(head)
-            views = views64 if head.qk == "f64" and views64 is not None else space.views
+            # Float32 operands whose products could overflow are multiplied in float64.
+            wide = head.qk == "f64" or not space.views[index].in_range
+            view = (views64 if wide else space.views)[index]
+            if not view.regular and head.structure != Dense():
+                head = replace(head, structure=Dense())
+                raw.ran_dense.add(index)
             probe = space.probes.get(index)
             usable = (
                 probe is not None and space.seed == plan.seed and probe.serves(head.structure)
             )
             probes = probe.probes if probe is not None and usable else None
-            return index, *_run_head(views[index], head, plan.seed, probes)
+            return index, *_run_head(view, head, plan.seed, probes)
 
         todo.sort(key=lambda index: -problem.visible_scores(index[0]))
         for index, output, facts in map_heads(work, todo, _most_scores(problem)):
@@ -126,7 +130,7 @@ class NumpyBackend:
             rows = (span.batch, index[1], slice(span.q_start, span.q_stop))
             with np.errstate(all="ignore"):
                 raw.out[rows] = output.out.astype(raw.out.dtype)
-                raw.lse[rows] = output.lse
+                raw.lse[rows] = _narrow(output.lse)
                 raw.facts[index] = _with_output_facts(facts, raw.out[rows])
         return raw
 
@@ -151,10 +155,11 @@ class NumpyBackend:
             out = raw.out[span.batch, index[1], span.q_start + chosen].astype(np.float64)
             if narrow is not None:
                 view = narrow.rows(index, chosen)
-                errors = errors_against(view, out, _input_facts(view), problem)
-                typical = float(np.quantile(errors.error, 0.9)) if len(chosen) else 0.0
-                if errors.oracle_upper <= ORACLE_SHARE * typical:
-                    return index, errors
+                if view.in_range:
+                    errors = errors_against(view, out, _input_facts(view), problem)
+                    typical = float(np.quantile(errors.error, 0.9)) if len(chosen) else 0.0
+                    if errors.oracle_upper <= ORACLE_SHARE * typical:
+                        return index, errors
             view = wide.rows(index, chosen)
             return index, errors_against(view, out, _input_facts(view), problem)
 
@@ -213,8 +218,12 @@ def _run_head(
             needed="dense, score_skip, low_rank, block_sparse or landmark",
             do="choose one of these",
         )
-    if operands.lse_shift is not None:
-        output.lse += operands.lse_shift
+    for shift in (operands.lse_shift, view.lse_shift):
+        if shift is not None:
+            output.lse = np.where(output.lse == -np.inf, -np.inf, output.lse + shift)
+    if not view.regular:  # scores that Inf makes -inf are seen, all the same
+        lost = view.live & (output.lse == -np.inf)
+        output.out[lost], output.lse[lost] = np.nan, np.nan
     return output, _with_run_facts(facts, view, operands, output, rank)
 
 
@@ -223,9 +232,10 @@ def _input_facts(view: HeadView) -> RunFacts:
     bias_max = 0.0
     widest = int((view.stop - view.start).max(initial=0))
     if view.bias is not None:
-        finite = np.isfinite(view.bias)
-        magnitude = np.abs(view.bias, where=finite, out=np.zeros(view.bias.shape))
-        bias_max = float(magnitude.max(initial=0.0))
+        # The shift is known to float64's accuracy, whatever the scores are computed in.
+        unit = float(np.finfo(view.query.dtype).eps)
+        lost = view.scanned.shift_max_abs * (float(np.finfo(np.float64).eps) / unit)
+        bias_max = (view.scanned.bias_max_abs + lost) * (1 + 1e-6)
     return RunFacts(
         query_norm_upper=view.query_norm_upper,
         key_norm_upper=float(view.seen(view.kv.key_norm).max(initial=0.0)),
@@ -271,6 +281,12 @@ def _with_output_facts(facts: RunFacts, out: NDArray[Any]) -> RunFacts:
         nonfinite=bool(rows.size)
         and not (np.isfinite(mean_square) or bool(np.isfinite(rows).all())),
     )
+
+
+def _narrow(lse: Float) -> Float:
+    """Log-sum-exps as float32; finite ones stay finite, since -inf means "sees nothing"."""
+    largest = np.finfo(np.float32).max
+    return np.where(np.isinf(lse), lse, np.clip(lse, -largest, largest)).astype(np.float32)
 
 
 def _empty_result(problem: AttentionProblem) -> RawResult:

@@ -78,9 +78,8 @@ def dense_tile(view: HeadView, operands: Operands, rows: slice) -> tuple[Float, 
         last = min(first + CHUNK_KEYS, high)
         scores = operands.scores(rows, slice(first, last))
         view.mask_scores(scores, rows, first, last)
-        add_chunk(
-            view, operands, accumulator, scores, np.arange(first, last), slice(first, last)
-        )
+        keys = np.arange(first, last)
+        add_chunk(view, operands, accumulator, scores, rows, keys, slice(first, last))
     return accumulator.finish()
 
 
@@ -106,13 +105,9 @@ def block_sparse(
         for first in range(0, len(keys), CHUNK_KEYS):
             chunk = keys[first : first + CHUNK_KEYS]
             scores = operands.scores(rows, chunk)
-            hidden = ~view.visible_block(np.arange(rows.start, rows.stop), low, high)
-            hidden = hidden[:, chunk - low]
-            if view.bias is not None:
-                scores += view.bias[rows][:, chunk]
-            np.copyto(scores, -np.inf, where=hidden)
-            result.computed += int(hidden.size - hidden.sum())
-            add_chunk(view, operands, accumulator, scores, chunk, chunk)
+            view.mask_columns(scores, rows, chunk)
+            result.computed += int((scores != -np.inf).sum())
+            add_chunk(view, operands, accumulator, scores, rows, chunk, chunk)
         result.out[rows], result.lse[rows] = accumulator.finish()
     result.dropped_mass_upper = 0.0 if complete else np.inf
     result.sum_keys_max = CHUNK_KEYS
@@ -124,6 +119,7 @@ def add_chunk(
     operands: Operands,
     accumulator: RowAccumulator,
     scores: Float,
+    rows: slice,
     keys: NDArray[np.int64],
     selection: slice | NDArray[np.int64],
 ) -> None:
@@ -133,7 +129,8 @@ def add_chunk(
     bad_scores = scores[:, positions].copy() if len(positions) else None
     accumulator.add(scores, operands.value[selection])
     if bad_scores is not None:
-        accumulator.add_bad_values(bad_scores, view.value[keys[positions]])
+        bad_keys = keys[positions]
+        accumulator.add_bad_values(bad_scores, view.value[bad_keys], view.sees(rows, bad_keys))
 
 
 def key_range(view: HeadView, rows: slice) -> tuple[int, int]:

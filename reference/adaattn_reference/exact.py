@@ -64,7 +64,7 @@ def exact_rows(view: HeadView) -> NDArray[np.float64]:
         for block in _blocks(view, low, high):
             rows.add(block, low, high)
     seen = rows.total != 0
-    out = np.zeros(rows.sums.shape)
+    out = np.where(view.live[:, None] & ~view.regular, np.nan, np.zeros(rows.sums.shape))
     out[seen] = rows.sums[seen] / rows.total[seen, None]
     return out
 
@@ -115,10 +115,11 @@ class _Rows:
         self.sums[rows] += sums
         self.total[rows] *= fading
         self.total[rows] += total
+        sees = view.sees(rows, bad)
         for j, key in enumerate(bad):
-            sees = bad_scores[:, j] != -np.inf
-            weight = np.exp(bad_scores[sees, j : j + 1] - shift[sees, None])
-            self.sums[rows][sees] += weight * view.value[key]
+            seen = sees[:, j]
+            weight = np.exp(bad_scores[seen, j : j + 1] - shift[seen, None])
+            self.sums[rows][seen] += weight * view.value[key]
 
 
 def _sums_in_parts(weights: Float, value: Float) -> tuple[Float, Float]:

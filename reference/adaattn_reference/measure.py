@@ -64,18 +64,18 @@ def measure_head(view: HeadView, request: MeasureRequest) -> tuple[HeadStats, He
         "dim_qk": view.query.shape[1],
         "dim_v": view.value.shape[1],
         "visible": view.visible,
-        "nonfinite": view.nonfinite,
+        "nonfinite": not view.regular,
         "query_norm_upper": view.query_norm_upper,
         "key_norm_upper": float(view.seen(view.kv.key_norm).max(initial=0.0)),
         "value_norm_upper": float(view.seen(view.kv.value_norm).max(initial=0.0)),
     }
-    if not view.visible or view.nonfinite:
+    if not view.live.any() or not view.regular:
         return HeadStats(**facts), HeadProbe(None, [])
     operands = prepare_operands(view, HeadPlan(), request.seed)
     landmarks = [s for s in request.structures if isinstance(s, Landmark)]
     geometry = Geometry.of(view, landmarks[0]) if landmarks else None
-    if geometry is not None and not geometry.groups():
-        geometry = None  # all rows belong to the tail: it is computed densely
+    if geometry is not None and not view.live[: geometry.tail.start].any():
+        geometry = None  # all rows that see a key are in the tail: it is computed densely
     probes = probe_head(view, geometry, request.seed) if geometry else []
     if geometry:
         facts["landmark_curve"] = _landmark_curve(probes)
@@ -129,14 +129,14 @@ class _Judge:
             geometry,
         )
         groups = geometry.groups() if geometry else _parts(view.len_q)
-        picked = np.unique(np.linspace(len(groups) - 1, 0, JUDGE_PARTS).round().astype(int))
-        self.groups = [(int(g), groups[g]) for g in picked]
+        usable = np.array([g for g, rows in enumerate(groups) if view.live[rows].any()])
+        picked = np.unique(np.linspace(len(usable) - 1, 0, JUDGE_PARTS).round().astype(int))
+        self.groups = [(int(g), groups[g]) for g in usable[picked]]
         rng = np.random.default_rng((request.seed, 3))
         count = -(-JUDGE_ROWS // len(self.groups))
+        live = [np.flatnonzero(view.live[g]) + g.start for _, g in self.groups]
         self.parts: list[NDArray[np.int64]] = [
-            np.sort(rng.choice(g.stop - g.start, min(count, g.stop - g.start), replace=False))
-            + g.start
-            for _, g in self.groups
+            np.sort(rng.choice(rows, min(count, len(rows)), replace=False)) for rows in live
         ]
         self.rows = np.concatenate(self.parts)
         self._tiles: dict[int, list[tuple[slice, Float, Float]]] = {}
@@ -157,7 +157,9 @@ class _Judge:
             self.weights.append(weights)
             self.lse.append(lse)
         self.exact = exact
-        self.rms = float(np.sqrt(np.mean(np.concatenate([(e**2).sum(axis=1) for e in exact]))))
+        squares = np.concatenate([(e**2).sum(axis=1) for e in exact])
+        # The unit of certificates counts the rows that see nothing, as rows of zeros.
+        self.rms = float(np.sqrt(np.mean(squares) * np.mean(view.live)))
         self.score_max = float(max(tops))
         self.entropy = np.concatenate(entropies)
         self.largest = np.concatenate(largest)
@@ -275,7 +277,8 @@ class _Judge:
         if size not in self._tiles:
             view = self.view
             tiles: list[tuple[slice, Float, Float]] = []
-            for stop in {view.len_q, max(view.len_q // 2, 1)}:
+            live = np.flatnonzero(view.live) + 1
+            for stop in {int(live[-1]), int(live[len(live) // 2])}:
                 tile = slice(max(stop - size, 0), stop)
                 rows = np.arange(tile.start, stop, max(size // SKIP_ROWS, 1))
                 keys = int(view.stop[rows].max())

@@ -112,7 +112,8 @@ def prepare_operands(view: HeadView, plan: HeadPlan, seed: int) -> Operands:
     if info_qk.is_quantised:
         if plan.smooth_k and len(key):
             mean = _finite_mean(key, view.seen_keys)
-            lse_shift = (query @ mean) * view.scale
+            with np.errstate(invalid="ignore", over="ignore"):
+                lse_shift = (query @ mean) * view.scale
             key = key - mean
         rng = np.random.default_rng((seed, 2)) if plan.rounding == "stochastic" else None
         exact_query, exact_key = query, key
@@ -136,11 +137,11 @@ def prepare_operands(view: HeadView, plan: HeadPlan, seed: int) -> Operands:
     if plan.pv not in ("f32", "f64"):
         value = _round_values(view.kv.clean_value, plan)
         value_residual = max_norm((view.kv.clean_value - value)[view.seen_keys])
-    scale = query.dtype.type(view.scale)
+    dtype = view.query.dtype  # wider than the formats where float32 products would overflow
     operands = Operands(
-        query=query * scale,
-        key=key,
-        value=value,
+        query=query.astype(dtype, copy=False) * dtype.type(view.scale),
+        key=key.astype(dtype, copy=False),
+        value=value.astype(dtype, copy=False),
         lse_shift=lse_shift,
         plan=plan,
         value_residual_upper=value_residual,

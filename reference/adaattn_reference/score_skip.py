@@ -100,7 +100,7 @@ class _Tile:
     """
 
     def __init__(self, view: HeadView, operands: Operands, rows: slice) -> None:
-        self.view, self.operands = view, operands
+        self.view, self.operands, self.rows = view, operands, rows
         self.accumulator = RowAccumulator(rows.stop - rows.start, operands)
         self.top = self.accumulator.top.copy()
         self.total = self.accumulator.total.copy()
@@ -162,7 +162,7 @@ class _Tile:
         self._scores, self._keys, self._waiting = [], [], 0
         self.computed += int((scores != -np.inf).sum())
         self.sum_keys_max = max(self.sum_keys_max, len(keys))
-        add_chunk(self.view, self.operands, self.accumulator, scores, keys, keys)
+        add_chunk(self.view, self.operands, self.accumulator, scores, self.rows, keys, keys)
 
     def dropped_mass_upper(self) -> float:
         """Largest share of a row's mass that was dropped, rounded up."""

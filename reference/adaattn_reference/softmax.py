@@ -91,7 +91,7 @@ class RowAccumulator:
         self.total[rows] = flat @ np.ones(flat.shape[1], flat.dtype)
         self.sums[rows] = self.operands.weighted_sum(weights, value).reshape(len(rows), -1)
 
-    def add_bad_values(self, scores: Float, value: Float) -> None:
+    def add_bad_values(self, scores: Float, value: Float, sees: NDArray[np.bool_]) -> None:
         """Add the non-finite values that were left out of `add`, to the rows that see them.
 
         Parameters
@@ -99,12 +99,14 @@ class RowAccumulator:
         scores : ndarray, shape (rows, bad keys)
             Masked scores of these keys, before any shift.
         value : ndarray, shape (bad keys, dim_v)
-            Their original values. A row that may not see a key takes nothing from it.
+            Their original values.
+        sees : ndarray of bool, shape (rows, bad keys)
+            A row that may not see a key takes nothing from it.
         """
         for j in range(len(value)):
-            sees = scores[:, j] != -np.inf
-            weight = np.exp(scores[sees, j] - self.top[sees])
-            self.sums[sees] += weight[:, None] * value[j]
+            seen = sees[:, j]
+            weight = np.exp(scores[seen, j] - self.top[seen])
+            self.sums[seen] += weight[:, None] * value[j]
 
     def lse(self, rows: Rows = slice(None)) -> Float:
         """Log-sum-exp of what the rows have seen so far; -inf for nothing."""

@@ -13,8 +13,15 @@ from numpy.typing import NDArray
 
 from adaattn_core.arrays import to_numpy
 from adaattn_core.problem import AttentionProblem, HeadIndex
+from adaattn_reference.masking import HeadMask, MaskScan, WeighedMask
 
 Float = NDArray[np.floating[Any]]
+Picked = slice | NDArray[np.int64]
+
+SCORE_RANGE = {np.dtype(np.float32): 1e37, np.dtype(np.float64): 1e307}
+"""Scores, and sums of values, of at most this magnitude neither overflow nor become NaN."""
+SCALE_RANGE = (1e-30, 1e30)
+"""Score scales that float32 holds with room to spare on both sides."""
 
 
 @dataclass(eq=False)
@@ -68,9 +75,14 @@ class KeyValues:
         return clean
 
     @cached_property
+    def finite_key(self) -> NDArray[np.bool_]:
+        """Whether each key is finite, shape (len_kv,)."""
+        return np.asarray(np.isfinite(self.key).all(axis=1))
+
+    @cached_property
     def bad(self) -> NDArray[np.bool_]:
         """Whether a key or its value holds NaN or Inf, shape (len_kv,)."""
-        bad = np.asarray(~np.isfinite(self.key).all(axis=1))
+        bad = ~self.finite_key
         bad[self.bad_values] = True
         return bad
 
@@ -90,6 +102,8 @@ class HeadView:
     allowed, bias : ndarray or None, shape (len_q, len_kv)
         Broadcast views of boolean and additive masks, cut to the same keys.
     scale : float
+    live : ndarray of bool, shape (len_q,)
+        Rows that see a key; the queries of the others are 0 here, and count nowhere.
     first_key : int
         Number, within the sequence, of the first key kept here.
     """
@@ -101,6 +115,7 @@ class HeadView:
     allowed: NDArray[np.bool_] | None
     bias: Float | None
     scale: float
+    live: NDArray[np.bool_]
     first_key: int = 0
 
     @property
@@ -134,22 +149,55 @@ class HeadView:
         return int((self.stop - self.start).sum())
 
     @cached_property
+    def query_norm(self) -> Float:
+        """Euclidean norm of every query, rounded up."""
+        return row_norms(self.query)
+
+    @cached_property
     def query_norm_upper(self) -> float:
         """Largest Euclidean norm of a query row."""
-        return float(row_norms(self.query).max(initial=0.0))
+        return float(self.query_norm.max(initial=0.0))
 
     @cached_property
     def nonfinite(self) -> bool:
-        """Whether a query, or a key or value that some row may see, holds NaN or Inf."""
+        """Whether a row sees NaN or Inf: in its query, a key, a value or the additive mask."""
         if not np.isfinite(self.query_norm_upper) and not np.isfinite(self.query).all():
+            return True
+        if self.bias is not None and self.scanned.nonfinite:
             return True
         return bool(self.kv.bad.any()) and bool((self.kv.bad & self.seen_keys).any())
 
     @cached_property
+    def in_range(self) -> bool:
+        """Whether no score that a row sees, and no sum of values, can overflow.
+
+        By Cauchy-Schwarz, before an additive mask is added; the scale itself counts too.
+        """
+        return self._in_range(self.seen(self.kv.key_norm)) and (
+            self.query.dtype != np.float32 or SCALE_RANGE[0] < self.scale < SCALE_RANGE[1]
+        )
+
+    def _in_range(self, key_norm: Float) -> bool:
+        key, value = (
+            float(x.max(initial=0.0)) for x in (key_norm, self.seen(self.kv.value_norm))
+        )
+        reach = self.query_norm_upper * max(self.scale, 1.0)
+        largest = max(reach, reach * key, key, value * max(self.len_kv, 1))
+        return largest < SCORE_RANGE[self.query.dtype]
+
+    @cached_property
+    def regular(self) -> bool:
+        """Whether every score that a row sees is sure to be finite.
+
+        Only such heads run under a structure: what NaN, Inf and overflow reach is then exactly
+        the rows that see them.
+        """
+        return self.in_range and not self.nonfinite
+
+    @cached_property
     def finite_scores(self) -> bool:
-        """Whether no score can be NaN or Inf, masked ones included (by Cauchy-Schwarz)."""
-        largest = self.query_norm_upper * float(self.kv.key_norm.max(initial=0.0))
-        return largest * max(self.scale, 1.0) < 1e37 and self.bias is None
+        """Whether no score can be NaN or Inf, those of hidden keys included."""
+        return self.bias is None and self._in_range(self.kv.key_norm)
 
     def bounded_by(self, exponent: float) -> bool:
         """Whether sums of ``exp(score)``, and of values weighted by it, are in range.
@@ -181,23 +229,34 @@ class HeadView:
             np.add.at(edges, self.start[rows], 1)
             np.add.at(edges, self.stop[rows], -1)
             return np.asarray(np.cumsum(edges[:-1]) > 0)
-        seen = np.zeros(self.len_kv, bool)
-        for first in range(0, self.len_q, 256):
-            part = np.arange(first, min(first + 256, self.len_q))
-            seen |= self.visible_block(part, 0, self.len_kv).any(axis=0)
-        return seen
+        return self.scanned.seen_keys
 
-    def visible_block(
-        self, rows: NDArray[np.int64], first: int, last: int
-    ) -> NDArray[np.bool_]:
-        """Visibility of keys first..last-1 for some rows, shape (rows, last - first)."""
-        keys = np.arange(first, last)
-        seen = (keys >= self.start[rows, None]) & (keys < self.stop[rows, None])
-        if self.allowed is not None:
-            seen &= self.allowed[rows, first:last]
-        if self.bias is not None:
-            seen &= self.bias[rows, first:last] != -np.inf
-        return seen
+    @cached_property
+    def weighed_mask(self) -> WeighedMask:
+        """Boolean and additive masks, as `adaattn_reference.masking` reads them."""
+        return WeighedMask(
+            mask=HeadMask(self.start, self.stop, self.allowed, self.bias),
+            query_reach=self.query_norm.astype(np.float64) * self.scale,
+            key_norm=self.kv.key_norm,
+            value_norm=self.kv.value_norm,
+            dtype=self.query.dtype,
+        )
+
+    @property
+    def scanned(self) -> MaskScan:
+        """What one look at boolean and additive masks tells."""
+        return self.weighed_mask.scan
+
+    def sees(self, rows: slice, keys: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether rows see keys, whatever the scores are, shape (rows, keys)."""
+        flags = np.zeros((rows.stop - rows.start, len(keys)), self.query.dtype)
+        self.mask_columns(flags, rows, keys)
+        return np.asarray(flags != -np.inf)
+
+    @property
+    def lse_shift(self) -> NDArray[np.float64] | None:
+        """What `mask_scores` leaves out of a row's scores, to be added to its log-sum-exp."""
+        return None if self.bias is None else self.scanned.shift
 
     def mask_scores(
         self, scores: Float, rows: slice | NDArray[np.int64], first: int, last: int
@@ -212,16 +271,7 @@ class HeadView:
             Whether anything may have been masked.
         """
         start, stop = self.start[rows], self.stop[rows]
-        masked = False
-        if self.bias is not None:
-            bias = self.bias[rows, first:last]
-            with np.errstate(invalid="ignore"):
-                np.add(scores, bias, out=scores, casting="same_kind")
-            np.copyto(scores, -np.inf, where=bias == -np.inf)
-            masked = True
-        if self.allowed is not None:
-            np.copyto(scores, -np.inf, where=~self.allowed[rows, first:last])
-            masked = True
+        masked = self._mask_arrays(scores, rows, slice(first, last))
         if not len(start):
             return masked
         # Only the columns that some row does not see need a comparison per row.
@@ -234,6 +284,32 @@ class HeadView:
             hide(scores[:, high - first :], hidden, self.finite_scores)
         masked |= first < low or high < last
         return masked
+
+    def mask_columns(self, scores: Float, rows: slice, keys: NDArray[np.int64]) -> None:
+        """Apply the mask to scores of keys in any order in place; see `mask_scores`."""
+        self._mask_arrays(scores, rows, keys)
+        hidden = (keys < self.start[rows, None]) | (keys >= self.stop[rows, None])
+        np.copyto(scores, -np.inf, where=hidden)
+
+    def _mask_arrays(self, scores: Float, rows: Picked, keys: Picked) -> bool:
+        """Add the additive mask, hide what the arrays hide, and turn overflow into NaN."""
+        bias = None
+        if self.bias is not None:
+            bias = self.weighed_mask.addend(rows, keys)
+            with np.errstate(invalid="ignore"):
+                absorbed = self.scanned.absorbed[rows]
+                if absorbed.any():
+                    scores[absorbed] *= 0
+                np.add(scores, bias, out=scores)
+        if not self.regular:  # a score that is too large is no key that is hidden
+            overflown = np.isinf(scores) & self.kv.finite_key[keys]
+            overflown &= np.isfinite(self.query[rows]).all(axis=1, keepdims=True)
+            np.copyto(scores, np.nan, where=overflown)
+        if bias is not None:
+            np.copyto(scores, -np.inf, where=bias == -np.inf)
+        if self.allowed is not None:
+            np.copyto(scores, -np.inf, where=~self.allowed[rows][:, keys])
+        return not self.structural
 
 
 class ProblemViews:
@@ -256,9 +332,6 @@ class ProblemViews:
             return None
         p = self.problem
         array = to_numpy(mask)
-        if array.dtype != bool:
-            with np.errstate(over="ignore"):  # f64 beyond f32 becomes Inf, as -Inf masks anyway
-                array = array.astype(self.dtype)
         return np.broadcast_to(array, (p.batch, p.heads_q, p.len_q, p.len_kv))
 
     def __getitem__(self, index: HeadIndex) -> HeadView:
@@ -280,14 +353,21 @@ class ProblemViews:
             None if m is None else m[span.batch, head, whole, columns][rows]
             for m in (self._allowed, self._bias)
         )
+        start = np.clip(start[rows] - low, 0, high - low)
+        stop = np.clip(stop[rows] - low, 0, high - low)
+        query = self._convert(self._query[span.batch, head, whole][rows])
+        live = HeadMask(start, stop, allowed, bias).live(high - low)
+        if not live.all():
+            query = np.where(live[:, None], query, query.dtype.type(0))
         return HeadView(
-            query=self._convert(self._query[span.batch, head, whole][rows]),
+            query=query,
             kv=self._key_values(sequence, head // p.group_size, low, high),
-            start=np.clip(start[rows] - low, 0, high - low),
-            stop=np.clip(stop[rows] - low, 0, high - low),
+            start=start,
+            stop=stop,
             allowed=allowed,
             bias=bias,
             scale=p.scale,
+            live=live,
             first_key=low,
         )
 

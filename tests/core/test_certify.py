@@ -170,7 +170,8 @@ def test_additive_masks_are_covered(arrays, size, seed):
     bias = bias.astype(np.float32)
     problem = problem_of(*arrays, mask=Mask.additive(bias[None, None]))
     out, facts = run(problem, HeadPlan())
-    assert facts.bias_max_abs == np.abs(bias).max()
+    spread = float(np.max(np.ptp(bias.astype(float), axis=1)))  # a row's own shift is free
+    assert facts.bias_max_abs <= spread * (1 + 1e-5) + 1e-8 * size
     exact = exact_rows(problem, bias.astype(np.longdouble))
     assert_covers(certify(problem, HeadPlan(), facts), facts, out, exact)
 

@@ -25,6 +25,8 @@ from adaattn_core.testing.oracles import (
 from adaattn_core.testing.strategies import ProblemSpec
 
 WIDE = [name for name, info in FORMATS.items() if not info.is_quantised]
+WEIGHTLESS = 700.0
+"""A key this far below its row's largest mask entry may be hidden: float64 cannot hold exp."""
 SLACK = 1e-6
 """Relative allowance for norms computed in float32."""
 RMS_LOWER = 1e-3
@@ -58,8 +60,8 @@ def _least_facts(
     arrays = head_arrays(problem, index)
     rows = np.arange(len(arrays.query))
     visible, bias = visible_tile(problem, index, rows, 0, len(arrays.key))
-    # Facts of a narrower run of float64 input may speak of its float32 cast: the certificate
-    # accounts for the cast itself.
+    # Facts of a narrower run of float64 input may speak of it or of its float32 cast: the
+    # certificate accounts for the cast itself.
     cast: Any = np.float32 if problem.dtype == "f64" and plan.qk != "f64" else np.float64
     q, k, v = (
         x[seen].astype(cast).astype(np.float64)
@@ -74,14 +76,21 @@ def _least_facts(
         "key_residual_upper": _residual(k, plan.qk),
         "value_residual_upper": _residual(v, plan.pv),
     }
+    if problem.dtype == "f64":
+        moved = dict(zip(residuals, (_peak(x) * 2.0**-24 for x in (q, k, v)), strict=True))
+        residuals = {name: max(x - moved[name], 0.0) for name, x in residuals.items()}
     least = dict(residuals)
     for what, x in (("query", q), ("key", k), ("value", v)):
         kept = _peak(x) - residuals[f"{what}_residual_upper"]
         least[f"{what}_norm_upper"] = max(kept, 0.0)
     spread = _peak(v - v[:1]) - 2 * residuals["value_residual_upper"]
     least["value_diameter_upper"] = max(spread, 0.0)
-    added = np.broadcast_to(np.abs(bias), visible.shape)[visible]
-    least["bias_max_abs"] = float(added.max(initial=0.0))
+    # A row's mask may be shifted as a whole, and keys that it makes weightless do not count.
+    added = np.where(visible, bias, -np.inf)
+    top = added.max(axis=1, initial=-1e300, keepdims=True)
+    kept = visible & (added > top - WEIGHTLESS)
+    spread = np.subtract(top, added, where=kept, out=np.zeros(kept.shape)).max(initial=0.0)
+    least["bias_max_abs"] = float(spread) / 2
     least["keys_max"] = float(visible.sum(axis=1).max(initial=0))
     return least
 

@@ -1,0 +1,191 @@
+"""Boolean and additive masks of a head: what its rows see, and what is added to their scores.
+
+Softmax is shift-invariant, so the largest entry that a row sees in an additive mask is taken
+off the whole row before anything is cast or added: the mask's own size then costs no accuracy,
+and no finite entry can overflow. The row's log-sum-exp gets it back.
+
+A key is hidden where a mask says False or -inf, and where its weight is *certainly* 0 beside
+the row's largest, whatever the scores. With ``r`` the largest ``scale |q| |k|`` and ``V`` the
+largest ``|v|`` over the keys of a row, an entry (after the shift) below
+
+    -(2 r + 750 + ln max(V, 1))
+
+leaves the key less than exp(-750) of the output, which float64 cannot hold. That is what masks
+filled with -1e9 or with the lowest finite number mean to say.
+
+Where the shift is so large that float64 cannot hold a score beside it, the sum of score and
+mask is the mask alone: such a row weighs its keys by the mask, as float64 arithmetic does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float = NDArray[np.floating[Any]]
+Picked = slice | NDArray[np.int64]
+
+UNDERFLOW = 750.0
+"""exp of less than minus this is 0 in float64 (and in float32), subnormal numbers included."""
+ABSORBING = 2.0**55
+"""A mask entry this many times larger than a score swallows it: their float64 sum is the
+entry."""
+SCAN_ENTRIES = 1 << 18
+"""Mask entries that are looked at at once."""
+
+
+@dataclass(eq=False)
+class MaskScan:
+    """What one look at the masks of a head tells.
+
+    Attributes
+    ----------
+    seen_keys : ndarray of bool, shape (len_kv,)
+        Keys that at least one row sees.
+    shift : ndarray of float64, shape (len_q,)
+        Largest finite entry of the additive mask that a row sees; 0 without one.
+    cutoff : ndarray of float64, shape (len_q,)
+        Entries below it, after the shift, hide their key.
+    absorbed : ndarray of bool, shape (len_q,)
+        Rows whose sums of score and mask are the mask alone.
+    bias_max_abs : float
+        Largest magnitude of what a row adds to the score of a key that it sees.
+    shift_max_abs : float
+        Largest shift of a row that is not absorbed.
+    nonfinite : bool
+        Whether a row sees an entry that is NaN or +inf.
+    """
+
+    seen_keys: NDArray[np.bool_]
+    shift: NDArray[np.float64]
+    cutoff: NDArray[np.float64]
+    absorbed: NDArray[np.bool_]
+    bias_max_abs: float = 0.0
+    shift_max_abs: float = 0.0
+    nonfinite: bool = False
+
+
+@dataclass(eq=False)
+class HeadMask:
+    """The masks of a head, cut to its rows and keys.
+
+    Attributes
+    ----------
+    start, stop : ndarray of int64, shape (len_q,)
+        Interval of keys that each row may see.
+    allowed, bias : ndarray or None, shape (len_q, len_kv)
+        Boolean and additive mask as the caller gave them, broadcast views.
+    """
+
+    start: NDArray[np.int64]
+    stop: NDArray[np.int64]
+    allowed: NDArray[np.bool_] | None
+    bias: Float | None
+
+    def visible(self, rows: slice, len_kv: int) -> NDArray[np.bool_]:
+        """Whether the masks let rows see each key, shape (rows, len_kv), its weight aside."""
+        keys = np.arange(len_kv)
+        seen = (keys >= self.start[rows][:, None]) & (keys < self.stop[rows][:, None])
+        if self.allowed is not None:
+            seen &= self.allowed[rows]
+        if self.bias is not None:
+            seen &= self.bias[rows] != -np.inf
+        return np.asarray(seen)
+
+    def live(self, len_kv: int) -> NDArray[np.bool_]:
+        """Whether each row sees a key."""
+        live = self.stop > self.start
+        if self.allowed is not None or self.bias is not None:
+            for rows in self._chunks(len_kv):
+                live[rows] = self.visible(rows, len_kv).any(axis=1)
+        return live
+
+    def _chunks(self, len_kv: int) -> list[slice]:
+        step, len_q = max(SCAN_ENTRIES // max(len_kv, 1), 1), len(self.start)
+        return [slice(a, min(a + step, len_q)) for a in range(0, len_q, step)]
+
+
+@dataclass(eq=False)
+class WeighedMask:
+    """The masks of a head beside the sizes of its queries, keys and values.
+
+    Attributes
+    ----------
+    mask : HeadMask
+    query_reach : ndarray of float64, shape (len_q,)
+        Norms of the queries times the score scale, rounded up.
+    key_norm, value_norm : ndarray, shape (len_kv,)
+        Rounded up; inf where a vector holds NaN or Inf.
+    dtype : numpy dtype
+        Of the scores.
+    """
+
+    mask: HeadMask
+    query_reach: NDArray[np.float64]
+    key_norm: Float
+    value_norm: Float
+    dtype: Any
+
+    @cached_property
+    def scan(self) -> MaskScan:
+        """What one look at every entry tells."""
+        len_q, len_kv = len(self.query_reach), len(self.key_norm)
+        found = MaskScan(
+            seen_keys=np.zeros(len_kv, bool),
+            shift=np.zeros(len_q),
+            cutoff=np.full(len_q, -np.inf),
+            absorbed=np.zeros(len_q, bool),
+        )
+        for rows in self.mask._chunks(len_kv):
+            seen = self.mask.visible(rows, len_kv)
+            if self.mask.bias is not None:
+                self._look(found, rows, seen, self.mask.bias[rows].astype(np.float64))
+                added = self._addend(found, rows, slice(0, len_kv))
+                seen &= added != -np.inf
+                finite = seen & np.isfinite(added)
+                least = -float(np.min(added, where=finite, initial=0.0))
+                found.bias_max_abs = max(found.bias_max_abs, least)
+                found.nonfinite |= bool((seen & ~finite).any())
+            found.seen_keys |= seen.any(axis=0)
+        return found
+
+    def _look(
+        self, found: MaskScan, rows: slice, seen: NDArray[np.bool_], bias: NDArray[np.float64]
+    ) -> None:
+        """Find shift, cutoff and absorption of some rows."""
+        top = np.max(bias, axis=1, where=seen & np.isfinite(bias), initial=-np.inf)
+        top[top == -np.inf] = 0
+        key = np.where(seen, self.key_norm, 0).max(axis=1, initial=0.0).astype(np.float64)
+        value = np.where(seen, self.value_norm, 1).max(axis=1, initial=1.0).astype(np.float64)
+        with np.errstate(over="ignore", invalid="ignore"):
+            reach = self.query_reach[rows] * key
+            cutoff = -(2 * reach + UNDERFLOW + np.log(value))
+            absorbed = np.abs(top) > ABSORBING * reach
+        cutoff[np.isnan(cutoff)] = -np.inf
+        found.shift[rows], found.cutoff[rows], found.absorbed[rows] = top, cutoff, absorbed
+        moved = float(np.max(np.abs(top), where=~absorbed, initial=0.0))
+        found.shift_max_abs = max(found.shift_max_abs, moved)
+
+    def addend(self, rows: Picked, keys: Picked) -> Float:
+        """Return what is added to scores of some rows and keys; -inf at hidden keys."""
+        return self._addend(self.scan, rows, keys)
+
+    def _addend(self, found: MaskScan, rows: Picked, keys: Picked) -> Float:
+        assert self.mask.bias is not None
+        bias: Float = self.mask.bias[rows][:, keys]
+        shift, cutoff = found.shift[rows], found.cutoff[rows]
+        hidden = bias == -np.inf
+        with np.errstate(over="ignore", invalid="ignore"):
+            if shift.any() or bias.dtype.itemsize > np.dtype(self.dtype).itemsize:
+                bias = bias.astype(np.float64)
+                bias -= shift[:, None]
+            hidden |= bias < cutoff[:, None]
+            added: Float = bias.astype(self.dtype)
+        # What is not hidden stays finite in the scores' format, sums included.
+        np.maximum(added, -np.finfo(self.dtype).max / 4, out=added)
+        added[hidden] = -np.inf
+        return added
