@@ -13,8 +13,9 @@ largest ``|v|`` over the keys of a row, an entry (after the shift) below
 leaves the key less than exp(-750) of the output, which float64 cannot hold. That is what masks
 filled with -1e9 or with the lowest finite number mean to say.
 
-Where the shift is so large that float64 cannot hold a score beside it, the sum of score and
-mask is the mask alone: such a row weighs its keys by the mask, as float64 arithmetic does.
+Where the shift is so large that no floating-point format holds a score beside it, the sum of
+score and mask is the mask alone: such a row weighs its keys by the mask, as plain arithmetic
+does. A row of nothing but the lowest finite number is the mean of its values.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ Picked = slice | NDArray[np.int64]
 
 UNDERFLOW = 750.0
 """exp of less than minus this is 0 in float64 (and in float32), subnormal numbers included."""
-ABSORBING = 2.0**55
-"""A mask entry this many times larger than a score swallows it: their float64 sum is the
-entry."""
+ABSORBING = 2.0**70
+"""A mask entry this many times larger than a score swallows it: their sum is the entry, in
+float64 and in wider formats. (From 2^53 on a part of the score is lost: that is charged.)"""
 SCAN_ENTRIES = 1 << 18
 """Mask entries that are looked at at once."""
 
