@@ -221,6 +221,7 @@ def _run_head(
     for shift in (operands.lse_shift, view.lse_shift):
         if shift is not None:
             output.lse = np.where(output.lse == -np.inf, -np.inf, output.lse + shift)
+    output.out[~view.live] = 0
     if not view.regular:  # scores that Inf makes -inf are seen, all the same
         lost = view.live & (output.lse == -np.inf)
         output.out[lost], output.lse[lost] = np.nan, np.nan

@@ -163,7 +163,7 @@ def _quantise(
     if plan.scales == "block":
         edges = np.arange(0, len(x), block)
         amax = np.repeat(np.maximum.reduceat(amax, edges), block)[: len(x)]
-    step = (np.maximum(amax, TINY) / info.max_finite).astype(np.float32)[:, None]
+    step = (np.maximum(amax, TINY) / info.max_finite).astype(x.dtype)[:, None]
     scaled = x / step
     rounded = (
         round_to_format(scaled, plan.qk)
@@ -182,7 +182,7 @@ def _round_values(value: Float, plan: HeadPlan) -> Float:
         return round_to_format(value, plan.pv)
     limit = get_format(plan.pv).max_finite
     amax = np.abs(value).max(axis=0, initial=0.0)
-    step = (np.maximum(amax, TINY) / limit).astype(np.float32)
+    step = (np.maximum(amax, TINY) / limit).astype(value.dtype)
     return np.asarray(round_to_format(value / step, plan.pv) * step)
 
 
