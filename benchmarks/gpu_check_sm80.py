@@ -27,10 +27,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adaattn_core.mask import Mask
 from adaattn_core.problem import AttentionProblem
-from adaattn_cuda import driver, sm80
-from adaattn_cuda.arrays import ArrayView, view
-from adaattn_cuda.compile import Compiler, build
-from adaattn_cuda.tuning.sm80 import Specialisation, specialise
+from adaattn_cuda.device import driver
+from adaattn_cuda.device.views import ArrayView, view
+from adaattn_cuda.jit.compile import Compiler, build
+from adaattn_cuda.kernels import sm80_attn_fwd as sm80
+from adaattn_cuda.tuning.sm80_attn_fwd import Specialisation, specialise
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 LIMIT_S = 60

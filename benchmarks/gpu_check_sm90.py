@@ -28,8 +28,8 @@ from sm90_cases import cases, check, check_sources, sequence
 from sm90_direct import DTYPES, Kernel, Launch, compile_all, compile_cubin
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from adaattn_cuda.sm90 import plan_launch
-from adaattn_cuda.tuning.sm90 import Tile, candidates
+from adaattn_cuda.kernels.sm90_attn_fwd_f16 import plan_launch
+from adaattn_cuda.tuning.sm90_attn_fwd_f16 import Tile, candidates
 from adaattn_cuda.work.geometry import Geometry
 
 SILENCE_SECONDS = 40.0

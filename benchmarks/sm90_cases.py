@@ -12,7 +12,7 @@ import torch
 from sm90_direct import DTYPES, Kernel, Launch
 
 from adaattn_core.problem import SequenceSpan
-from adaattn_cuda.sm90 import LaunchPlan, plan_launch
+from adaattn_cuda.kernels.sm90_attn_fwd_f16 import LaunchPlan, plan_launch
 from adaattn_cuda.work.geometry import Geometry
 from adaattn_cuda.work.records import GATHERED, MASK_NONE, WorkList
 

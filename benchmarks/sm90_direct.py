@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from cuda.bindings import driver, nvrtc
 
-from adaattn_cuda.codegen import render
-from adaattn_cuda.sm90 import DeviceMatrix, LaunchPlan, pack_params
-from adaattn_cuda.tuning.sm90 import Tile
+from adaattn_cuda.jit.codegen import render
+from adaattn_cuda.kernels.sm90_attn_fwd_f16 import DeviceMatrix, LaunchPlan, pack_params
+from adaattn_cuda.tuning.sm90_attn_fwd_f16 import Tile
 
 KERNELS = Path(__file__).resolve().parents[1] / "kernels_cu" / "adaattn_kernels_cu"
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}

@@ -19,15 +19,16 @@ from adaattn_core.mask import Mask
 from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_core.stats import MeasureRequest, ProblemStats
-from adaattn_cuda import driver, sm80
-from adaattn_cuda.arrays import contiguous, view
-from adaattn_cuda.dense import Arrays, addresses, input_views, make_launch, mask_views
+from adaattn_cuda.device import driver
+from adaattn_cuda.device.launch import Launch, LaunchCache
+from adaattn_cuda.device.library import library_of
+from adaattn_cuda.device.views import contiguous, view
+from adaattn_cuda.dispatch import Arrays, addresses, input_views, make_launch, mask_views
 from adaattn_cuda.facts import LazyFacts
 from adaattn_cuda.forward import attention_forward
-from adaattn_cuda.launch import Launch, LaunchCache
-from adaattn_cuda.library import library_of
-from adaattn_cuda.operand_norms import FactsPlan, RowFacts
-from adaattn_cuda.toolchain import nvrtc_version
+from adaattn_cuda.jit.toolchain import nvrtc_version
+from adaattn_cuda.kernels import sm80_attn_fwd as sm80
+from adaattn_cuda.kernels.smxx_operand_norms import FactsPlan, RowFacts
 
 __all__ = ["CudaBackend"]
 

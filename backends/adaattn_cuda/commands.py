@@ -11,10 +11,12 @@ from typing import Annotated, Any
 import typer
 
 from adaattn_core.errors import BackendUnavailableError
-from adaattn_cuda import driver, environment, shipped
-from adaattn_cuda.cache import DiskCache
-from adaattn_cuda.compile import Built, Compiler, build
-from adaattn_cuda.spec import KernelSpec
+from adaattn_cuda import environment
+from adaattn_cuda.device import driver
+from adaattn_cuda.jit.cache import DiskCache
+from adaattn_cuda.jit.compile import Built, Compiler, build
+from adaattn_cuda.jit.spec import KernelSpec
+from adaattn_cuda.kernels import shipped
 
 __all__ = ["register"]
 

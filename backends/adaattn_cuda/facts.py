@@ -1,8 +1,9 @@
 """Facts of a dense run: measured on the device behind the run, read when somebody asks.
 
-Nothing waits: a kernel (`adaattn_cuda.operand_norms`) is enqueued with the run, and its figures
-come to the host when a certificate is looked at. Every figure is an upper bound (`output_rms`:
-a lower one); the names and meanings are those of `adaattn_core.facts.RunFacts`.
+Nothing waits: a kernel (`adaattn_cuda.kernels.smxx_operand_norms`) is enqueued with the run,
+and its figures come to the host when a certificate is looked at. Every figure is an upper
+bound (`output_rms`: a lower one); the names and meanings are those of
+`adaattn_core.facts.RunFacts`.
 
 The kernels' own arithmetic is charged to the operands, where the theorems look for it. With
 n = dim_qk / 8 + 8, a score is computed from products that the tensor core sums with truncation:
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 from adaattn_core.facts import RunFacts
 from adaattn_core.plan import HeadPlan
 from adaattn_core.problem import AttentionProblem, HeadIndex
-from adaattn_cuda.operand_norms import SLOTS
+from adaattn_cuda.kernels.smxx_operand_norms import SLOTS
 
 __all__ = ["LazyFacts", "Records"]
 

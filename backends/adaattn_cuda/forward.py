@@ -13,10 +13,10 @@ from typing import Any
 
 from adaattn_core.mask import Mask
 from adaattn_core.problem import AttentionProblem
-from adaattn_cuda.arrays import view
-from adaattn_cuda.dense import addresses, input_views, make_launch, mask_views
-from adaattn_cuda.launch import Launch
-from adaattn_cuda.library import Library, adopt, library_of
+from adaattn_cuda.device.launch import Launch
+from adaattn_cuda.device.library import Library, adopt, library_of
+from adaattn_cuda.device.views import view
+from adaattn_cuda.dispatch import addresses, input_views, make_launch, mask_views
 
 __all__ = ["attention_forward"]
 

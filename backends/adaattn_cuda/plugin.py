@@ -24,7 +24,7 @@ def adaattn_register_commands(group: Any) -> None:
 
 def probe() -> str | None:
     """Why no kernel can run here, or None: asks the driver alone, in about a millisecond."""
-    driver = importlib.import_module("adaattn_cuda.driver")
+    driver = importlib.import_module("adaattn_cuda.device.driver")
     try:
         count = driver.device_count()
     except BackendUnavailableError as error:

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import pytest
 
 from adaattn_core.errors import BackendUnavailableError
-from adaattn_cuda import driver, plugin
-from adaattn_cuda.toolchain import nvrtc_version
+from adaattn_cuda import plugin
+from adaattn_cuda.device import driver
+from adaattn_cuda.jit.toolchain import nvrtc_version
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

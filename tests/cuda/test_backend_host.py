@@ -21,11 +21,13 @@ from adaattn_core.problem import AttentionProblem
 from adaattn_core.structure import Landmark
 from adaattn_core.testing.oracles import exact_attention, rms_row_norm
 from adaattn_cuda import backend as backend_module
-from adaattn_cuda import dense, driver, sm90_launch
-from adaattn_cuda.arrays import ArrayView
+from adaattn_cuda import dispatch
 from adaattn_cuda.backend import CudaBackend
-from adaattn_cuda.launch import LaunchCache
-from adaattn_cuda.sm80 import DenseTask
+from adaattn_cuda.device import driver
+from adaattn_cuda.device.launch import LaunchCache
+from adaattn_cuda.device.views import ArrayView
+from adaattn_cuda.kernels import sm90_launch
+from adaattn_cuda.kernels.sm80_attn_fwd import DenseTask
 
 NAMES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "bool": "bool"}
 
@@ -114,9 +116,9 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaBackend]:
     monkeypatch.setattr(driver, "device_facts", lambda device: facts)
     monkeypatch.setattr(driver, "current_device", lambda: -1)
     monkeypatch.setattr(backend_module, "view", host_view)
-    monkeypatch.setattr(dense, "view", host_view)
+    monkeypatch.setattr(dispatch, "view", host_view)
     monkeypatch.setattr(backend_module, "library_of", lambda array: HostLibrary())
-    monkeypatch.setattr(dense, "Sm80Launch", Recorder)
+    monkeypatch.setattr(dispatch.sm80, "Sm80Launch", Recorder)
     monkeypatch.setattr(backend_module, "RowFacts", HostRecords)
     monkeypatch.setattr(backend_module, "FactsPlan", lambda problem, arrays, stream: problem)
     monkeypatch.setattr(backend_module, "nvrtc_version", lambda: "13.5")
@@ -244,7 +246,7 @@ def test_elements_must_begin_on_multiples_of_their_size(
         seen = host_view(x)
         return seen._replace(pointer=seen.pointer + 2) if x is misaligned else seen
 
-    monkeypatch.setattr(dense, "view", shifted)
+    monkeypatch.setattr(dispatch, "view", shifted)
     with pytest.raises(UnsupportedError, match=f"{name} at address"):
         backend.run(p, Plan.uniform(p, HeadPlan()))
     assert Recorder.started == []
@@ -258,7 +260,7 @@ def test_mask_on_another_device(backend: CudaBackend, monkeypatch: pytest.Monkey
         device = 1 if seen.dtype == "bool" else 0
         return ArrayView(seen.pointer, seen.shape, seen.strides, seen.dtype, device)
 
-    monkeypatch.setattr(dense, "view", elsewhere)
+    monkeypatch.setattr(dispatch, "view", elsewhere)
     with pytest.raises(ShapeError, match="boolean mask on device 1"):
         backend.run(p, Plan.uniform(p, HeadPlan()))
 

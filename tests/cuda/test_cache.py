@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from adaattn_cuda.cache import DiskCache, cache_key
-from adaattn_cuda.resources import Resources
-from adaattn_cuda.spec import KernelSpec
+from adaattn_cuda.jit.cache import DiskCache, cache_key
+from adaattn_cuda.jit.resources import Resources
+from adaattn_cuda.jit.spec import KernelSpec
 
 SPEC = KernelSpec("example", (1, True), 128, "sm_90a")
 RESOURCES = Resources(registers=12, spill_bytes=0, stack_bytes=0)

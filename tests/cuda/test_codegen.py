@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 
 import adaattn_kernels_cu as kernels
-from adaattn_cuda.codegen import ENTRY, render
-from adaattn_cuda.spec import KernelSpec
-from adaattn_cuda.tuning.sm80 import specialise
+from adaattn_cuda.jit.codegen import ENTRY, render
+from adaattn_cuda.jit.spec import KernelSpec
+from adaattn_cuda.tuning.sm80_attn_fwd import specialise
 
 GOLDEN = """\
 #include "adaattn/attn/example.cuh"

@@ -9,11 +9,12 @@ import typer
 from typer.testing import CliRunner
 
 from adaattn_core.errors import BackendUnavailableError, UnsupportedError
-from adaattn_cuda import commands, plugin, shipped
-from adaattn_cuda.compile import Built
-from adaattn_cuda.resources import Resources
-from adaattn_cuda.spec import KernelSpec
-from adaattn_cuda.tuning.sm80 import specialise
+from adaattn_cuda import commands, plugin
+from adaattn_cuda.jit.compile import Built
+from adaattn_cuda.jit.resources import Resources
+from adaattn_cuda.jit.spec import KernelSpec
+from adaattn_cuda.kernels import shipped
+from adaattn_cuda.tuning.sm80_attn_fwd import specialise
 
 runner = CliRunner()
 SPECS = [

@@ -11,11 +11,11 @@ import pytest
 
 import adaattn_kernels_cu as kernels
 from adaattn_core.errors import BackendUnavailableError, KernelCompileError
-from adaattn_cuda import compile as compiling
-from adaattn_cuda.cache import DiskCache
-from adaattn_cuda.compile import Compiler, build
-from adaattn_cuda.resources import Resources
-from adaattn_cuda.spec import KernelSpec
+from adaattn_cuda.jit import compile as compiling
+from adaattn_cuda.jit.cache import DiskCache
+from adaattn_cuda.jit.compile import Compiler, build
+from adaattn_cuda.jit.resources import Resources
+from adaattn_cuda.jit.spec import KernelSpec
 
 TINY = """\
 // Budget: registers<=32 spill_bytes=0 smem_bytes<=64

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from adaattn_core.errors import AdaAttnError, UnsupportedError
-from adaattn_cuda import driver
-from adaattn_cuda.launch import kernel_of
-from adaattn_cuda.spec import KernelSpec
+from adaattn_cuda.device import driver
+from adaattn_cuda.device.launch import kernel_of
+from adaattn_cuda.jit.spec import KernelSpec
 
 
 class Library:

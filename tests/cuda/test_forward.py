@@ -11,9 +11,10 @@ import pytest
 from adaattn_core.errors import AdaAttnError, ShapeError
 from adaattn_core.mask import Mask
 from adaattn_core.problem import AttentionProblem
-from adaattn_cuda import dense, driver, forward
-from adaattn_cuda.arrays import ArrayView
+from adaattn_cuda import dispatch, forward
 from adaattn_cuda.backend import CudaBackend
+from adaattn_cuda.device import driver
+from adaattn_cuda.device.views import ArrayView
 
 
 class HostLibrary:
@@ -65,7 +66,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(forward, "make_launch", Recorder)
     monkeypatch.setattr(forward, "library_of", lambda array: HostLibrary())
     monkeypatch.setattr(forward, "view", host_view)
-    monkeypatch.setattr(dense, "view", host_view)
+    monkeypatch.setattr(dispatch, "view", host_view)
     forward._prepared.clear()
     yield
     forward._prepared.clear()

@@ -9,7 +9,8 @@ from unittest import mock
 import pytest
 
 from adaattn_core.errors import BackendUnavailableError
-from adaattn_cuda import driver, plugin
+from adaattn_cuda import plugin
+from adaattn_cuda.device import driver
 
 LIGHT = """
 import sys

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from adaattn_cuda.resources import Resources, parse_budget, parse_log
+from adaattn_cuda.jit.resources import Resources, parse_budget, parse_log
 
 LOG = """\
 ptxas info    : Compiling entry function 'adaattn_entry' for 'sm_90a'

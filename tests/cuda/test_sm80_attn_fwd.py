@@ -12,11 +12,11 @@ import pytest
 from adaattn_core.errors import UnsupportedError
 from adaattn_core.mask import Mask
 from adaattn_core.problem import SequenceSpan
-from adaattn_cuda import sm80
-from adaattn_cuda.arrays import ArrayView
-from adaattn_cuda.compile import Compiler
-from adaattn_cuda.shipped import budget
-from adaattn_cuda.tuning import sm80 as tuning
+from adaattn_cuda.device.views import ArrayView
+from adaattn_cuda.jit.compile import Compiler
+from adaattn_cuda.kernels import sm80_attn_fwd as sm80
+from adaattn_cuda.kernels.shipped import budget
+from adaattn_cuda.tuning import sm80_attn_fwd as tuning
 
 PLAIN = [("bf16",) * 3, ("f16",) * 3, ("f32",) * 3, ("f32", "tf32", "tf32")]
 

@@ -21,10 +21,10 @@ import adaattn_kernels_cu as kernels
 from adaattn_core.mask import Mask
 from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_core.testing.oracles import exact_attention
-from adaattn_cuda import sm80
-from adaattn_cuda.arrays import ArrayView, broadcast
-from adaattn_cuda.spec import cpp
-from adaattn_cuda.tuning.sm80 import Specialisation
+from adaattn_cuda.device.views import ArrayView, broadcast
+from adaattn_cuda.jit.spec import cpp
+from adaattn_cuda.kernels import sm80_attn_fwd as sm80
+from adaattn_cuda.tuning.sm80_attn_fwd import Specialisation
 
 DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype("f2"), "f32": np.dtype("f4")}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()} | {np.dtype(bool): "bool"}

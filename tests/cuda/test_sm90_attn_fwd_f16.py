@@ -11,10 +11,17 @@ import pytest
 import adaattn_kernels_cu as kernels
 from adaattn_core.mask import Mask
 from adaattn_core.problem import AttentionProblem, SequenceSpan
-from adaattn_cuda import sm90
-from adaattn_cuda.compile import Compiler
-from adaattn_cuda.resources import parse_budget
-from adaattn_cuda.tuning.sm90 import Tile, candidates, choose, is_legal, padded_dim, shipped
+from adaattn_cuda.jit.compile import Compiler
+from adaattn_cuda.jit.resources import parse_budget
+from adaattn_cuda.kernels import sm90_attn_fwd_f16 as sm90
+from adaattn_cuda.tuning.sm90_attn_fwd_f16 import (
+    Tile,
+    candidates,
+    choose,
+    is_legal,
+    padded_dim,
+    shipped,
+)
 from adaattn_cuda.work.geometry import UNLIMITED, Geometry
 from adaattn_cuda.work.records import (
     ITEM,
@@ -94,11 +101,11 @@ def test_layouts_match_the_headers(compiler: Compiler, monkeypatch: pytest.Monke
         lines.append(f"static_assert(sizeof(adaattn::work::WorkRecord<{sources}>) == {size});")
     spec = Tile(64, 64, 2, 64).spec("bf16")
     unit = "\n".join([f'#include "{spec.header}"', *lines, 'extern "C" __global__ void f() {}'])
-    monkeypatch.setattr("adaattn_cuda.compile.render", lambda _: unit)
+    monkeypatch.setattr("adaattn_cuda.jit.compile.render", lambda _: unit)
     assert compiler.compile(spec).cubin
     broken = unit.replace("batch) == 0)", "batch) == 4)")
     assert broken != unit
-    monkeypatch.setattr("adaattn_cuda.compile.render", lambda _: broken)
+    monkeypatch.setattr("adaattn_cuda.jit.compile.render", lambda _: broken)
     with pytest.raises(Exception, match="static assertion failed"):
         compiler.compile(spec)
 
@@ -216,7 +223,7 @@ class FakeDriver:
 
 
 def packed(monkeypatch: pytest.MonkeyPatch, fake: FakeDriver) -> sm90.Params:
-    monkeypatch.setattr("adaattn_cuda.driver.load_driver", lambda: fake)
+    monkeypatch.setattr("adaattn_cuda.device.driver.load_driver", lambda: fake)
     spans = (SequenceSpan(0, 0, 0, 5, 0, 5), SequenceSpan(1, 1, 0, 5, 0, 5))
     plan = sm90.plan_launch(Geometry(spans, 3, 3, 64, 64), "bf16", BLOCKS)
     lse = matrix(shape=(2, 3, 5, 1), strides=(15, 5, 1))

@@ -9,9 +9,10 @@ import pytest
 
 from adaattn_core.mask import Mask
 from adaattn_core.problem import AttentionProblem
-from adaattn_cuda import driver, operand_norms
-from adaattn_cuda.arrays import ArrayView, contiguous
-from adaattn_cuda.operand_norms import SLOTS, FactsPlan, RowFacts
+from adaattn_cuda.device import driver
+from adaattn_cuda.device.views import ArrayView, contiguous
+from adaattn_cuda.kernels import smxx_operand_norms as operand_norms
+from adaattn_cuda.kernels.smxx_operand_norms import SLOTS, FactsPlan, RowFacts
 
 EDGES = (0, 70, 70, 270, 300)
 RECORDS = 1 << 30

@@ -1,7 +1,7 @@
 // sm80_params.cuh -- what the host hands to the sm80 family: arrays, masks, work.
 // SPDX-License-Identifier: Apache-2.0
 //
-// The twin, field by field, is Params of adaattn_cuda/sm80.py.
+// The twin, field by field, is Params of adaattn_cuda/kernels/sm80_attn_fwd.py.
 #pragma once
 
 #include "adaattn/mask/array_mask.cuh"

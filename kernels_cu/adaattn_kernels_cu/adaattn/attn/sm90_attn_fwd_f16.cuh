@@ -29,7 +29,7 @@
 //              | records | i32    | kRecordSlots                   | an item ahead .. written   |
 //              16-bit tiles are panels of 64 columns, swizzled by 128 bytes. Nothing is aliased.
 // Registers    Producer 24 or 32, consumers 240, 160 or 112 (2, 3, 4 of them); no spill in any
-//              specialisation of tuning/sm90.py.
+//              specialisation of tuning/sm90_attn_fwd_f16.py.
 // Budget: registers<=168 spill_bytes=0 smem_bytes<=232448
 // Barriers     | name               | kind     | arrivals           | producer -> consumer       |
 //              | query, key, value  | mbarrier | full 1 + bytes     | copy engine -> consumers   |

@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Passed by value as a __grid_constant__, as tensor maps must be. Mirrored field by field in
-// adaattn_cuda/sm90.py.
+// adaattn_cuda/kernels/sm90_attn_fwd_f16.py.
 #pragma once
 
 #include "adaattn/common/types.cuh"

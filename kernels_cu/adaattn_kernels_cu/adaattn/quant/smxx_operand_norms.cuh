@@ -44,7 +44,7 @@ namespace adaattn::smxx_operand_norms {
 
 enum Array : int { kQuery, kKey, kValue, kOut, kArrays };
 
-// Figures of a record, all squared; the twin is SLOTS of adaattn_cuda/operand_norms.py.
+// Figures of a record, all squared; the twin is SLOTS of adaattn_cuda/kernels/smxx_operand_norms.py.
 enum Slot : int {
     kNorm,          // of a row; in `out` the sum over rows
     kResidualBf16,  // of a row: what rounding to the format takes away
@@ -60,7 +60,7 @@ constexpr int kRowLanes = 8;  // lanes that share a row
 constexpr int kWarpRows = 32 / kRowLanes;
 
 // (batch, head, row, dim) with unit stride along dim; strides in elements. The twin is
-// _Rows of adaattn_cuda/operand_norms.py.
+// _Rows of adaattn_cuda/kernels/smxx_operand_norms.py.
 struct Rows {
     const void* data;
     i64 batch;

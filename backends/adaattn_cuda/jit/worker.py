@@ -1,7 +1,7 @@
 """The compiling child process: requests on stdin, answers on stdout, one JSON line each.
 
 It is a process of its own because ptxas runs inside NVRTC's library and can die by a signal;
-the parent then loses this child and nothing else. Run as ``python -m adaattn_cuda.worker``.
+the parent then loses this child and nothing else. Run as ``python -m adaattn_cuda.jit.worker``.
 """
 
 from __future__ import annotations

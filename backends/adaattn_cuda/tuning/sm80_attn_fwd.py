@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from adaattn_core.errors import UnsupportedError
-from adaattn_cuda.spec import KernelSpec
+from adaattn_cuda.jit.spec import KernelSpec
 
 __all__ = ["ARCHITECTURES", "DIM_LIMIT", "Specialisation", "shipped", "specialise"]
 

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaattn_core.problem import AttentionProblem, SequenceSpan
-from adaattn_cuda import driver
-from adaattn_cuda.arrays import ITEM_BYTES, ArrayView
-from adaattn_cuda.launch import kernel_of
-from adaattn_cuda.library import Library
-from adaattn_cuda.spec import KernelSpec
+from adaattn_cuda.device import driver
+from adaattn_cuda.device.launch import kernel_of
+from adaattn_cuda.device.library import Library
+from adaattn_cuda.device.views import ITEM_BYTES, ArrayView
+from adaattn_cuda.jit.spec import KernelSpec
 
 __all__ = ["ARRAYS", "SLOTS", "FactsPlan", "RowFacts", "shipped"]
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from adaattn_core.errors import ShapeError, UnsupportedError
 from adaattn_core.mask import Mask
 from adaattn_core.problem import AttentionProblem, HeadIndex
-from adaattn_cuda import driver, sm80, sm90_launch
-from adaattn_cuda.arrays import ArrayView, broadcast, view
-from adaattn_cuda.launch import Launch, Sm80Launch
+from adaattn_cuda.device import driver
+from adaattn_cuda.device.launch import Launch
+from adaattn_cuda.device.views import ArrayView, broadcast, view
+from adaattn_cuda.kernels import sm80_attn_fwd as sm80
+from adaattn_cuda.kernels import sm90_launch
 
 __all__ = ["Arrays", "addresses", "input_views", "make_launch", "mask_views"]
 
@@ -123,7 +125,7 @@ def make_launch(
         mask.left, mask.right, mask.alignment == "bottom_right", problem.scale,
         *formats, heads,
     )  # fmt: skip
-    return Sm80Launch(task, query.device, stream)
+    return sm80.Sm80Launch(task, query.device, stream)
 
 
 def _check_address(name: str, array: ArrayView) -> None:

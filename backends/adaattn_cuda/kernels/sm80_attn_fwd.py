@@ -1,24 +1,29 @@
-"""Host side of the sm80 family: parameters, work list and grid of one launch.
+"""Host side of ``sm80_attn_fwd``: parameters, work list and grid of one launch.
 
-Nothing here touches a device: a launch is described completely and can be looked at in a test.
+All but `Sm80Launch` touches no device: a launch is described completely and can be looked at in
+a test.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
+import threading
 from dataclasses import dataclass
 from typing import Any
 
 from adaattn_core.errors import UnsupportedError
 from adaattn_core.problem import SequenceSpan
-from adaattn_cuda.arrays import ArrayView
-from adaattn_cuda.tuning import sm80 as tuning
+from adaattn_cuda.device import driver
+from adaattn_cuda.device.launch import kernel_of
+from adaattn_cuda.device.views import ArrayView
+from adaattn_cuda.tuning import sm80_attn_fwd as tuning
 from adaattn_cuda.work.geometry import UNLIMITED, extent
 
 __all__ = [
     "DenseTask",
     "Params",
+    "Sm80Launch",
     "Unit",
     "launches",
     "pointer_slots",
@@ -257,3 +262,29 @@ def pointer_slots(params: Params) -> Any:
     In order: query, key, value, out, lse, allowed, bias; they are the structure's first fields.
     """
     return (ctypes.c_uint64 * len(_POINTERS)).from_buffer(params)
+
+
+class Sm80Launch:
+    """A dense task on the sm80 family."""
+
+    workspace_bytes = 0
+
+    def __init__(self, task: DenseTask, device: int, stream: int) -> None:
+        arch = driver.device_facts(device).arch
+        chosen = specialisation(task, arch)
+        spec = chosen.spec(arch)
+        self.name = spec.name
+        self._kernel = kernel_of(spec, chosen.threads, stream)
+        self._kernel.prepare(device)
+        self._ready = [
+            (driver.Call(self._kernel, params, blocks), pointer_slots(params))
+            for params, blocks in launches(task, chosen.tile_m)
+        ]
+        self._lock = threading.Lock()
+
+    def start(self, pointers: tuple[int, ...], device: int, stream: int) -> None:
+        """Enqueue the launches; the driver copies the parameters before each call returns."""
+        with self._lock:
+            for call, slots in self._ready:
+                slots[:] = pointers
+                call.to(stream).start(device)

@@ -8,11 +8,11 @@ from collections.abc import Hashable
 from typing import Generic, Protocol, TypeVar
 
 from adaattn_core.errors import UnsupportedError
-from adaattn_cuda import driver, sm80
-from adaattn_cuda.compile import build
-from adaattn_cuda.spec import KernelSpec
+from adaattn_cuda.device import driver
+from adaattn_cuda.jit.compile import build
+from adaattn_cuda.jit.spec import KernelSpec
 
-__all__ = ["Launch", "LaunchCache", "Sm80Launch", "kernel_of", "refuse_capture"]
+__all__ = ["Launch", "LaunchCache", "kernel_of", "refuse_capture"]
 
 
 class Launch(Protocol):
@@ -54,32 +54,6 @@ def refuse_capture(stream: int, what: str) -> None:
             needed=f"one run before the capture, which {what}",
             do="run the problem once (a warm-up), then capture",
         )
-
-
-class Sm80Launch:
-    """A dense task on the sm80 family."""
-
-    workspace_bytes = 0
-
-    def __init__(self, task: sm80.DenseTask, device: int, stream: int) -> None:
-        arch = driver.device_facts(device).arch
-        chosen = sm80.specialisation(task, arch)
-        spec = chosen.spec(arch)
-        self.name = spec.name
-        self._kernel = kernel_of(spec, chosen.threads, stream)
-        self._kernel.prepare(device)
-        self._ready = [
-            (driver.Call(self._kernel, params, blocks), sm80.pointer_slots(params))
-            for params, blocks in sm80.launches(task, chosen.tile_m)
-        ]
-        self._lock = threading.Lock()
-
-    def start(self, pointers: tuple[int, ...], device: int, stream: int) -> None:
-        """Enqueue the launches; the driver copies the parameters before each call returns."""
-        with self._lock:
-            for call, slots in self._ready:
-                slots[:] = pointers
-                call.to(stream).start(device)
 
 
 _Plan = TypeVar("_Plan")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import adaattn_kernels_cu as kernels
-from adaattn_cuda import operand_norms
-from adaattn_cuda.resources import Budget, parse_budget
-from adaattn_cuda.spec import KernelSpec
-from adaattn_cuda.tuning import sm80, sm90
+from adaattn_cuda.jit.resources import Budget, parse_budget
+from adaattn_cuda.jit.spec import KernelSpec
+from adaattn_cuda.kernels import smxx_operand_norms as operand_norms
+from adaattn_cuda.tuning import sm80_attn_fwd as sm80
+from adaattn_cuda.tuning import sm90_attn_fwd_f16 as sm90
 
 __all__ = ["budget", "specs"]
 

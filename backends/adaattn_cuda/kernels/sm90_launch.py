@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from adaattn_core.problem import AttentionProblem
-from adaattn_cuda import driver, sm90
-from adaattn_cuda.arrays import ArrayView
-from adaattn_cuda.launch import kernel_of, refuse_capture
+from adaattn_cuda.device import driver
+from adaattn_cuda.device.launch import kernel_of, refuse_capture
+from adaattn_cuda.device.views import ArrayView
+from adaattn_cuda.kernels import sm90_attn_fwd_f16 as sm90
 from adaattn_cuda.work.geometry import Geometry
 
 __all__ = ["Sm90Launch", "refusal"]

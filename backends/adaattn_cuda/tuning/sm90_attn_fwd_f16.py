@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from adaattn_cuda.spec import KernelSpec
+from adaattn_cuda.jit.spec import KernelSpec
 from adaattn_cuda.work.geometry import Geometry
 from adaattn_cuda.work.records import ITEM, SOURCE
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adaattn_cuda.spec import KernelSpec, cpp
+from adaattn_cuda.jit.spec import KernelSpec, cpp
 
 __all__ = ["ENTRY", "render"]
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adaattn_cuda.resources import Resources
-from adaattn_cuda.spec import KernelSpec
+from adaattn_cuda.jit.resources import Resources
+from adaattn_cuda.jit.spec import KernelSpec
 
 __all__ = ["SCHEMA", "CacheEntry", "DiskCache", "cache_key"]
 

@@ -21,15 +21,15 @@ from typing import Any
 import adaattn_kernels_cu as kernels
 from adaattn_core.errors import BackendUnavailableError, KernelCompileError
 from adaattn_cuda import environment
-from adaattn_cuda.cache import DiskCache, cache_key
-from adaattn_cuda.codegen import render
-from adaattn_cuda.resources import Resources, parse_log
-from adaattn_cuda.spec import KernelSpec
-from adaattn_cuda.toolchain import INSTALL_HINT, nvrtc_version
+from adaattn_cuda.jit.cache import DiskCache, cache_key
+from adaattn_cuda.jit.codegen import render
+from adaattn_cuda.jit.resources import Resources, parse_log
+from adaattn_cuda.jit.spec import KernelSpec
+from adaattn_cuda.jit.toolchain import INSTALL_HINT, nvrtc_version
 
 __all__ = ["Built", "Compiler", "build"]
 
-WORKER_COMMAND: tuple[str, ...] = (sys.executable, "-m", "adaattn_cuda.worker")
+WORKER_COMMAND: tuple[str, ...] = (sys.executable, "-m", "adaattn_cuda.jit.worker")
 COMPILE_LIMIT_S = 300.0
 """A unit takes seconds; a compiler that needs longer than this hangs."""
 
@@ -148,7 +148,7 @@ class Compiler:
     def _start_child(self) -> subprocess.Popen[str]:
         if self._child is None:
             # The child must find these packages wherever the parent found them.
-            paths = [str(Path(__file__).parents[1]), str(kernels.root().parent)]
+            paths = [str(Path(__file__).parents[2]), str(kernels.root().parent)]
             old = os.environ.get("PYTHONPATH")
             env = os.environ | {"PYTHONPATH": os.pathsep.join(paths + ([old] if old else []))}
             self._child = subprocess.Popen(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from adaattn_core.errors import DTypeError, UnsupportedError
-from adaattn_cuda.arrays import ArrayView, broadcast, view
+from adaattn_cuda.device.views import ArrayView, broadcast, view
 
 
 def interface(shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: str) -> Any:

@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any
 
 from adaattn_core.errors import AdaAttnError, BackendUnavailableError, UnsupportedError
-from adaattn_cuda.codegen import ENTRY
+from adaattn_cuda.jit.codegen import ENTRY
 
 __all__ = [
     "Call",

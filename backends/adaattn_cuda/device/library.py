@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import array_api_compat
 
 from adaattn_core.errors import AdaAttnError, BackendUnavailableError
-from adaattn_cuda.arrays import view
+from adaattn_cuda.device.views import view
 
 __all__ = ["Library", "adopt", "library_of"]
 

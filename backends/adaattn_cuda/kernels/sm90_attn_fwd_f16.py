@@ -15,8 +15,8 @@ from typing import Any
 
 from adaattn_core.errors import AdaAttnError
 from adaattn_core.problem import AttentionProblem
-from adaattn_cuda import driver
-from adaattn_cuda.tuning.sm90 import STEM, Tile, choose
+from adaattn_cuda.device import driver
+from adaattn_cuda.tuning.sm90_attn_fwd_f16 import STEM, Tile, choose
 from adaattn_cuda.work.geometry import UNLIMITED, Geometry
 from adaattn_cuda.work.records import TENSORS, WorkList, work_list
 

@@ -1,0 +1,1 @@
+"""The driver, the caller's arrays and launches. Knows no kernel."""

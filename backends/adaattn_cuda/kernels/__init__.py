@@ -1,0 +1,1 @@
+"""The host side of every kernel, under the stem of its source."""
