@@ -11,11 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from adaattn_core.checks import real, shown, truth, whole, word
 from adaattn_core.errors import ArgumentError, PlanError
 from adaattn_core.files import atomic_write_text
 from adaattn_core.formats import get_format
-from adaattn_core.problem import AttentionProblem, HeadIndex
+from adaattn_core.problem import AttentionProblem, HeadIndex, SequenceSpan
 from adaattn_core.structure import BlockSparse, Dense, Structure, structure_from_json
 
 SEED_MAX = 2**63 - 1
@@ -148,6 +150,12 @@ def _require_fields(fields: Mapping[str, Any], names: tuple[str, ...], what: str
         )
 
 
+def _block_lengths(problem: AttentionProblem, span: SequenceSpan) -> tuple[int, int]:
+    """Rows and keys that a sequence's block mask speaks of, padding included."""
+    padded = problem.mask.cu_seqlens_kv is None
+    return span.len_q, problem.len_kv if padded else span.len_kv
+
+
 def _is_score_skip(structure: Any) -> bool:
     return isinstance(structure, Mapping) and structure.get("kind") == "score_skip"
 
@@ -210,6 +218,69 @@ class Plan:
         """Return the same head plan for every head of a problem."""
         return cls(heads=dict.fromkeys(problem.heads(), head), **facts)
 
+    @classmethod
+    def block_sparse(
+        cls,
+        problem: AttentionProblem,
+        blocks: Any,
+        *,
+        tile_q: int = 128,
+        tile_kv: int = 64,
+        head: HeadPlan | None = None,
+    ) -> Plan:
+        """Return a plan that keeps the key blocks of a boolean array.
+
+        Parameters
+        ----------
+        problem : AttentionProblem
+        blocks : array_like of bool, shape (sequences, heads_q, query tiles, key blocks)
+            True = kept. Leading axes may be left out, or of size 1 where all share a pattern.
+            Tiles and blocks cover the longest sequence; of shorter ones the first count.
+        tile_q, tile_kv : int
+            Queries per tile and keys per block.
+        head : HeadPlan, optional
+            Formats of all heads; default those of `HeadPlan`.
+
+        Raises
+        ------
+        PlanError
+            If the array's shape does not fit the problem.
+        ArgumentError
+            If it is not boolean, or a size is not a positive whole number.
+        """
+        tile_q, tile_kv = whole("tile_q", tile_q, 1), whole("tile_kv", tile_kv, 1)
+        sizes = [
+            (-(-len_q // tile_q), -(-len_kv // tile_kv))
+            for len_q, len_kv in (_block_lengths(problem, span) for span in problem.sequences)
+        ]
+        longest = max((t for t, _ in sizes), default=0), max((b for _, b in sizes), default=0)
+        array = np.asarray(blocks)
+        lead = (1,) * (4 - array.ndim) + array.shape[:-2]
+        needed = (len(problem.sequences), problem.heads_q)
+        fits = 2 <= array.ndim <= 4 and array.shape[-2:] == longest
+        if not fits or any(n not in (1, m) for n, m in zip(lead, needed, strict=True)):
+            raise PlanError(
+                got=f"blocks of shape {array.shape}",
+                needed=f"{(*needed, *longest)} (sequences, heads, query tiles, key blocks),"
+                " or fewer axes",
+                do="count query tiles and key blocks of the longest sequence",
+            )
+        array = array.reshape(*lead, *longest)
+        head = head or HeadPlan(reason="blocks given by the caller")
+        made: dict[tuple[int, ...], HeadPlan] = {}
+        heads = {}
+        for sequence, number in problem.heads():
+            place, size = (
+                (min(sequence, lead[0] - 1), min(number, lead[1] - 1)),
+                sizes[sequence],
+            )
+            if (*place, *size) not in made:
+                kept = array[place][: size[0], : size[1]]
+                structure = BlockSparse.from_mask(kept, tile_q=tile_q, tile_kv=tile_kv)
+                made[*place, *size] = replace(head, structure=structure)
+            heads[sequence, number] = made[*place, *size]
+        return cls(heads, policy="blocks")
+
     def with_heads(self, changed: Mapping[HeadIndex, HeadPlan]) -> Plan:
         """Return a plan in which some heads are replaced."""
         return replace(self, heads={**self.heads, **changed})
@@ -225,10 +296,8 @@ class Plan:
             )
         for (sequence, _), head in self.heads.items():
             if isinstance(head.structure, BlockSparse) and head.structure.blocks is not None:
-                span = problem.sequences[sequence]
-                padded = problem.mask.cu_seqlens_kv is None
-                keys = problem.len_kv if padded else span.len_kv
-                head.structure.check_fits(span.len_q, keys)
+                lengths = _block_lengths(problem, problem.sequences[sequence])
+                head.structure.check_fits(*lengths)
 
     def explain(self) -> str:
         """Return a table: which heads run how, and what bound the choice."""

@@ -114,7 +114,13 @@ class BlockSparse(Structure):
     group : int
         Query rows that share one choice.
     blocks : tuple of tuple of int, optional
-        Given mask: the kept key blocks of each query tile, increasing.
+        Given mask: the kept key blocks of each query tile, increasing; counted from the first
+        query and key of a sequence. Choosing and `band` play no part then.
+
+    Notes
+    -----
+    A structure says what is computed, a `Mask` what may be seen: keys of blocks that are left
+    out count as an error, which a sampled certificate measures and no theorem bounds.
     """
 
     kind: ClassVar[str] = "block_sparse"
@@ -137,6 +143,29 @@ class BlockSparse(Structure):
             f"group={self.group}, tile_q={self.tile_q}",
             "a group that is a whole number of query tiles",
         )
+
+    @classmethod
+    def from_mask(cls, blocks: Any, *, tile_q: int = 128, tile_kv: int = 64) -> BlockSparse:
+        """Keep the key blocks that a boolean array says.
+
+        Parameters
+        ----------
+        blocks : array_like of bool, shape (query tiles, key blocks)
+            True = kept. For arrays per head see `Plan.block_sparse`.
+        tile_q, tile_kv : int
+            Queries per tile and keys per block.
+
+        Raises
+        ------
+        ArgumentError
+            If the array is not boolean or not two-dimensional, or a size is not positive.
+
+        Examples
+        --------
+        >>> BlockSparse.from_mask([[True, False], [True, True]]).blocks
+        ((0,), (0, 1))
+        """
+        return cls(tile_q=tile_q, tile_kv=tile_kv, group=tile_q, blocks=block_mask(blocks))
 
     def check_fits(self, len_q: int, len_kv: int) -> None:
         """Raise PlanError unless given blocks speak of every query tile, and of keys that are.

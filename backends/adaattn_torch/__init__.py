@@ -15,6 +15,7 @@ from adaattn_torch.rules import Rule
 
 if TYPE_CHECKING:
     from adaattn_torch.flash import register_flash_attention
+    from adaattn_torch.flex_blocks import import_block_mask
     from adaattn_torch.report import ModelReport, calibrate, model_report
     from adaattn_torch.transformers import budgets, register_transformers
 
@@ -31,6 +32,7 @@ __all__ = [
     "compat",
     "convert",
     "enable",
+    "import_block_mask",
     "listening",
     "model_report",
     "register_flash_attention",
@@ -43,6 +45,7 @@ _LATE = {
     "calibrate": "report",
     "model_report": "report",
     "budgets": "transformers",
+    "import_block_mask": "flex_blocks",
     "register_flash_attention": "flash",
     "register_transformers": "transformers",
 }
