@@ -42,7 +42,7 @@ COMPILED = [
     (candidates(64, 256)[0][1], "bf16"),
     (candidates(256, 192)[0][1], "f16"),
     (Tile(128, 128, 2, 128, ping_pong=True), "f16"),
-    (Tile(128, 128, 2, 128, bias=True, max_sources=3), "bf16"),
+    (Tile(128, 128, 2, 128, role=1, max_sources=3), "bf16"),
 ]
 
 

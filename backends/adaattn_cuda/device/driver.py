@@ -382,3 +382,14 @@ class DeviceTable:
                 "copying a work list",
             )
             _check(library.cuStreamSynchronize(stream), "copying a work list")
+
+
+def fill_words(address: int, value: int, count: int, stream: int) -> None:
+    """Set `count` 32-bit words on the device to `value`, in the order of the stream."""
+    _check(
+        load_driver().cuMemsetD32Async(
+            ctypes.c_uint64(address), ctypes.c_uint(value & 0xFFFFFFFF), ctypes.c_size_t(count),
+            ctypes.c_void_p(stream),
+        ),
+        "filling memory",
+    )  # fmt: skip

@@ -11,7 +11,7 @@ import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from adaattn_core.errors import AdaAttnError
 from adaattn_core.problem import AttentionProblem
@@ -36,6 +36,7 @@ MAX_DIM = 256
 SLACK_LOG2 = 8.0
 """How far the running maximum may grow before rescaling; kSlackLog2 in softmax/slack.cuh."""
 
+_Block = TypeVar("_Block", bound=ctypes.Structure)
 _ALIGNMENT_BYTES = 16
 _ELEMENT_BYTES = 2
 _PANEL_COLUMNS = 64
@@ -115,13 +116,18 @@ class Params(ctypes.Structure):
         ("items", ctypes.c_uint64),
         ("sources", ctypes.c_uint64),
         ("bias", ctypes.c_uint64),
+        *(
+            (n, ctypes.c_uint64)
+            for n in ("queue", "row_stops", "partial_out", "partial_lse", "squares")
+        ),
         ("inverse_scale", ctypes.c_float),
         ("scale_log2", ctypes.c_float),
         ("slack", ctypes.c_float),
         ("rounds", ctypes.c_int32),
         ("dim_qk", ctypes.c_int32),
         ("dim_v", ctypes.c_int32),
-        ("padding", ctypes.c_ubyte * 48),
+        ("squares_head", ctypes.c_int32),
+        ("squares_batch", ctypes.c_int32),
     )
 
 
@@ -213,19 +219,33 @@ def pack_params(
     AdaAttnError
         If the driver refuses a tensor map; `layout_reason` names what it would refuse.
     """
-    params = _aligned_params()
-    _encode(params.query_map, query, plan.tile.tile_m, plan.dtype)
+    params = pack_arrays(plan.tile, plan.dtype, query, keys, values, out, lse, scale)
+    params.items, params.sources = plan.work.addresses(work_pointer)
+    params.bias, params.rounds = bias_pointer, plan.work.rounds
+    return params
+
+
+def pack_arrays(
+    tile: Tile,
+    dtype: str,
+    query: DeviceMatrix,
+    keys: Sequence[DeviceMatrix],
+    values: Sequence[DeviceMatrix],
+    out: DeviceMatrix,
+    lse: DeviceMatrix,
+    scale: float,
+) -> Params:
+    """Pack the arrays and the scale alone; what names the work is left to the caller."""
+    params = aligned(Params)
+    encode_map(params.query_map, query, tile.tile_m, dtype)
     for index, (key, value) in enumerate(zip(keys, values, strict=True)):
-        _encode(params.key_map[index], key, plan.tile.tile_n, plan.dtype)
-        _encode(params.value_map[index], value, plan.tile.tile_n, plan.dtype)
+        encode_map(params.key_map[index], key, tile.tile_n, dtype)
+        encode_map(params.value_map[index], value, tile.tile_n, dtype)
         params.key[index], params.value[index] = _matrix(key), _matrix(value)
     params.query, params.out, params.lse = _matrix(query), _matrix(out), _matrix(lse)
-    params.items, params.sources = plan.work.addresses(work_pointer)
-    params.bias = bias_pointer
     params.inverse_scale = 1.0 / scale
     params.scale_log2 = scale * math.log2(math.e)
     params.slack = SLACK_LOG2 / params.scale_log2
-    params.rounds = plan.work.rounds
     params.dim_qk, params.dim_v = query.shape[3], out.shape[3]
     return params
 
@@ -244,7 +264,7 @@ def move_params(params: Params, pointers: Sequence[int]) -> Params:
     AdaAttnError
         If the driver refuses an address: none that is a multiple of 16 bytes.
     """
-    moved = _aligned_params()
+    moved = aligned(Params)
     ctypes.memmove(ctypes.addressof(moved), ctypes.addressof(params), ctypes.sizeof(Params))
     matrices = (moved.query, moved.key[0], moved.value[0], moved.out, moved.lse)
     for matrix, pointer in zip(matrices, pointers, strict=False):
@@ -264,10 +284,10 @@ def move_params(params: Params, pointers: Sequence[int]) -> Params:
     return moved
 
 
-def _aligned_params() -> Params:
+def aligned(kind: type[_Block]) -> _Block:
     """Return zeros where the driver may write tensor maps: on a multiple of 64 bytes."""
-    memory = ctypes.create_string_buffer(ctypes.sizeof(Params) + _MAP_ALIGNMENT_BYTES)
-    return Params.from_buffer(memory, -ctypes.addressof(memory) % _MAP_ALIGNMENT_BYTES)
+    memory = ctypes.create_string_buffer(ctypes.sizeof(kind) + _MAP_ALIGNMENT_BYTES)
+    return kind.from_buffer(memory, -ctypes.addressof(memory) % _MAP_ALIGNMENT_BYTES)
 
 
 def _matrix(matrix: DeviceMatrix) -> Matrix:
@@ -275,7 +295,7 @@ def _matrix(matrix: DeviceMatrix) -> Matrix:
     return Matrix(matrix.pointer, row, head, batch)
 
 
-def _encode(place: Any, matrix: DeviceMatrix, rows: int, dtype: str) -> None:
+def encode_map(place: Any, matrix: DeviceMatrix, rows: int, dtype: str) -> None:
     """Write the tensor map whose box is `rows` rows of 64 columns, swizzled by 128 bytes.
 
     Columns and rows outside the array arrive as zeros, which is what pads head dims that are no

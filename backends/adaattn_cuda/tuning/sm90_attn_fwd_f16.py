@@ -60,8 +60,8 @@ class Tile:
         Buffers of query tiles: with 2, the next item's queries arrive during this item.
     ping_pong : bool
         Consumers take turns at the matrix unit.
-    bias : bool
-        Per-key addends to the scores.
+    role : int
+        ``Role`` of sm90_params.cuh: 0 dense, 1 work lists of planning kernels, 2 exact rows.
     max_sources : int
         Most sources of an item.
     """
@@ -73,7 +73,7 @@ class Tile:
     stages: int = 2
     query_stages: int = 1
     ping_pong: bool = False
-    bias: bool = False
+    role: int = 0
     max_sources: int = 1
 
     @property
@@ -97,9 +97,13 @@ class Tile:
         queries = self.query_stages * self.tile_m * self.dim_qk
         keys_and_values = self.stages * self.tile_n * (self.dim_qk + self.dim_v)
         slots = 4 if self.query_stages == 1 else 8
+        biases = 4 * self.stages * self.tile_n if self.role == 1 else 0
         barriers = 2 * self.query_stages + 4 * self.stages + 2 * slots
         operands = _ELEMENT_BYTES * (queries + keys_and_values)
-        return math.ceil((operands + slots * self.record_bytes + 8 * barriers) / 128) * 128
+        return (
+            math.ceil((operands + slots * self.record_bytes + biases + 8 * barriers) / 128)
+            * 128
+        )
 
     @property
     def accumulator_registers(self) -> int:
@@ -121,7 +125,7 @@ class Tile:
             self.stages,
             self.query_stages,
             int(self.ping_pong),
-            int(self.bias),
+            self.role,
             self.max_sources,
         )
 

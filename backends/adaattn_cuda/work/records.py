@@ -29,6 +29,7 @@ __all__ = [
     "SOURCE",
     "TENSORS",
     "WorkList",
+    "deal",
     "work_list",
 ]
 
@@ -38,7 +39,7 @@ ITEM = np.dtype(
         for name in (
             "batch", "head", "row_first", "rows", "first_source", "sources", "tiles", "partial",
             "key_start", "key_stop", "start_offset", "stop_offset", "heads",
-            "reserved_0", "reserved_1", "reserved_2",
+            "row_stops", "reserved_0", "reserved_1",
         )
     ]
 )  # fmt: skip
@@ -124,7 +125,7 @@ def work_list(geometry: Geometry, tile_m: int, tile_n: int, blocks: int) -> Work
     items = np.concatenate([part[0] for part in parts])
     sources = np.concatenate([part[1] for part in parts])
     order = _longest_first(geometry, items, sources)
-    columns = _deal(items["tiles"][order] + _ITEM_OVERHEAD_TILES, min(blocks, len(items)))
+    columns = deal(items["tiles"][order] + _ITEM_OVERHEAD_TILES, min(blocks, len(items)))
     rounds = max(len(column) for column in columns)
     dealt = np.zeros((rounds, len(columns)), ITEM)
     # An item's source stands where the item stands: blocks that run together read neighbours.
@@ -183,7 +184,7 @@ def _longest_first(
     return np.lexsort((np.arange(len(items)), -items["tiles"], section)).astype(np.int64)
 
 
-def _deal(costs: NDArray[np.float64], blocks: int) -> list[list[int]]:
+def deal(costs: NDArray[np.float64], blocks: int) -> list[list[int]]:
     """Give each cost, in order, to the block with the least so far."""
     if np.all(costs == costs[0]):
         return [list(range(block, len(costs), blocks)) for block in range(blocks)]

@@ -14,7 +14,7 @@
 
 namespace adaattn {
 
-template <Format kFormat, int kDimV, bool kBias, int kMaxSources>
+template <Format kFormat, int kDimV, int kRole, int kTileM, int kMaxSources>
 ADAATTN_DEVICE void repair_row(const AttentionParams& params,
                                const work::WorkRecord<kMaxSources>& record, int row, int lane) {
     constexpr int kColumns = kDimV / kWarpThreads;
@@ -30,8 +30,12 @@ ADAATTN_DEVICE void repair_row(const AttentionParams& params,
 #pragma unroll 1
     for (int index = 0; index < item.sources; ++index) {
         const work::Source& source = record.sources[index];
-        const mask::Interval seen =
+        mask::Interval seen =
             mask::visible_columns(item, source, source.position, source.keys, row);
+        if constexpr (kRole == kExactRows) {
+            seen.stop =
+                smaller(seen.stop, params.row_stops[item.row_stops + row] - source.position);
+        }
         const u16* keys =
             static_cast<const u16*>(params.key[source.tensor].data) +
             params.key[source.tensor].offset(source.batch, source.head, source.first_key);
@@ -50,7 +54,7 @@ ADAATTN_DEVICE void repair_row(const AttentionParams& params,
                 for (int k = 0; k < params.dim_qk; ++k) {
                     dot = fmaf(quant::widen<kFormat>(query[k]), quant::widen<kFormat>(key[k]), dot);
                 }
-                if constexpr (kBias) {
+                if constexpr (kRole == kAdaptive) {
                     if (source.first_bias != work::kNoBias) {
                         dot += params.bias[source.first_bias + base + lane] * params.inverse_scale;
                     }
@@ -88,6 +92,21 @@ ADAATTN_DEVICE void repair_row(const AttentionParams& params,
     for (int offset = 16; offset > 0; offset /= 2) sum += ptx::shuffle_xor(sum, offset);
 
     const float inverse = sum == 0.0f ? 0.0f : ptx::reciprocal_approx(sum);
+    if constexpr (kRole == kExactRows) {
+        const i64 place = static_cast<i64>(item.partial) * kTileM + row;
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+            const int column = c * kWarpThreads + lane;
+            if (column < params.dim_v) {
+                params.partial_out[place * params.dim_v + column] = acc[c] * inverse;
+            }
+        }
+        if (lane == 0) {
+            params.partial_lse[place] =
+                sum == 0.0f ? -ptx::infinity() : kLn2 * (best + log2f(sum));
+        }
+        return;
+    }
     u16* out = static_cast<u16*>(const_cast<void*>(params.out.data)) +
                params.out.offset(item.batch, item.head, item.row_first + row);
 #pragma unroll

@@ -69,7 +69,7 @@ enum NamedBarrier : u32 {
 };  // 0 is __syncthreads; one id per consumer warpgroup from here on
 
 template <Format kFormatT, int kDimQkT, int kDimVT, int kConsumersT, int kTileNT, int kStagesT,
-          int kQueryStagesT, int kPingPongT, int kBiasT, int kMaxSourcesT>
+          int kQueryStagesT, int kPingPongT, int kRoleT, int kMaxSourcesT>
 struct Traits {
     static constexpr Format kFormat = kFormatT;
     static constexpr int kDimQk = kDimQkT;  // 64, 128, 192 or 256: the arrays' dims padded
@@ -81,7 +81,7 @@ struct Traits {
     static constexpr int kQueryStages =
         kQueryStagesT;  // 2: the next item's queries arrive during this item
     static constexpr bool kPingPong = kPingPongT != 0;  // consumers take turns at the matrix unit
-    static constexpr bool kBias = kBiasT != 0;
+    static constexpr int kRole = kRoleT;  // a Role
     static constexpr int kMaxSources = kMaxSourcesT;
 
     static constexpr int kThreads = kWarpgroupThreads * (kConsumers + 1);
@@ -101,7 +101,9 @@ struct Traits {
     static constexpr int kKeyOffset = kQueryStages * kQueryBytes;
     static constexpr int kValueOffset = kKeyOffset + kStages * kKeyBytes;
     static constexpr int kRecordOffset = kValueOffset + kStages * kValueBytes;
-    static constexpr int kBarrierOffset = kRecordOffset + kRecordSlots * kRecordBytes;
+    static constexpr int kBiasOffset = kRecordOffset + kRecordSlots * kRecordBytes;
+    static constexpr int kBiasBytes = kRole == kAdaptive ? 4 * kStages * kTileN : 0;
+    static constexpr int kBarrierOffset = kBiasOffset + kBiasBytes;
     static constexpr int kBarriers = 2 * kQueryStages + 4 * kStages + 2 * kRecordSlots;
     static constexpr int kSmemBytes = round_up(kBarrierOffset + 8 * kBarriers, 128);
 
@@ -121,6 +123,7 @@ struct Consumer {
     using RecordRing = tile::Ring<T::kRecordSlots>;
     using QueryRing = tile::Ring<T::kQueryStages>;
     using TileRing = tile::Ring<T::kStages>;
+    static constexpr int kRestWords = T::kRole == kExactRows ? T::kTileN / 4 : 1;
 
     const Params& params;
     const tile::Barriers<T> barriers;
@@ -131,6 +134,8 @@ struct Consumer {
     int tiles;  // score tiles finished so far, over all items; one more than output tiles
     work::TileCursor<T::kTileN, T::kMaxSources> cursor;
     softmax::Online state;
+    int stops[2];    // kExactRows: where this thread's two rows end
+    int first_stop;  // the least in the warpgroup
 
     // Read anew where needed: the main loop has no register to keep them in.
     ADAATTN_DEVICE int lane() const { return static_cast<int>(threadIdx.x) % kWarpThreads; }
@@ -166,6 +171,13 @@ struct Consumer {
         ptx::mbarrier_wait(barriers.query_full(QueryRing::index(items)), QueryRing::parity(items));
         cursor.open(record(items));
         state.reset();
+        if constexpr (T::kRole == kExactRows) {
+            // Rows are in ascending order of their limits.
+            const i32* limits = params.row_stops + record(items).item.row_stops;
+            stops[0] = limits[row() + lane() / 4];
+            stops[1] = limits[row() + lane() / 4 + 8];
+            first_stop = limits[64 * warpgroup];
+        }
         ++items;
         return true;
     }
@@ -178,6 +190,13 @@ struct Consumer {
             smem + query_stage * T::kQueryBytes + warpgroup * 64 * ptx::kPanelRowBytes, 0);
         const u64 keys = ptx::matrix_descriptor(smem + T::kKeyOffset + stage * T::kKeyBytes, 0);
         ptx::mbarrier_wait(barriers.key_full(stage), TileRing::parity(tiles));
+        int accumulate = 0;
+        if constexpr (T::kRole == kAdaptive) {
+            if (cursor.current().first_bias != work::kNoBias) {
+                start_from_bias(scores, stage);
+                accumulate = 1;
+            }
+        }
         wait_turn();
         ptx::pin(scores);
         ptx::wgmma_fence();
@@ -185,7 +204,8 @@ struct Consumer {
         for (int k = 0; k < T::kDimQk / 16; ++k) {
             ptx::Wgmma<T::kFormat, T::kTileN>::ss(
                 scores, ptx::advance(queries, ptx::k_slice_bytes(k, T::kTileM)),
-                ptx::advance(keys, ptx::k_slice_bytes(k, T::kTileN)), k != 0);
+                ptx::advance(keys, ptx::k_slice_bytes(k, T::kTileN)),
+                k != 0 ? 1 : accumulate);
         }
         ptx::wgmma_commit();
     }
@@ -200,8 +220,8 @@ struct Consumer {
     }
 
     // acc += P V, started.
-    ADAATTN_DEVICE void start_output(float (&acc)[T::kDimV / 2],
-                                     u32 (&weights)[T::kTileN / 4]) const {
+    ADAATTN_DEVICE void start_output(float (&acc)[T::kDimV / 2], u32 (&weights)[T::kTileN / 4],
+                                     u32 (&rest)[kRestWords]) const {
         const int stage = TileRing::index(tiles - 1);
         const u64 values = ptx::matrix_descriptor(smem + T::kValueOffset + stage * T::kValueBytes,
                                                   T::kTileN * ptx::kPanelRowBytes);
@@ -214,6 +234,14 @@ struct Consumer {
             ptx::Wgmma<T::kFormat, T::kDimV>::rs(
                 acc, &weights[4 * k], ptx::advance(values, 16 * k * ptx::kPanelRowBytes), 1);
         }
+        if constexpr (T::kRole == kExactRows) {
+            ptx::pin(rest);
+#pragma unroll
+            for (int k = 0; k < T::kTileN / 16; ++k) {
+                ptx::Wgmma<T::kFormat, T::kDimV>::rs(
+                    acc, &rest[4 * k], ptx::advance(values, 16 * k * ptx::kPanelRowBytes), 1);
+            }
+        }
         ptx::wgmma_commit();
     }
 
@@ -225,36 +253,55 @@ struct Consumer {
         release(barriers.value_empty(TileRing::index(tile)));
     }
 
-    ADAATTN_DEVICE void add_bias(float (&scores)[T::kTileN / 2]) const {
-        const int column = 2 * (lane() % 4);
-        const int left = cursor.keys_left();
-        const float* bias =
-            params.bias + cursor.current().first_bias + cursor.tile * T::kTileN + column;
+    // The accumulators of a tile whose keys have biases start from them, in units of raw scores.
+    ADAATTN_DEVICE void start_from_bias(float (&scores)[T::kTileN / 2], int stage) const {
+        const u32 from = smem + T::kBiasOffset + (stage * T::kTileN + 2 * (lane() % 4)) * 4;
 #pragma unroll
         for (int i = 0; i < T::kTileN / 2; i += 4) {
+            float low, high;
+            asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                         : "=f"(low), "=f"(high)
+                         : "r"(from + 8 * i));
+            scores[i] = scores[i + 2] = low * params.inverse_scale;
+            scores[i + 1] = scores[i + 3] = high * params.inverse_scale;
+        }
+    }
+
+    // Weights to 16 bits; for exact rows the rest as well, which brings them to twice the digits.
+    ADAATTN_DEVICE static void round_weights(const float (&scores)[T::kTileN / 2],
+                                             u32 (&weights)[T::kTileN / 4],
+                                             u32 (&rest)[kRestWords]) {
+        softmax::round_pairs<T::kFormat>(scores, weights);
+        if constexpr (T::kRole == kExactRows) {
 #pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                const float addend =
-                    column + 2 * i + e < left ? bias[2 * i + e] * params.inverse_scale : 0.0f;
-                scores[i + e] += addend;
-                scores[i + 2 + e] += addend;
+            for (int i = 0; i < T::kTileN / 4; ++i) {
+                const float low = quant::widen<T::kFormat>(static_cast<u16>(weights[i] & 0xffffu));
+                const float high = quant::widen<T::kFormat>(static_cast<u16>(weights[i] >> 16));
+                rest[i] = quant::pack_pair<T::kFormat>(scores[2 * i] - low,
+                                                       scores[2 * i + 1] - high);
             }
         }
     }
 
     ADAATTN_DEVICE bool mask_needed() const {
+        if constexpr (T::kRole == kExactRows) {
+            return smaller(first_stop - cursor.position(), cursor.keys_left()) < T::kTileN;
+        }
         return mask::needed(cursor.item(), cursor.current(), cursor.position(), cursor.keys_left(),
                             T::kTileN, 64 * warpgroup, 64 * warpgroup + 63);
     }
 
     // Scores to probabilities. Returns whether the accumulators must be multiplied by `factor`.
     ADAATTN_DEVICE bool soften(float (&scores)[T::kTileN / 2], bool fresh, float (&factor)[2]) {
-        if constexpr (T::kBias) {
-            if (cursor.current().first_bias != work::kNoBias) add_bias(scores);
-        }
         if (mask_needed()) {
-            mask::apply(scores, cursor.item(), cursor.current(), cursor.position(),
-                        cursor.keys_left(), row() + lane() / 4, lane());
+            if constexpr (T::kRole == kExactRows) {
+                const int left = cursor.keys_left();
+                mask::apply_stops(scores, smaller(stops[0] - cursor.position(), left),
+                                  smaller(stops[1] - cursor.position(), left), lane());
+            } else {
+                mask::apply(scores, cursor.item(), cursor.current(), cursor.position(),
+                            cursor.keys_left(), row() + lane() / 4, lane());
+            }
         }
         return state.exponentiate(scores, params.scale_log2, params.slack, fresh, factor);
     }
@@ -266,6 +313,7 @@ struct Consumer {
         float acc[T::kDimV / 2];
         float scores[T::kTileN / 2];
         u32 weights[T::kTileN / 4];
+        u32 rest[kRestWords];  // what rounding took from the weights
         // What each row of acc is to be multiplied by: to follow the reference, or to normalise.
         float factor[2];
         softmax::clear(acc);
@@ -275,19 +323,19 @@ struct Consumer {
         ptx::wgmma_wait<0>();
         finish_scores(scores);
         soften(scores, true, factor);
-        softmax::round_pairs<T::kFormat>(scores, weights);
+        round_weights(scores, weights, rest);
 
 #pragma unroll 1
         while (true) {
             const bool boundary = cursor.at_last();
             if (boundary) {
-                write_lse(params, *cursor.record, state, row(), lane(), factor);
+                write_lse<T::kRole, T::kTileM>(params, *cursor.record, state, row(), lane(), factor);
                 if (!open_item()) break;
             } else {
                 cursor.next();
             }
             start_scores(scores);
-            start_output(acc, weights);
+            start_output(acc, weights, rest);
             pass_turn();
             ptx::wgmma_wait<1>();
             finish_scores(scores);
@@ -298,7 +346,7 @@ struct Consumer {
             if (boundary) {
                 ptx::wgmma_wait_all_in_branch();
                 finish_output(acc, weights, tiles - 2);
-                write_rows<T::kFormat, T::kDimV, T::kBias>(params, record(items - 2), acc, factor,
+                write_rows<T::kFormat, T::kDimV, T::kRole, T::kTileM>(params, record(items - 2), acc, factor,
                                                            row(), lane());
                 ptx::mbarrier_arrive(barriers.record_empty(RecordRing::index(items - 2)));
                 softmax::clear(acc);
@@ -307,12 +355,12 @@ struct Consumer {
                 finish_output(acc, weights, tiles - 2);
                 if (moved) softmax::rescale_rows(acc, factor);
             }
-            softmax::round_pairs<T::kFormat>(scores, weights);
+            round_weights(scores, weights, rest);
         }
-        start_output(acc, weights);
+        start_output(acc, weights, rest);
         ptx::wgmma_wait<0>();
         finish_output(acc, weights, tiles - 1);
-        write_rows<T::kFormat, T::kDimV, T::kBias>(params, record(items - 1), acc, factor, row(),
+        write_rows<T::kFormat, T::kDimV, T::kRole, T::kTileM>(params, record(items - 1), acc, factor, row(),
                                                    lane());
     }
 };
@@ -328,7 +376,7 @@ ADAATTN_DEVICE void run(const Params& params) {
 
     SourceRun first_run = {};
     if (threadIdx.x == 0) {
-        first_run = sources_of(params, 0);  // on its way while the barriers are made
+        first_run = sources_of<T::kRole>(params, 0);  // on its way while the barriers are made
         if (smem % ptx::kSwizzleAtomBytes != 0)
             __trap();  // the swizzle is a function of the address
         ptx::prefetch_tensor_map(&params.query_map);

@@ -28,7 +28,7 @@ ADAATTN_DEVICE void transpose_quad(u32 (&words)[4], int lane) {
 
 // Writes the lse of a warp's 16 rows, of which `row` is the first within the tile, and leaves the
 // reciprocals of this thread's two row sums; 0 for a row that saw no key, whose output is 0.
-template <int kMaxSources>
+template <int kRole, int kTileM, int kMaxSources>
 ADAATTN_DEVICE void write_lse(const AttentionParams& params,
                               const work::WorkRecord<kMaxSources>& record,
                               const softmax::Online& state, int row, int lane,
@@ -42,19 +42,54 @@ ADAATTN_DEVICE void write_lse(const AttentionParams& params,
         if (lane % 4 == 0 && own_row < item.rows) {
             float* lse = static_cast<float*>(const_cast<void*>(params.lse.data)) +
                          params.lse.offset(item.batch, item.head, item.row_first + own_row);
+            if constexpr (kRole != kDense) {
+                if (item.partial != work::kNoPartial) {
+                    lse = params.partial_lse + static_cast<i64>(item.partial) * kTileM + own_row;
+                }
+            }
             *lse = state.lse(r, sum, params.scale_log2);
         }
     }
 }
 
 // Normalises and writes the same rows; accumulators as wgmma leaves them.
-template <Format kFormat, int kDimV, bool kBias, int kMaxSources>
+// A partial result: the same rows, normalised, in f32.
+template <int kDimV, int kTileM>
+ADAATTN_DEVICE void write_partial(const AttentionParams& params, const work::WorkItem& item,
+                                  const float (&acc)[kDimV / 2], const float (&inverse_sum)[2],
+                                  int row, int lane) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int own_row = row + lane / 4 + 8 * r;
+        if (own_row >= item.rows) continue;
+        float* out = params.partial_out +
+                     (static_cast<i64>(item.partial) * kTileM + own_row) * params.dim_v;
+#pragma unroll
+        for (int block = 0; block < kDimV / 8; ++block) {
+            const int column = 8 * block + 2 * (lane % 4);
+            if (column < params.dim_v) {
+                *reinterpret_cast<float2*>(out + column) =
+                    make_float2(acc[4 * block + 2 * r] * inverse_sum[r],
+                                acc[4 * block + 2 * r + 1] * inverse_sum[r]);
+            }
+        }
+    }
+}
+
+template <Format kFormat, int kDimV, int kRole, int kTileM, int kMaxSources>
 ADAATTN_DEVICE void write_rows(const AttentionParams& params,
                                const work::WorkRecord<kMaxSources>& record,
                                const float (&acc)[kDimV / 2], const float (&inverse_sum)[2],
                                int row, int lane) {
     const work::WorkItem& item = record.item;
+    if constexpr (kRole != kDense) {
+        if (item.partial != work::kNoPartial) {
+            write_partial<kDimV, kTileM>(params, item, acc, inverse_sum, row, lane);
+            if constexpr (kRole == kAdaptive) return;
+        }
+    }
     u32 broken_quads[2];  // bit 4 q: row q (+ 8) of the 16 is not finite
+    float squares = 0.0f;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const int own_row = row + lane / 4 + 8 * r;
@@ -71,10 +106,15 @@ ADAATTN_DEVICE void write_rows(const AttentionParams& params,
                 const float high = acc[4 * (block + i) + 2 * r + 1];
                 poison = fmaf(low, 0.0f, fmaf(high, 0.0f, poison));
                 words[i] = quant::pack_pair<kFormat>(low * inverse_sum[r], high * inverse_sum[r]);
+                if constexpr (kRole == kAdaptive) {
+                    const float first = low * inverse_sum[r];
+                    const float second = high * inverse_sum[r];
+                    if (exists) squares = fmaf(first, first, fmaf(second, second, squares));
+                }
             }
             transpose_quad(words, lane);
             const int column = 8 * (block + lane % 4);
-            if (exists && column < params.dim_v) {
+            if (kRole != kExactRows && exists && column < params.dim_v) {
                 *reinterpret_cast<uint4*>(out + column) =
                     make_uint4(words[0], words[1], words[2], words[3]);
             }
@@ -82,13 +122,41 @@ ADAATTN_DEVICE void write_rows(const AttentionParams& params,
         const u32 lanes = __ballot_sync(kFullWarp, exists && !(poison == 0.0f));
         broken_quads[r] = (lanes | lanes >> 1 | lanes >> 2 | lanes >> 3) & 0x11111111u;
     }
+    if constexpr (kRole == kAdaptive) {
+        const i64 head = static_cast<i64>(item.batch) * params.squares_batch +
+                         static_cast<i64>(item.head) * params.squares_head;
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) squares += ptx::shuffle_xor(squares, step);
+        if (lane == 0 && row < item.rows) {
+            params.squares[head + (item.row_first + row) / 16] = squares;
+        }
+    }
     if ((broken_quads[0] | broken_quads[1]) == 0) return;
     __syncwarp();  // the stores above come before the repaired ones, whichever lane made them
 #pragma unroll 1
     for (int i = 0; i < 16; ++i) {
         const u32 broken = i < 8 ? broken_quads[0] : broken_quads[1];
         if (broken >> (4 * (i % 8)) & 1u)
-            repair_row<kFormat, kDimV, kBias>(params, record, row + i, lane);
+            repair_row<kFormat, kDimV, kRole, kTileM>(params, record, row + i, lane);
+    }
+    if constexpr (kRole == kAdaptive) {
+        __syncwarp();
+        float again = 0.0f;
+        for (int i = 0; i < 16 && row + i < item.rows; ++i) {
+            const u16* out = static_cast<const u16*>(params.out.data) +
+                             params.out.offset(item.batch, item.head, item.row_first + row + i);
+            for (int column = lane; column < params.dim_v; column += kWarpThreads) {
+                const float x = quant::widen<kFormat>(__ldcg(out + column));
+                again = fmaf(x, x, again);
+            }
+        }
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) again += ptx::shuffle_xor(again, step);
+        if (lane == 0) {
+            params.squares[static_cast<i64>(item.batch) * params.squares_batch +
+                           static_cast<i64>(item.head) * params.squares_head +
+                           (item.row_first + row) / 16] = again;
+        }
     }
 }
 

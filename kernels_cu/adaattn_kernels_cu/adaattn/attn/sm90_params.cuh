@@ -23,6 +23,13 @@ struct Matrix {
     }
 };
 
+// What a specialisation is for.
+enum Role : int {
+    kDense = 0,     // a list of the host, dealt to the blocks
+    kAdaptive = 1,  // a list of a planning kernel; per-key biases; partial results
+    kExactRows = 2  // rows drawn anywhere, each with its own limit; unrounded weights; partial results
+};
+
 struct AttentionParams {
     ptx::TensorMap query_map;                  // box: tile_m rows x 64 columns
     ptx::TensorMap key_map[work::kTensors];    // box: tile_n rows x 64 columns
@@ -35,12 +42,19 @@ struct AttentionParams {
     const work::WorkItem* items;  // (rounds, gridDim.x)
     const work::Source* sources;  // the table that items point into
     const float* bias;            // per-key addends to the scaled scores, or null
+    work::Queue* queue;           // kAdaptive: items are taken from `items` in order
+    const i32* row_stops;         // kExactRows: row r sees keys before row_stops[item.row_stops + r]
+    float* partial_out;           // (partials, tile_m, dim_v) and (partials, tile_m)
+    float* partial_lse;
+    float* squares;               // kAdaptive: sums of squares of 16 output rows each
     float inverse_scale;          // 1 / scale, to bring biases to the raw scores' units
     float scale_log2;             // scale log2(e) > 0
     float slack;                  // softmax::kSlackLog2 / scale_log2
     i32 rounds;
     i32 dim_qk;
     i32 dim_v;
+    i32 squares_head;  // places from one head's squares to the next, and from one batch entry's
+    i32 squares_batch;
 };
 
 static_assert(sizeof(AttentionParams) == 1280, "mirrored by the host");

@@ -19,16 +19,18 @@ namespace adaattn {
 struct SourceRun {
     i32 first;
     i32 count;
+    i64 place;  // of the item
 };
 
+template <int kRole>
 ADAATTN_DEVICE SourceRun sources_of(const AttentionParams& params, int round) {
-    const work::WorkItem& item = params.items[static_cast<i64>(round) * gridDim.x + blockIdx.x];
-    static_assert(__builtin_offsetof(work::WorkItem, first_source) % 8 == 0 &&
-                      __builtin_offsetof(work::WorkItem, sources) ==
-                          __builtin_offsetof(work::WorkItem, first_source) + 4,
-                  "one load");
+    i64 place = static_cast<i64>(round) * gridDim.x + blockIdx.x;
+    if constexpr (kRole == kAdaptive) {
+        place = smaller(atomicAdd(&params.queue->next, 1), params.queue->items);
+    }
+    const work::WorkItem& item = params.items[place];
     const int2 pair = *reinterpret_cast<const int2*>(&item.first_source);
-    return {pair.x, pair.y};
+    return {pair.x, pair.y, place};
 }
 
 template <class T>
@@ -55,10 +57,10 @@ struct Producer {
         const u32 source_bytes = count * static_cast<u32>(sizeof(work::Source));
         ptx::mbarrier_wait(barriers.record_empty(slot), RecordRing::parity(round) ^ 1u);
         ptx::mbarrier_arrive_expect(full, kItemBytes + source_bytes);
-        ptx::bulk_load(destination, params.items + static_cast<i64>(round) * gridDim.x + blockIdx.x,
+        ptx::bulk_load(destination, params.items + next.place,
                        kItemBytes, full);
         ptx::bulk_load(destination + kItemBytes, params.sources + next.first, source_bytes, full);
-        if (round + 1 < params.rounds) next = sources_of(params, round + 1);
+        if (round + 1 < params.rounds) next = sources_of<T::kRole>(params, round + 1);
     }
 
     ADAATTN_DEVICE void load_queries(const work::WorkItem& item, int round) const {
@@ -75,11 +77,25 @@ struct Producer {
 
     template <int kPanels>
     ADAATTN_DEVICE void load_tile(const ptx::TensorMap* maps, const Cursor& cursor, u32 destination,
-                                  u32 full, u32 empty, u32 empty_parity) const {
+                                  u32 full, u32 empty, u32 empty_parity, u32 bias = 0) const {
         const work::Source& source = cursor.current();
         constexpr int kPanelBytes = T::kTileN * ptx::kPanelRowBytes;
         ptx::mbarrier_wait(empty, empty_parity);
-        ptx::mbarrier_arrive_expect(full, kPanels * kPanelBytes);
+        u32 bytes = kPanels * kPanelBytes;
+        if constexpr (T::kRole == kAdaptive) {
+            // The keys' biases come with them.
+            if (bias != 0 && source.first_bias != work::kNoBias) {
+                constexpr u32 kBiasBytes = 4 * T::kTileN;
+                bytes += kBiasBytes;
+                ptx::mbarrier_arrive_expect(full, bytes);
+                ptx::bulk_load(bias, params.bias + source.first_bias + cursor.tile * T::kTileN,
+                               kBiasBytes, full);
+            } else {
+                ptx::mbarrier_arrive_expect(full, bytes);
+            }
+        } else {
+            ptx::mbarrier_arrive_expect(full, bytes);
+        }
         for (int panel = 0; panel < kPanels; ++panel) {
             ptx::tma_load(destination + panel * kPanelBytes, &maps[source.tensor], full,
                           ptx::kEvictLast, panel * ptx::kPanelColumns, cursor.first_key(),
@@ -90,7 +106,8 @@ struct Producer {
         const int stage = TileRing::index(count);
         load_tile<T::kPanelsQk>(params.key_map, cursor, smem + T::kKeyOffset + stage * T::kKeyBytes,
                                 barriers.key_full(stage), barriers.key_empty(stage),
-                                TileRing::parity(count) ^ 1u);
+                                TileRing::parity(count) ^ 1u,
+                                smem + T::kBiasOffset + stage * 4 * T::kTileN);
     }
     ADAATTN_DEVICE void load_values(const Cursor& cursor, int count) const {
         const int stage = TileRing::index(count);

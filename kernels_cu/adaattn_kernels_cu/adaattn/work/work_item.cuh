@@ -35,7 +35,8 @@ struct alignas(16) WorkItem {
     i32 start_offset;  //   in sources that carry kMaskInterval
     i32 stop_offset;
     i32 heads;  // query heads packed into the tile, row r being that of head + r % heads; 1: none
-    i32 reserved[3];
+    i32 row_stops;  // kernels of exact rows: where the rows' own limits begin in their table
+    i32 reserved[2];
 };
 
 // Which pair of key and value arrays a source reads.
@@ -58,6 +59,14 @@ struct alignas(16) Source {
 };
 
 static_assert(sizeof(WorkItem) == 64 && sizeof(Source) == 32, "mirrored by the host");
+
+// Where the blocks of a launch take their items from, one after the other, if a planning kernel wrote
+// the list: behind the last item stands one without rows.
+struct alignas(16) Queue {
+    i32 next;   // 0 before a launch
+    i32 items;
+    i32 reserved[2];
+};
 
 // An item together with its sources, as a kernel keeps it in shared memory.
 template <int kMaxSources>

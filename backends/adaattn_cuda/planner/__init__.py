@@ -1,0 +1,1 @@
+"""Planning on the device: probe, judge, decide, gather, pool, attend, certify, escalate."""

@@ -1,0 +1,121 @@
+"""Device memory of an adaptive call: what stays with the result, and what passes through."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from adaattn_core.policies.table import CHOICE, HEAD_MEASURES
+from adaattn_cuda.work.far import (
+    LEVELS_MAX,
+    SLOT,
+    TILE,
+    FarGeometry,
+    FarTables,
+)
+from adaattn_cuda.work.records import ITEM, SOURCE
+
+__all__ = [
+    "CERTIFICATE",
+    "DECISION",
+    "Layout",
+    "kept_layout",
+    "scratch_layout",
+    "square_stride",
+]
+
+_ALIGNMENT = 256
+
+DECISION = np.dtype([("measures", HEAD_MEASURES), ("choice", CHOICE)])
+"""``far_decide::Verdict``."""
+CERTIFICATE = np.dtype(
+    [
+        ("upper", "<f4"), ("estimate", "<f4"), ("rms", "<f4"), ("oracle", "<f4"),
+        ("rounds", "<i4"), ("nonfinite", "<i4"), ("first_upper", "<f4"), ("padding", "<i4"),
+    ]
+)  # fmt: skip
+"""``far_certify::Verdict``."""
+
+
+class Layout:
+    """Named parts of one allocation.
+
+    Attributes
+    ----------
+    size : int
+        Bytes of the allocation.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.parts: dict[str, tuple[int, int]] = {}
+
+    def add(self, name: str, size_bytes: int) -> None:
+        """Append a part; parts begin on 256 bytes."""
+        self.parts[name] = (self.size, size_bytes)
+        self.size += -(-max(size_bytes, 16) // _ALIGNMENT) * _ALIGNMENT
+
+    def at(self, base: int) -> dict[str, int]:
+        """Return the address of every part."""
+        return {name: base + offset for name, (offset, _) in self.parts.items()}
+
+
+def square_stride(g: FarGeometry) -> int:
+    """Return how many sums of squares a head has, sixteen rows each."""
+    return g.tiles * TILE // 16
+
+
+def kept_layout(g: FarGeometry) -> Layout:
+    """Figures that the host may read later."""
+    layout = Layout()
+    layout.add("certificates", g.heads * CERTIFICATE.itemsize)
+    layout.add("decisions", g.heads * DECISION.itemsize)
+    layout.add("decision", g.heads * 4)
+    layout.add("failed", g.heads * 4)
+    layout.add("kept", g.heads * 8)
+    layout.add("landmarks", g.heads * g.groups * SLOT.itemsize)  # the slots of the run
+    layout.add("selections", g.heads * g.groups * LEVELS_MAX * 8)
+    return layout
+
+
+def scratch_layout(g: FarGeometry, t: FarTables, levels: int, landmark_rows: int) -> Layout:
+    """Everything else; free for others as soon as the last kernel is done."""
+    judges = len(t.judge_tiles)
+    columns = g.chunk_heads * g.samples
+    cells = g.units * g.groups
+    layout = Layout()
+    # Zero before every call, in this order, up to `zero_end`.
+    layout.add("finished", cells * 4)
+    layout.add("norms", 2 * g.batch * g.heads_kv * 4)
+    layout.add("query_norms", g.heads * 4)
+    layout.add("judged", g.heads * 4)
+    layout.add("zero_end", 0)
+    layout.add("queue", 16)
+    layout.add("drawn_query", g.heads * t.drawn_rows.shape[1] * g.dim_qk * 2)
+    partials = int(t.first_partial[-1])
+    layout.add("exact_out", partials * TILE * g.dim_v * 4)
+    layout.add("exact_lse", partials * TILE * 4)
+    layout.add("exact_rows", t.drawn_rows.size * g.dim_v * 4)
+    layout.add("squares", g.heads * square_stride(g) * 4)
+    items = g.heads * max(g.tiles, judges * levels) + 1
+    layout.add("items", items * ITEM.itemsize)
+    layout.add("sources", 3 * items * SOURCE.itemsize)
+    if not levels:
+        return layout
+    layout.add("partial", cells * g.splits * columns * 8)
+    layout.add("partial_weighted", cells * g.splits * columns * 4)
+    layout.add("lse_log2", cells * columns * 4)
+    layout.add("stats", cells * columns * 16)
+    layout.add("codes", g.heads * g.groups * g.code_stride)
+    layout.add("tile_counts", g.heads * g.groups * LEVELS_MAX * g.tiles_per_group * 4)
+    layout.add("errors", g.heads * (LEVELS_MAX + 1) * 4)
+    layout.add("judge_slots", g.heads * judges * levels * SLOT.itemsize)
+    layout.add("judge_out", g.heads * judges * levels * TILE * g.dim_v * 4)
+    layout.add("judge_lse", g.heads * judges * levels * TILE * 4)
+    layout.add("landmark_key", landmark_rows * g.dim_qk * 2)
+    layout.add("landmark_value", landmark_rows * g.dim_v * 2)
+    pools = g.heads * max(t.pool_rows, t.judge_pool_rows) + TILE
+    layout.add("pool_key", pools * g.dim_qk * 2)
+    layout.add("pool_value", pools * g.dim_v * 2)
+    layout.add("pool_mass", pools * 8)
+    layout.add("pool_bias", pools * 4)
+    return layout

@@ -1,0 +1,177 @@
+"""Parameter blocks of the planning kernels: ctypes twins of the ``Params`` in plan/*.cuh."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from adaattn_core.policies.table import MAX_CANDIDATES, TABLE
+from adaattn_cuda.work.far import LEVELS_MAX, TILE, FarGeometry
+
+__all__ = [
+    "Certify",
+    "Decide",
+    "Fit",
+    "Gather",
+    "Merge",
+    "Pool",
+    "Prepare",
+    "Probe",
+    "Rows",
+    "Select",
+    "Sizes",
+    "Work",
+    "sizes_of",
+]
+
+_i32, _f32, _ptr = ctypes.c_int32, ctypes.c_float, ctypes.c_uint64
+
+
+class Sizes(ctypes.Structure):
+    """``far::Sizes``."""
+
+    _fields_ = (
+        *(
+            (name, _i32)
+            for name in (
+                "batch", "heads_q", "heads_kv", "len_q", "len_kv", "offset", "causal", "dim_qk",
+                "dim_v", "tile", "tiles", "band", "groups", "samples", "levels", "judges",
+                "code_stride", "pool_rows", "split_keys", "splits",
+            )
+        ),
+        ("scale_log2", _f32),
+        ("landmark_rows", _i32),
+    )  # fmt: skip
+
+
+def sizes_of(
+    g: FarGeometry, levels: int, judges: int, pool_rows: int, scale_log2: float, room: int
+) -> Sizes:
+    """Return the sizes of a geometry; `room` is that of the landmark buffer, in rows."""
+    return Sizes(
+        g.batch, g.heads_q, g.heads_kv, g.len_q, g.len_kv, g.offset, int(g.causal), g.dim_qk,
+        g.dim_v, TILE, g.tiles, g.band, g.groups, g.samples, levels, judges,
+        g.code_stride, pool_rows, g.split_keys, g.splits, scale_log2, room,
+    )  # fmt: skip
+
+
+class Rows(ctypes.Structure):
+    """``far::Rows``; strides in elements."""
+
+    _fields_ = (
+        ("data", _ptr),
+        *((name, ctypes.c_int64) for name in ("row", "head", "batch")),
+    )
+
+
+def _block(name: str, *fields: tuple[str, Any]) -> type[ctypes.Structure]:
+    return type(name, (ctypes.Structure,), {"_fields_": fields, "__doc__": f"``{name}``."})
+
+
+def _pointers(*names: str) -> list[tuple[str, Any]]:
+    return [(name, _ptr) for name in names]
+
+
+def _ints(*names: str) -> list[tuple[str, Any]]:
+    return [(name, _i32) for name in names]
+
+
+Probe = _block(
+    "Probe",
+    ("key_map", ctypes.c_ubyte * 128),
+    ("sizes", Sizes),
+    ("query", Rows),
+    *_pointers(
+        "groups", "sample_rows", "group_list", "decision", "partial", "partial_weighted",
+        "lse_log2", "stats", "finished", "codes",
+    ),
+    *_ints("listed", "padding"),
+    ("rest", ctypes.c_ubyte * 64),  # the tensor map rounds the block up to 64 bytes
+)  # fmt: skip
+Select = _block(
+    "Select",
+    ("sizes", Sizes),
+    *_pointers("groups", "group_list", "decision", "codes", "selections", "tile_counts"),
+    ("tau", _f32 * LEVELS_MAX),
+    *_ints("listed", "tile_stride"),
+)
+Gather = _block(
+    "Gather",
+    ("sizes", Sizes),
+    ("key", Rows),
+    ("value", Rows),
+    *_pointers("groups", "codes", "selections", "slots", "landmark_key", "landmark_value"),
+)
+Pool = _block(
+    "Pool",
+    ("sizes", Sizes),
+    ("key", Rows),
+    ("value", Rows),
+    *_pointers(
+        "groups", "codes", "selections", "slots", "pool_first", "pool_key", "pool_value",
+        "pool_mass",
+    ),
+    *_ints("slots_per_head", "padding"),
+)  # fmt: skip
+Fit = _block(
+    "Fit",
+    ("sizes", Sizes),
+    ("query", Rows),
+    *_pointers(
+        "groups", "sample_rows", "lse_log2", "slots", "pool_first", "pool_key", "pool_mass",
+        "pool_bias",
+    ),
+    *_ints("chunk_heads", "splits"),
+)  # fmt: skip
+Merge = _block(
+    "Merge",
+    *_pointers("partial_out", "partial_lse", "first_partial", "exact"),
+    *_ints("tiles", "dim_v"),
+)
+Prepare = _block(
+    "Prepare",
+    ("sizes", Sizes),
+    ("query", Rows),
+    ("arrays", Rows * 2),
+    *_pointers("drawn_rows", "drawn_query", "norms", "query_norms"),
+    *_ints("drawn", "copy_blocks", "stretches", "stretch_rows"),
+)
+Work = _block(
+    "Work",
+    ("sizes", Sizes),
+    *_pointers(
+        "groups", "judge_tiles", "judge_groups", "selections", "tile_counts", "decision",
+        "failed", "slots", "pool_first", "items", "sources", "queue", "kept",
+    ),
+    *_ints("tile_stride", "tile_n"),
+    ("most_share", _f32),
+    *_ints("tail"),
+)  # fmt: skip
+Decide = _block(
+    "Decide",
+    ("sizes", Sizes),
+    *_pointers(
+        "groups", "judge_tiles", "judge_groups", "slots", "selections", "exact", "partial_out",
+        "stats", "sample_rows", "errors", "finished", "decision", "verdicts",
+    ),
+    ("table", ctypes.c_ubyte * TABLE.itemsize),
+    ("dense_tiles", _f32),
+    ("near_tiles", _f32),
+    ("far_tiles", _f32),
+    *_ints("spare_rows", "chunk_heads", "exact_stride"),
+)  # fmt: skip
+Certify = _block(
+    "Certify",
+    ("sizes", Sizes),
+    ("out", Rows),
+    *_pointers(
+        "drawn_rows", "exact", "squares", "norms", "query_norms", "failed", "verdicts"
+    ),
+    ("budget", _f32),
+    ("sum_factor", _f32),
+    ("score_factor", _f32),
+    *_ints(
+        "drawn", "drawn_stride", "drawn_first", "square_stride", "padding", "order", "second"
+    ),
+)  # fmt: skip
+assert MAX_CANDIDATES >= LEVELS_MAX

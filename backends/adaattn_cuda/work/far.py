@@ -1,0 +1,314 @@
+"""Geometry and tables of an adaptive call: groups, sampled rows, judged tiles, drawn rows.
+
+Everything here depends on shapes and a seed alone, never on the data, so it is made once per
+shape, copied to the device once, and a CUDA graph may hold it. The layouts are the twins of
+``plan/far_field.cuh``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaattn_cuda.work.geometry import UNLIMITED
+from adaattn_cuda.work.records import (
+    ITEM,
+    MASK_INTERVAL,
+    NO_BIAS,
+    ORIGINAL,
+    SOURCE,
+    WorkList,
+    deal,
+)
+
+__all__ = ["GROUP", "POOL_KEYS", "SLOT", "FarGeometry", "FarTables", "far_tables"]
+
+POOL_KEYS = 64
+"""Keys of a pool: kPoolKeys."""
+LEVELS_MAX = 8
+"""Landmark masses of a ladder: kLevelsMax."""
+TILE = 128
+"""Query rows of a tile, and keys of a tile of the kernels."""
+_EXACT_KEYS = 2048
+"""Keys that one block sums for exact rows: the bound of their error grows with it."""
+POOL_ALIGNMENT = 4
+"""Pools of a group begin on multiples of this, so that their biases begin on 16 bytes."""
+
+GROUP = np.dtype([(n, "<i4") for n in ("tile_first", "tiles", "far_keys", "pool_first")])
+SLOT = np.dtype([(n, "<i4") for n in ("head", "group", "level", "row_first")])
+
+
+@dataclass(frozen=True, slots=True)
+class FarGeometry:
+    """Sizes of an adaptive call.
+
+    Attributes
+    ----------
+    batch, heads_q, heads_kv, len_q, len_kv, dim_qk, dim_v : int
+    causal : bool
+        Row r sees keys up to r + offset; otherwise every key.
+    offset : int
+        At least 0.
+    group, band, samples, drawn : int
+        Query rows of a group; keys of the near field before a tile; sampled rows of a group;
+        rows of a head that certify.
+    """
+
+    batch: int
+    heads_q: int
+    heads_kv: int
+    len_q: int
+    len_kv: int
+    dim_qk: int
+    dim_v: int
+    causal: bool
+    offset: int
+    group: int
+    band: int
+    samples: int
+    drawn: int
+
+    @property
+    def heads(self) -> int:
+        """Query heads of all sequences."""
+        return self.batch * self.heads_q
+
+    @property
+    def ratio(self) -> int:
+        """Query heads of a key head."""
+        return self.heads_q // self.heads_kv
+
+    @property
+    def tiles(self) -> int:
+        """Query tiles of a head."""
+        return -(-self.len_q // TILE)
+
+    @property
+    def tiles_per_group(self) -> int:
+        """Query tiles of a group."""
+        return self.group // TILE
+
+    @property
+    def groups(self) -> int:
+        """Groups of a head."""
+        return -(-self.tiles // self.tiles_per_group)
+
+    @property
+    def chunk_heads(self) -> int:
+        """Query heads that one probe takes together: at most 128 columns of sampled rows."""
+        most = max(1, 128 // self.samples)
+        return max(h for h in range(1, most + 1) if self.ratio % h == 0)
+
+    @property
+    def units(self) -> int:
+        """Probes of a group: chunks of query heads of all key heads."""
+        return self.heads // self.chunk_heads
+
+    @property
+    def split_keys(self) -> int:
+        """Keys that one block probes."""
+        return max(512, -(-self.len_kv // 8 // TILE) * TILE)
+
+    @property
+    def splits(self) -> int:
+        """Blocks that share the keys of a group."""
+        return -(-self.len_kv // self.split_keys)
+
+    @property
+    def code_stride(self) -> int:
+        """Bytes from one group's codes to the next."""
+        return -(-self.len_kv // TILE) * TILE
+
+    def near_first(self, tile: NDArray[np.int64]) -> NDArray[np.int64]:
+        """First key of a tile's near field."""
+        if not self.causal:
+            return np.full_like(tile, self.len_kv // POOL_KEYS * POOL_KEYS)
+        first = tile * TILE + self.offset - self.band
+        return np.maximum(first, 0) // POOL_KEYS * POOL_KEYS
+
+    def near_stop(self, tile: NDArray[np.int64]) -> NDArray[np.int64]:
+        """End of a tile's near field."""
+        if not self.causal:
+            return np.full_like(tile, self.len_kv)
+        return np.minimum(tile * TILE + TILE + self.offset, self.len_kv)
+
+    def visible(self, row: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Keys that a row sees."""
+        if not self.causal:
+            return np.full_like(row, self.len_kv)
+        return np.minimum(row + self.offset + 1, self.len_kv)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FarTables:
+    """What is copied to the device, and the sums that costs are made of.
+
+    Attributes
+    ----------
+    groups : ndarray of GROUP, shape (groups,)
+    pool_rows : int
+        Pools of a head.
+    sample_rows : ndarray of int32, shape (groups, samples)
+        Ascending.
+    judge_tiles, judge_groups : ndarray of int32, shape (judges,)
+    rest_groups : ndarray of int32
+        Groups with a far field that no judged tile lies in.
+    pool_first, judge_pool_first : ndarray of int32
+        First pool row of every slot: (heads, groups) and (heads, judges, levels).
+    judge_pool_rows : int
+    drawn_rows, drawn_stops : ndarray of int32, shape (heads, rows)
+        Rows that are computed exactly, and the keys that they see: those of the judged tiles,
+        then those that certify; both ascending, the last one repeated to fill a tile.
+    exact : WorkList
+        Items of these rows, split over the keys.
+    first_partial : ndarray of int32, shape (tiles of exact rows + 1,)
+        First partial result of each tile.
+    dense_tiles, near_tiles, far_tiles : float
+        Key tiles of a dense head; of near fields and pools; query tiles with a far field.
+    """
+
+    groups: NDArray[np.void]
+    pool_rows: int
+    sample_rows: NDArray[np.int32]
+    judge_tiles: NDArray[np.int32]
+    judge_groups: NDArray[np.int32]
+    rest_groups: NDArray[np.int32]
+    pool_first: NDArray[np.int32]
+    judge_pool_first: NDArray[np.int32]
+    judge_pool_rows: int
+    drawn_rows: NDArray[np.int32]
+    drawn_stops: NDArray[np.int32]
+    exact: WorkList
+    first_partial: NDArray[np.int32]
+    dense_tiles: float
+    near_tiles: float
+    far_tiles: float
+
+
+def far_tables(g: FarGeometry, levels: int, blocks: int, seed: int) -> FarTables:
+    """Make the tables of a geometry.
+
+    Parameters
+    ----------
+    g : FarGeometry
+    levels : int
+        Landmark masses that are judged, 0 .. LEVELS_MAX.
+    blocks : int
+        Multiprocessors of the device.
+    seed : int
+        Of the sampled and of the drawn rows, which are independent of each other.
+    """
+    groups = np.zeros(g.groups, GROUP)
+    groups["tile_first"] = np.arange(g.groups) * g.tiles_per_group
+    groups["tiles"] = np.minimum(g.tiles - groups["tile_first"], g.tiles_per_group)
+    last = (groups["tile_first"] + groups["tiles"] - 1).astype(np.int64)
+    groups["far_keys"] = g.near_first(last)
+    pools = -(-(groups["far_keys"] // POOL_KEYS) // POOL_ALIGNMENT) * POOL_ALIGNMENT
+    groups["pool_first"] = np.cumsum(pools) - pools
+    pool_rows = int(pools.sum())
+    judge_tiles, judge_groups = _judges(g, groups)
+    listed = np.flatnonzero(groups["far_keys"]).astype(np.int32)
+    judge_pools = np.repeat(pools[judge_groups], max(levels, 1))
+    judge_first = (np.cumsum(judge_pools) - judge_pools)[None]
+    judge_rows = int(judge_pools.sum())
+    heads = np.arange(g.heads)[:, None]
+    drawn = _exact_rows(g, judge_tiles if levels else judge_tiles[:0], seed)
+    stops = g.visible(drawn.astype(np.int64)).astype(np.int32)
+    exact, first_partial = _exact_work(g, stops, blocks)
+    tile = np.arange(g.tiles, dtype=np.int64)
+    first, stop = g.near_first(tile), g.near_stop(tile)
+    near = -(-(stop - first) // TILE) + -(-(first // POOL_KEYS) // TILE)
+    return FarTables(
+        groups=groups,
+        pool_rows=pool_rows,
+        sample_rows=_sample_rows(g, seed),
+        judge_tiles=judge_tiles,
+        judge_groups=judge_groups,
+        rest_groups=listed[~np.isin(listed, judge_groups)],
+        pool_first=(heads * pool_rows + groups["pool_first"]).astype(np.int32),
+        judge_pool_first=(heads * judge_rows + judge_first).astype(np.int32),
+        judge_pool_rows=judge_rows,
+        drawn_rows=drawn,
+        drawn_stops=stops,
+        exact=exact,
+        first_partial=first_partial,
+        dense_tiles=float((-(-stop // TILE)).sum()),
+        near_tiles=float(near.sum()),
+        far_tiles=float((first > 0).sum()),
+    )
+
+
+def _judges(
+    g: FarGeometry, groups: NDArray[np.void]
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Choose the last tile, where a prompt ends, and one from a middle group."""
+    last = len(groups) - 1
+    middle = max(int(0.55 * len(groups)), 0)
+    tiles = [g.tiles - 1]
+    if middle != last and groups["far_keys"][middle]:
+        tiles.append(int(groups["tile_first"][middle] + groups["tiles"][middle] // 2))
+    chosen = np.array(tiles, np.int32)
+    return chosen, (chosen // g.tiles_per_group).astype(np.int32)
+
+
+def _sample_rows(g: FarGeometry, seed: int) -> NDArray[np.int32]:
+    """One row out of every stratum of a group, ascending; all groups alike but for chance."""
+    rng = np.random.default_rng((seed, 1))
+    first = np.arange(g.groups, dtype=np.int64)[:, None] * g.group
+    rows = np.minimum(g.len_q - first, g.group)
+    edges = rows * np.arange(g.samples + 1) // g.samples
+    low, high = edges[:, :-1], np.maximum(edges[:, 1:], edges[:, :-1] + 1)
+    picked = low + (rng.random(low.shape) * (high - low)).astype(np.int64)
+    return np.asarray(first + np.minimum(picked, rows - 1), np.int32)
+
+
+def _exact_rows(g: FarGeometry, judge_tiles: NDArray[np.int32], seed: int) -> NDArray[np.int32]:
+    """Rows of the judged tiles, then independent uniform draws with replacement."""
+    rng = np.random.default_rng((seed, 2))
+    drawn = np.sort(rng.integers(0, g.len_q, (g.heads, g.drawn)), axis=1)
+    drawn = np.pad(drawn, ((0, 0), (0, -g.drawn % TILE)), mode="edge")
+    judged = np.minimum(judge_tiles[:, None] * TILE + np.arange(TILE), g.len_q - 1)
+    judged = np.broadcast_to(judged.reshape(1, -1), (g.heads, judged.size))
+    return np.concatenate([judged, drawn], axis=1).astype(np.int32)
+
+
+def _exact_work(
+    g: FarGeometry, stops: NDArray[np.int32], blocks: int
+) -> tuple[WorkList, NDArray[np.int32]]:
+    """Items of the exact rows: every tile of them over stretches of keys, partial results."""
+    tiles = stops.shape[1] // TILE
+    last = stops.reshape(g.heads * tiles, TILE).max(axis=1)
+    wanted = max(1, -(-4 * blocks // (g.heads * tiles)))
+    keys = min(max(TILE * 4, -(-g.len_kv // wanted // TILE) * TILE), _EXACT_KEYS)
+    splits = np.maximum(-(-last // keys), 1)
+    first_partial = np.concatenate([[0], np.cumsum(splits)]).astype(np.int32)
+    index = np.repeat(np.arange(len(last)), splits)
+    split = np.arange(len(index)) - first_partial[index]
+    head, tile = index // tiles, index % tiles
+    items = np.zeros(len(index), ITEM)
+    items["batch"], items["head"] = head // g.heads_q, head % g.heads_q
+    items["row_first"] = tile * TILE
+    items["rows"] = TILE
+    items["first_source"] = items["partial"] = np.arange(len(index))
+    items["sources"] = 1
+    items["key_stop"] = g.len_kv
+    items["start_offset"], items["stop_offset"] = -UNLIMITED, UNLIMITED
+    items["heads"] = 1
+    items["row_stops"] = index * TILE
+    sources = np.zeros(len(index), SOURCE)
+    sources["tensor"] = ORIGINAL
+    sources["batch"] = items["batch"]
+    sources["head"] = items["head"] // g.ratio
+    sources["first_key"] = sources["position"] = split * keys
+    sources["keys"] = np.clip(last[index] - split * keys, 1, keys)
+    sources["mask"] = MASK_INTERVAL
+    sources["first_bias"] = NO_BIAS
+    items["tiles"] = -(-sources["keys"] // TILE)
+    order = np.argsort(-items["tiles"], kind="stable")
+    columns = deal(items["tiles"][order] + 1.0, min(blocks, len(items)))
+    dealt = np.zeros((max(len(c) for c in columns), len(columns)), ITEM)
+    for block, column in enumerate(columns):
+        dealt[: len(column), block] = items[order[column]]
+    return WorkList(dealt, sources), first_partial

@@ -1,0 +1,156 @@
+// far_certify.cuh -- compares what was returned with exact attention of freshly drawn rows: an upper bound per head.
+// SPDX-License-Identifier: Apache-2.0
+//
+// Algorithm    One block per head. 1. |returned - exact| of every drawn row. 2. The rms of all returned rows, from the sums of squares
+//              that the forward kernel left. 3. upper = (order statistic + what the exact rows may themselves err by) / rms, the least k for which
+//              P(Binomial(rows, share) <= k - 1) reaches the confidence being the host's. 4. failed = upper above the budget.
+//              Source: this project, docs/math/10-order-statistic.md, theorem 10.
+// Numerics     f32, rounded up by 2^-16; NaN counts as infinite.
+// Tiles        256 threads: a warp a row, then a thread a row.
+// Shared mem   errors: f32, 256 rows; norms likewise.
+// Budget: registers<=64 spill_bytes=0 smem_bytes<=8192
+// Limits       at most 256 drawn rows a head; dim_v up to 256.
+// Ladder       docs/kernels/far_field.md.
+#pragma once
+
+#include "adaattn/plan/far_field.cuh"
+#include "adaattn/quant/convert.cuh"
+
+namespace adaattn::far_certify {
+
+struct Verdict {
+    float upper;      // certified, relative to the rms returned row
+    float estimate;   // relative Frobenius error of the drawn rows
+    float rms;        // of the returned rows
+    float oracle;     // what the exact rows may err by, relative
+    i32 rounds;       // outputs of this head that were tested
+    i32 nonfinite;
+    float first_upper;  // of the first output tested
+    i32 padding;
+};
+
+struct Params {
+    far::Sizes sizes;
+    far::Rows out;
+    const i32* drawn_rows;      // (batch, heads_q, drawn_stride)
+    const float* exact;         // (batch, heads_q, drawn_stride, dim_v)
+    const float* squares;       // (batch, heads_q, square_stride): of 16 returned rows each
+    const u32* norms;           // (2, batch, heads_kv): bits of the largest |v| and |k|
+    const u32* query_norms;     // (batch, heads_q): of the drawn rows
+    i32* failed;                // (batch, heads_q)
+    Verdict* verdicts;
+    float budget;
+    float sum_factor;    // error of an exact row's sums over the largest |v|
+    float score_factor;  // of its scores over |q| |k|
+    i32 drawn;
+    i32 drawn_stride;  // rows of a head in drawn_rows
+    i32 drawn_first;   // the rows before it judged
+    i32 square_stride;
+    i32 padding;
+    i32 order;         // the order-th smallest error counts, from 1
+    i32 second;        // 1: only heads that failed are tested, again
+};
+
+template <Format kFormatT, int kThreadsT>
+struct Traits {
+    static constexpr Format kFormat = kFormatT;
+    static constexpr int kThreads = kThreadsT;
+    static constexpr int kWarps = kThreads / kWarpThreads;
+    static constexpr int kRowsMax = 256;
+    static constexpr int kSmemBytes = 0;
+    static_assert(kThreads == kRowsMax, "a thread a row");
+};
+
+template <class T>
+ADAATTN_DEVICE float block_sum(float x, float* space) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kFullWarp, x, step);
+    __syncthreads();
+    if (threadIdx.x % kWarpThreads == 0) space[threadIdx.x / kWarpThreads] = x;
+    __syncthreads();
+    float sum = 0.0f;
+    for (int w = 0; w < T::kWarps; ++w) sum += space[w];
+    return sum;
+}
+
+template <class T>
+ADAATTN_DEVICE void run(const Params& params) {
+    __shared__ float errors[T::kRowsMax];
+    __shared__ float norms[T::kRowsMax];
+    __shared__ float space[T::kWarps];
+    __shared__ float found;
+    const far::Sizes& sizes = params.sizes;
+    const int head = static_cast<int>(blockIdx.x);
+    const int thread = static_cast<int>(threadIdx.x);
+    const int warp = thread / kWarpThreads;
+    const int lane = thread % kWarpThreads;
+    if (params.second && params.failed[head] == 0) return;
+    // Sums of squares of all returned rows, sixteen rows each.
+    float squares = 0.0f;
+    const float* own_squares = params.squares + static_cast<i64>(head) * params.square_stride;
+    for (int i = thread; i < ceil_div(sizes.len_q, 16); i += T::kThreads) squares += own_squares[i];
+    squares = block_sum<T>(squares, space);
+    // The sums are of rows before they were rounded to 16 bits: 2^-8 at most.
+    const float rms = sqrtf(squares / static_cast<float>(sizes.len_q)) * (1.0f - 3.90625e-3f);
+
+    for (int row = warp; row < params.drawn; row += T::kWarps) {
+        const i64 index = static_cast<i64>(head) * params.drawn_stride + params.drawn_first + row;
+        const u16* returned = params.out.at(head / sizes.heads_q, head % sizes.heads_q, params.drawn_rows[index]);
+        float error = 0.0f;
+        float norm = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            if (lane + 32 * i >= sizes.dim_v) continue;
+            const float truth = params.exact[index * sizes.dim_v + lane + 32 * i];
+            const float away = quant::widen<T::kFormat>(returned[lane + 32 * i]) - truth;
+            error = fmaf(away, away, error);
+            norm = fmaf(truth, truth, norm);
+        }
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) {
+            error += __shfl_xor_sync(kFullWarp, error, step);
+            norm += __shfl_xor_sync(kFullWarp, norm, step);
+        }
+        if (lane == 0) {
+            errors[row] = error == error ? error : ptx::infinity();
+            norms[row] = norm;
+        }
+    }
+    __syncthreads();
+    if (thread < params.drawn) {
+        int smaller_ones = 0;
+        for (int i = 0; i < params.drawn; ++i) {
+            smaller_ones += errors[i] < errors[thread] || (errors[i] == errors[thread] && i < thread);
+        }
+        if (smaller_ones == params.order - 1) found = errors[thread];
+    }
+    const float all_errors = block_sum<T>(thread < params.drawn ? errors[thread] : 0.0f, space);
+    const float all_norms = block_sum<T>(thread < params.drawn ? norms[thread] : 0.0f, space);
+    if (thread != 0) return;
+    const int key_head = head / sizes.heads_q * sizes.heads_kv + head % sizes.heads_q / (sizes.heads_q / sizes.heads_kv);
+    const int key_heads = sizes.batch * sizes.heads_kv;
+    const float value_norm = __int_as_float(static_cast<int>(params.norms[key_head]));
+    const float key_norm = __int_as_float(static_cast<int>(params.norms[key_heads + key_head]));
+    const float query_norm = __int_as_float(static_cast<int>(params.query_norms[head]));
+    // A score error of d moves a row by at most tanh(d / 2) times the values' diameter (theorem 1).
+    const float oracle = (params.sum_factor + fminf(params.score_factor * query_norm * key_norm, 2.0f)) * value_norm;
+    const float reached = (sqrtf(found) + oracle) * (1.0f + 3.0517578e-5f);
+    float upper = reached == 0.0f ? 0.0f : reached / rms;
+    const bool nonfinite = !(squares < ptx::infinity());
+    if (nonfinite || !(upper == upper)) upper = ptx::infinity();
+    Verdict& verdict = params.verdicts[head];
+    if (!params.second) {
+        verdict.rounds = 1;
+        verdict.first_upper = upper;
+    } else {
+        verdict.rounds = 2;
+    }
+    verdict.upper = upper;
+    verdict.estimate = all_errors == 0.0f ? 0.0f : sqrtf(all_errors / all_norms);
+    verdict.rms = rms;
+    verdict.oracle = oracle / rms;
+    verdict.nonfinite = nonfinite;
+    params.failed[head] = !(upper <= params.budget);
+}
+
+}  // namespace adaattn::far_certify
