@@ -148,12 +148,13 @@ def _blocks(
     for which, rows, keys in _spans(mask, batch, len_q, len_kv):
         n_rows, n_keys = rows.stop - rows.start, keys.stop - keys.start
         entries = which.stop - which.start
+        left, right = mask.reach(n_rows, n_keys)
         step = max(1, CHUNK_BYTES // max(1, 4 * entries * heads * n_keys))
         for first in range(0, n_rows, step):
             last = min(first + step, n_rows)
             shift = n_keys - n_rows if mask.alignment == "bottom_right" else 0
-            low = 0 if mask.left is None else max(0, first + shift - mask.left)
-            high = n_keys if mask.right is None else min(n_keys, last + shift + mask.right)
+            low = 0 if left is None else max(0, first + shift - left)
+            high = n_keys if right is None else min(n_keys, last + shift + right)
             if high <= low:
                 continue
             visible = None
@@ -161,10 +162,10 @@ def _blocks(
                 position = torch.arange(first, last, device=device)[:, None] + shift
                 column = torch.arange(low, high, device=device)
                 visible = torch.ones(last - first, high - low, dtype=torch.bool, device=device)
-                if mask.right is not None:
-                    visible &= column <= position + mask.right
-                if mask.left is not None:
-                    visible &= column >= position - mask.left
+                if right is not None:
+                    visible &= column <= position + right
+                if left is not None:
+                    visible &= column >= position - left
             yield _Block(
                 which,
                 slice(rows.start + first, rows.start + last),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import pytest
@@ -205,6 +206,17 @@ def test_flash_attn_func(causal, window):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     expected = F.scaled_dot_product_attention(q, k, v, allowed, enable_gqa=True)
     close(out.transpose(1, 2), expected)
+
+
+@pytest.mark.parametrize("size", [sys.maxsize, 2**64, 10**30])
+def test_a_window_beyond_every_integer_holds_every_key(size):
+    q = torch.randn(1, 8, 2, 16, requires_grad=True)
+    for window in ((size, size), (size, -1), (-1, size)):
+        out = compat.flash_attn_func(q, q, q, window_size=window)
+        whole = compat.flash_attn_func(q, q, q)
+        assert torch.equal(out, whole)
+        grads = (torch.autograd.grad(x.square().sum(), q)[0] for x in (out, whole))
+        assert torch.equal(*grads)
 
 
 def test_flash_attn_varlen_func():
