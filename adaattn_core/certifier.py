@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,6 +120,23 @@ class Certifier:
             return {i: theorem.certify(facts[i], head, i[0]) for i, head in plan.heads.items()}
 
         return Certificate(LazyHeads(make), self.shape)
+
+    def mask_to_blame(
+        self, raw: RawResult, plan: Plan, failing: Collection[HeadIndex]
+    ) -> float | None:
+        """Size of the additive mask if, but for the rounding of its sums, a theorem would do.
+
+        None where that is so for no failing head.
+        """
+        budget, theorem = self.budget, _Theorem.of(self.problem, self.budget)
+        sizes = []
+        for index in failing:
+            facts = raw.facts[index]
+            without = replace(facts, bias_max_abs=0.0)
+            certificate = theorem.certify(without, plan[index], index[0])
+            if budget is not None and facts.bias_max_abs > 0 and certificate.holds(budget):
+                sizes.append(facts.bias_max_abs)
+        return max(sizes, default=None)
 
     def _sample(
         self, raw: RawResult, todo: list[HeadIndex], budget: ErrorBudget

@@ -23,6 +23,8 @@ from adaattn_core.structure import Dense
 
 Notes = dict[str, Any]
 
+DO_ESCALATE = 'loosen the budget, or use on_violation="escalate"'
+
 RAN_DENSE = "ran dense: a row sees NaN or Inf, or scores might overflow"
 """Reason in the plan of a head that ran dense whatever its structure."""
 
@@ -101,7 +103,8 @@ def run_pipeline(
             certificate = certificate.merge(certifier.certify(raw, plan, list(changed)))
             failing = certificate.violations(budget)
         clock.stop("escalate_seconds")
-        _check_outcome(certificate, budget, failing, backend)
+        blamed = certifier.mask_to_blame(raw, plan, failing)
+        _check_outcome(certificate, budget, failing, backend, blamed)
     notes = {**clock.seconds, "escalated": escalated}
     if ran_dense:
         notes["ran_dense"] = [f"{sequence},{head}" for sequence, head in ran_dense]
@@ -113,8 +116,12 @@ def _check_outcome(
     budget: ErrorBudget,
     failing: Collection[HeadIndex],
     backend: Backend,
+    mask_max_abs: float | None,
 ) -> None:
-    """Raise what the caller asked for if heads still miss the budget."""
+    """Raise what the caller asked for if heads still miss the budget.
+
+    `mask_max_abs` is the size of the additive mask where that is to blame.
+    """
     failing = [i for i in failing if not certificate[i].nonfinite]
     if not failing or budget.on_violation == "report":
         return
@@ -131,11 +138,14 @@ def _check_outcome(
         do = 'loosen the budget, or use a backend that samples (backend="numpy")'
     elif budget.guarantee == "sampled":
         do = "loosen the budget, or pass wider inputs (f64)"
+    if mask_max_abs is not None:
+        got += f"; the additive mask is to blame: it adds up to {mask_max_abs:.3g} to a score"
+        do = "mask keys with -inf or Mask.boolean, shift the mask's rows, or " + do
     if budget.on_violation == "raise":
         raise CertificateViolation(
             got=got,
             needed=f"every head within {budget.rel}",
-            do='loosen the budget, or use on_violation="escalate"',
+            do=do if mask_max_abs is not None else DO_ESCALATE,
             **facts,
         )
     raise BudgetInfeasibleError(

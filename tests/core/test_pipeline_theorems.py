@@ -133,3 +133,31 @@ def test_a_given_plan_is_held_against_the_budget() -> None:
     result = attention(q, k, v, plan=plan, budget=budget, backend=Blind())
     assert result.certificate.holds(budget)
     assert dict(result.plan.heads) == dict(plan.heads)
+
+
+class Unshifted(Blind):
+    """A backend that adds masks as they are, as a device may: their size costs accuracy."""
+
+    def run(self, problem: AttentionProblem, plan: Plan, **options: Any) -> Any:
+        raw = super().run(problem, plan, **options)
+        largest = float(np.abs(problem.mask.bias).max())
+        raw.facts = {i: replace(f, bias_max_abs=largest) for i, f in raw.facts.items()}
+        return raw
+
+
+@pytest.mark.parametrize(
+    ("do", "error"),
+    [("escalate", BudgetInfeasibleError), ("raise", CertificateViolation)],
+)
+@pytest.mark.parametrize("size", [1e6, 3e38])
+def test_the_error_names_a_mask_that_is_to_blame(do: str, error: type, size: float) -> None:
+    bias = np.full((96, 128), -size, np.float32)
+    budget = ErrorBudget(rel=0.1, on_violation=do)
+    with pytest.raises(error) as caught:
+        attention(*draw(), mask=Mask.additive(bias), budget=budget, backend=Unshifted())
+    assert f"the additive mask is to blame: it adds up to {size:.3g}" in str(caught.value)
+    assert "Mask.boolean" in str(caught.value)
+    tight = replace(budget, rel=1e-7)
+    with pytest.raises(error) as caught:
+        attention(*draw(), mask=Mask.additive(bias), budget=tight, backend=Unshifted())
+    assert "to blame" not in str(caught.value), "without a mask it would be missed as well"
