@@ -18,12 +18,13 @@ import numpy as np
 
 from adaattn_core import bounds
 from adaattn_core.policies.table import DecisionTable
-from adaattn_cuda import driver, sm90
-from adaattn_cuda.launch import kernel_of
+from adaattn_cuda.device import driver
+from adaattn_cuda.device.launch import kernel_of
+from adaattn_cuda.jit.spec import KernelSpec
+from adaattn_cuda.kernels import sm90_attn_fwd_f16 as sm90
 from adaattn_cuda.planner import params as p
 from adaattn_cuda.planner.layout import kept_layout, scratch_layout, square_stride
-from adaattn_cuda.spec import KernelSpec
-from adaattn_cuda.tuning.sm90 import Tile, padded_dim
+from adaattn_cuda.tuning.sm90_attn_fwd_f16 import Tile, padded_dim
 from adaattn_cuda.work.far import LEVELS_MAX, TILE, FarGeometry, far_tables
 
 __all__ = ["FarArrays", "FarLaunch"]
