@@ -18,8 +18,9 @@ from adaattn_torch import operators
 from adaattn_torch.arrays import from_backend, in_order_of, to_backend
 from adaattn_torch.call import Call, encode, structural
 from adaattn_torch.direct import Forward, backend_for, forward_for, forward_of
-from adaattn_torch.gradient import attention_gradient
+from adaattn_torch.gradient import attention_gradient, attention_tangent, in_forward_mode
 from adaattn_torch.info import AttentionInfo, announce, is_heard
+from adaattn_torch.prepare import is_transformed, refuse_transform
 
 # Dynamo evaluates a call of this function once, on constants, and keeps the text; it looks the
 # function up in its module, which is why it is marked in place.
@@ -92,13 +93,16 @@ def attend(
     if isinstance(budget, int | float):
         budget = ErrorBudget(rel=float(budget))
     call = Call(structural(mask), budget, policy, plan, backend, layer, seed)
-    if torch.compiler.is_compiling() or _needs_dispatcher(query):
+    if is_transformed(query, key, value, allowed, bias):
+        refuse_transform()
+    if _is_recorded(query, key, value):
         out, lse = torch.ops.adaattn.attention(
             query, key, value, allowed, bias, scale, *encode(call)
         )
         return Attended(out, lse, None)
     inputs = (query, key, value, bias)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    if wanted or in_forward_mode():
         seen: list[AttentionInfo | None] = []
         out, lse = _Attention.apply(  # type: ignore[no-untyped-call]
             query, key, value, allowed, bias, scale, call, want_info, seen
@@ -121,8 +125,8 @@ def exactly(
     output is that of `attend`. Parameters are those of `attend`.
     """
     if (
-        torch.compiler.is_compiling()
-        or _needs_dispatcher(query)
+        _is_recorded(query, key, value)
+        or in_forward_mode()
         or is_heard()
         or not mask.is_structural
     ):
@@ -143,11 +147,21 @@ def _four_axes(array: torch.Tensor | None) -> torch.Tensor | None:
     return None if array is None else array[(None,) * (4 - array.dim())]
 
 
-def _needs_dispatcher(query: torch.Tensor) -> bool:
-    """Whether somebody watches at the dispatcher: fake or meta tensors, tracers, counters."""
-    return query.is_meta or torch._C._len_torch_dispatch_stack() > 0 or (
-        type(query) not in (torch.Tensor, torch.nn.Parameter)
-    )  # fmt: skip
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _is_recorded(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether somebody watches at the dispatcher: compilers, tracers, fake tensors, counters.
+
+    They must see an operator: values computed past the dispatcher would be constants to them.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or not (type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN)
+        or query.is_meta
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def run(
@@ -202,6 +216,11 @@ def _directly(
 operators.set_forward(run)
 
 
+# Saved first of all. PyTorch's attention saves nothing of this shape, so a checkpoint that
+# repeats the one in place of the other is an error to PyTorch, and no wrong gradient.
+_MARK = torch.empty(0, 7, 1)
+
+
 class _Attention(torch.autograd.Function):
     """Forward by a backend, backward by `attention_gradient`, itself differentiable."""
 
@@ -220,14 +239,15 @@ class _Attention(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse, info = run(query, key, value, allowed, bias, scale, call, want_info)
         seen.append(info)
-        ctx.save_for_backward(query, key, value, allowed, bias)
+        ctx.save_for_backward(_MARK, query, key, value, allowed, bias)
+        ctx.save_for_forward(_MARK, query, key, value, allowed, bias)
         ctx.scale, ctx.mask = scale, call.mask
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        query, key, value, allowed, bias = ctx.saved_tensors
+        _, query, key, value, allowed, bias = ctx.saved_tensors
         if grads[0] is None and grads[1] is None:
             return (None,) * 9
         need_bias = ctx.needs_input_grad[4]
@@ -235,3 +255,12 @@ class _Attention(torch.autograd.Function):
             query, key, value, allowed, bias, ctx.mask, ctx.scale, *grads, need_bias=need_bias
         )
         return d_query, d_key, d_value, None, d_bias, *(None,) * 4
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        t_query, t_key, t_value, _, t_bias = tangents[:5]
+        _, query, key, value, allowed, bias = ctx.saved_tensors
+        return attention_tangent(
+            query, key, value, allowed, bias, ctx.mask, ctx.scale,
+            t_query, t_key, t_value, t_bias,
+        )  # fmt: skip

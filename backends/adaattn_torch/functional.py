@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-from typing import Any, Literal, overload
+from functools import partial
+from typing import Any, Literal, cast, overload
 
 import torch
 import torch.nn.functional as F  # noqa: N812 -- its usual name
+from torch.overrides import handle_torch_function, has_torch_function
 
 from adaattn_core.backend import Backend
 from adaattn_core.budget import ErrorBudget
@@ -15,19 +16,10 @@ from adaattn_core.plan import Plan
 from adaattn_core.policies.base import Policy
 from adaattn_torch.bridge import Attended, attend, exactly
 from adaattn_torch.compact import CompactMask
-from adaattn_torch.info import AttentionInfo, announce, warn_of_fallback
-from adaattn_torch.prepare import prepare
+from adaattn_torch.info import AttentionInfo, fall_back, warn_of_fallback
+from adaattn_torch.prepare import NOT_TENSORS, prepare
 
 torch.compiler.assume_constant_result(warn_of_fallback)  # type: ignore[no-untyped-call]
-
-
-class _Bypass(threading.local):
-    """Whether this thread is inside a fallback: enabled modes then let calls pass."""
-
-    active = False
-
-
-bypass = _Bypass()
 
 
 @overload
@@ -186,12 +178,20 @@ def scaled_dot_product_attention(
                 out = out.reshape(prepared.shape)
             return (out, _info(attended)) if return_info else out
     assert reason is not None
-    out = _fall_back(
-        reason, strict, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+    if reason is NOT_TENSORS and has_torch_function((query, key, value, attn_mask)):
+        return handle_torch_function(  # type: ignore[no-any-return]
+            cast(Any, scaled_dot_product_attention), (query, key, value, attn_mask),
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+            budget=budget, policy=policy, backend=backend, plan=plan, layer=layer, seed=seed,
+            strict=strict, return_info=return_info,
+        )  # fmt: skip
+    if isinstance(attn_mask, CompactMask):
+        attn_mask = attn_mask.dense()
+    arguments = (query, key, value, attn_mask, dropout_p, is_causal)
+    theirs = partial(
+        F.scaled_dot_product_attention, *arguments, scale=scale, enable_gqa=enable_gqa
     )
-    info = AttentionInfo.of_fallback(reason, layer)
-    if not torch.compiler.is_compiling():
-        announce(info)
+    info, out = fall_back(theirs, reason, strict, layer)
     return (out, info) if return_info else out
 
 
@@ -203,37 +203,3 @@ def _info(attended: Attended) -> AttentionInfo:
             do="leave return_info out while tracing",
         )
     return attended.info
-
-
-def _fall_back(
-    reason: str,
-    strict: bool,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> torch.Tensor:
-    if strict:
-        raise UnsupportedError(
-            got=reason,
-            needed="a call that a backend computes itself, because strict=True",
-            do="change the call, or leave strict out to let PyTorch compute it",
-        )
-    if isinstance(attn_mask, CompactMask):
-        attn_mask = attn_mask.dense()
-    extra: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
-    arguments = (query, key, value, attn_mask, dropout_p, is_causal)
-    if torch.compiler.is_compiling():
-        warn_of_fallback(reason)
-        return F.scaled_dot_product_attention(*arguments, **extra)
-    before, bypass.active = bypass.active, True
-    try:
-        out = F.scaled_dot_product_attention(*arguments, **extra)
-    finally:
-        bypass.active = before
-    warn_of_fallback(reason)  # after: what PyTorch refuses is its error, and no fallback
-    return out

@@ -1,7 +1,7 @@
-"""Gradient of exact attention, a few query rows at a time: memory linear in the length.
+"""Gradient and tangent of exact attention, in chunks of rows: memory linear in the length.
 
-Weights are recomputed from the inputs, so the gradient does not depend on how the output was
-approximated: it is exact attention's gradient at the same inputs ("straight-through").
+Weights are recomputed from the inputs, so neither depends on how the output was approximated:
+they are exact attention's at the same inputs ("straight-through").
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from adaattn_core.mask import Mask
 
@@ -28,6 +29,23 @@ class _Block(NamedTuple):
     visible: torch.Tensor | None
 
 
+class _Chunk(NamedTuple):
+    """A block's operands and weights, query heads split into (heads_kv, heads of a group).
+
+    Queries that see nothing and keys that nobody sees are 0: they may hold NaN, and 0 * NaN is
+    NaN. `seen` tells which keys are kept, of shape (batch, heads_kv, 1, keys, 1).
+    """
+
+    block: _Block
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    visible: torch.Tensor | None
+    seen: torch.Tensor | None
+    lse: torch.Tensor
+    weights: torch.Tensor
+
+
 def attention_gradient(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -44,7 +62,7 @@ def attention_gradient(
     """Gradients of exact attention with respect to query, key, value and additive mask.
 
     Plain differentiable operations: under ``create_graph=True`` the result has a gradient of
-    its own (and then keeps every chunk alive).
+    its own (and then keeps every chunk alive). Gradients of the output may be batched.
 
     Parameters
     ----------
@@ -63,27 +81,137 @@ def attention_gradient(
     tuple of Tensor
         Of query, key, value, and of the additive mask (None unless asked for).
     """
+    wide, heads_kv = _wide(query), key.shape[1]
+    zero = _zero(wide, grad_out, grad_lse)
+    d_query, d_key, d_value = (zero.new_zeros(x.shape) for x in (query, key, value))
+    d_bias = zero.new_zeros(bias.shape) if bias is not None and need_bias else None
+    for chunk in _chunks(query, key, value, allowed, bias, mask, scale):
+        block, weights, visible = chunk.block, chunk.weights, chunk.visible
+        if grad_out is not None:
+            g = _grouped(_rows(grad_out, block).to(wide), heads_kv)
+            _keys(d_value, block).add_((weights.mT @ g).sum(2))
+            d_weights = g @ chunk.value.mT
+            if visible is not None:
+                d_weights = torch.where(visible, d_weights, 0)
+            d_scores = weights * (d_weights - (weights * d_weights).sum(-1, keepdim=True))
+        else:
+            d_scores = torch.zeros_like(weights)
+        if grad_lse is not None:
+            g_lse = _grouped(_rows(grad_lse, block).to(wide), heads_kv).unsqueeze(-1)
+            d_scores = d_scores + weights * torch.where(chunk.lse == -torch.inf, 0, g_lse)
+        _rows(d_query, block).add_(_merged(d_scores @ chunk.key * scale))
+        _keys(d_key, block).add_((d_scores.mT @ chunk.query * scale).sum(2))
+        if d_bias is not None:
+            target = _part(d_bias, block)
+            target.add_(_merged(d_scores).sum_to_size(target.shape))
+    return (
+        d_query.to(query.dtype),
+        d_key.to(key.dtype),
+        d_value.to(value.dtype),
+        None if d_bias is None or bias is None else d_bias.to(bias.dtype),
+    )
+
+
+def attention_tangent(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    allowed: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mask: Mask,
+    scale: float,
+    t_query: torch.Tensor | None,
+    t_key: torch.Tensor | None,
+    t_value: torch.Tensor | None,
+    t_bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tangents of exact attention's output and lse, for forward-mode differentiation.
+
+    Parameters
+    ----------
+    query, key, value, allowed, bias, mask, scale
+        See `attention_gradient`.
+    t_query, t_key, t_value, t_bias : Tensor or None
+        Tangents of the inputs, each of its input's shape; None is 0.
+
+    Returns
+    -------
+    t_out : Tensor, shape (batch, heads_q, len_q, dim_v)
+    t_lse : Tensor of float32, shape (batch, heads_q, len_q)
+    """
+    wide, heads_kv = _wide(query), key.shape[1]
+    zero = _zero(wide, t_query, t_key, t_value, t_bias)
+    t_out = zero.new_zeros((*query.shape[:-1], value.shape[-1]))
+    t_lse = zero.new_zeros(query.shape[:-1])
+    for chunk in _chunks(query, key, value, allowed, bias, mask, scale):
+        block, weights = chunk.block, chunk.weights
+
+        def kept(tangent: torch.Tensor, chunk: _Chunk = chunk) -> torch.Tensor:
+            cut = _keys(tangent, chunk.block).to(wide).unsqueeze(2)
+            return cut if chunk.seen is None else torch.where(chunk.seen, cut, 0)
+
+        t_scores = torch.zeros_like(weights)
+        if t_query is not None:
+            part = _grouped(_rows(t_query, block).to(wide), heads_kv)
+            t_scores = t_scores + part @ chunk.key.mT * scale
+        if t_key is not None:
+            t_scores = t_scores + chunk.query @ kept(t_key).mT * scale
+        if t_bias is not None:
+            part = _part(t_bias, block).to(wide)
+            shape = (weights.shape[0], query.shape[1], *weights.shape[-2:])
+            t_scores = t_scores + _grouped(part.expand(shape), heads_kv)
+        if chunk.visible is not None:
+            t_scores = torch.where(chunk.visible, t_scores, 0)
+        mean = (weights * t_scores).sum(-1, keepdim=True)
+        out = weights * (t_scores - mean) @ chunk.value
+        if t_value is not None:
+            out = out + weights @ kept(t_value)
+        _rows(t_out, block).add_(_merged(out))
+        _rows(t_lse, block).add_(_merged(mean)[..., 0])
+    return t_out.to(query.dtype), t_lse.to(torch.float32)
+
+
+def in_forward_mode() -> bool:
+    """Whether inputs may carry tangents."""
+    return forward_ad._current_level >= 0
+
+
+def _wide(query: torch.Tensor) -> torch.dtype:
+    """Return the format that is computed in."""
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def _zero(wide: torch.dtype, *given: torch.Tensor | None) -> torch.Tensor:
+    """Return a scalar 0 from which buffers are made: batched as soon as one of `given` is.
+
+    Only such buffers may be added to in place under a batch of gradients (vmap).
+    """
+    zeros = [x.new_zeros((), dtype=wide) for x in given if x is not None]
+    total = zeros[0]
+    for zero in zeros[1:]:
+        total = total + zero
+    return total
+
+
+def _chunks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    allowed: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mask: Mask,
+    scale: float,
+) -> Iterator[_Chunk]:
+    """Compute the weights of exact attention, block by block."""
     batch, heads_q, len_q, _ = query.shape
     heads_kv, len_kv = key.shape[1], key.shape[2]
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    d_query = torch.zeros(query.shape, dtype=wide, device=query.device)
-    d_key = torch.zeros(key.shape, dtype=wide, device=query.device)
-    d_value = torch.zeros(value.shape, dtype=wide, device=query.device)
-    d_bias = (
-        torch.zeros(bias.shape, dtype=wide, device=query.device)
-        if bias is not None and need_bias
-        else None
-    )
+    wide = _wide(query)
     for block in _blocks(mask, batch, heads_q, len_q, len_kv, query.device):
-        at_q, at_k = (
-            (block.batch, slice(None), block.rows),
-            (block.batch, slice(None), block.keys),
-        )
-        q = _grouped(query[at_q].to(wide), heads_kv)
-        k = key[at_k].to(wide).unsqueeze(2)
-        v = value[at_k].to(wide).unsqueeze(2)
+        q = _grouped(_rows(query, block).to(wide), heads_kv)
+        k = _keys(key, block).to(wide).unsqueeze(2)
+        v = _keys(value, block).to(wide).unsqueeze(2)
         scores = q @ k.mT * scale
-        visible = block.visible
+        visible, seen = block.visible, None
         if allowed is not None:
             part = _part(allowed, block).expand(q.shape[0], heads_q, *scores.shape[-2:])
             part = _grouped(part, heads_kv)
@@ -96,36 +224,28 @@ def attention_gradient(
             visible = unmasked if visible is None else unmasked & visible
         if visible is not None:
             scores = torch.where(visible, scores, -torch.inf)
-            # What nobody sees may hold NaN, and 0 * NaN is NaN.
             full = visible.expand(scores.shape)
             seen = full.any(-2).any(2, keepdim=True).unsqueeze(-1)
             k, v = torch.where(seen, k, 0), torch.where(seen, v, 0)
             q = torch.where(full.any(-1, keepdim=True), q, 0)
         lse = torch.logsumexp(scores, -1, keepdim=True)
         weights = torch.exp(scores - torch.where(lse == -torch.inf, 0, lse))
-        if grad_out is not None:
-            g = _grouped(grad_out[at_q].to(wide), heads_kv)
-            d_value[at_k] += (weights.mT @ g).sum(2)
-            d_weights = g @ v.mT
-            if visible is not None:
-                d_weights = torch.where(visible, d_weights, 0)
-            d_scores = weights * (d_weights - (weights * d_weights).sum(-1, keepdim=True))
-        else:
-            d_scores = torch.zeros_like(weights)
-        if grad_lse is not None:
-            g_lse = _grouped(grad_lse[at_q].to(wide), heads_kv).unsqueeze(-1)
-            d_scores = d_scores + weights * torch.where(lse == -torch.inf, 0, g_lse)
-        d_query[at_q] += (d_scores @ k * scale).flatten(1, 2)
-        d_key[at_k] += (d_scores.mT @ q * scale).sum(2)
-        if d_bias is not None:
-            target = _part(d_bias, block)
-            target += d_scores.flatten(1, 2).sum_to_size(target.shape)
-    return (
-        d_query.to(query.dtype),
-        d_key.to(key.dtype),
-        d_value.to(value.dtype),
-        None if d_bias is None or bias is None else d_bias.to(bias.dtype),
-    )
+        yield _Chunk(block, q, k, v, visible, seen, lse, weights)
+
+
+def _rows(array: torch.Tensor, block: _Block) -> torch.Tensor:
+    """Cut a block's rows out of what has one per query."""
+    return _narrow(_narrow(array, 0, block.batch), 2, block.rows)
+
+
+def _keys(array: torch.Tensor, block: _Block) -> torch.Tensor:
+    """Cut a block's keys out of what has one per key."""
+    return _narrow(_narrow(array, 0, block.batch), 2, block.keys)
+
+
+def _narrow(array: torch.Tensor, axis: int, cut: slice) -> torch.Tensor:
+    """Slice an axis; indexing with a slice of everything has no rule for batched tensors."""
+    return array.narrow(axis, cut.start, cut.stop - cut.start)
 
 
 def _grouped(x: torch.Tensor, heads_kv: int) -> torch.Tensor:
@@ -133,12 +253,17 @@ def _grouped(x: torch.Tensor, heads_kv: int) -> torch.Tensor:
     return x.reshape(x.shape[0], heads_kv, x.shape[1] // heads_kv, *x.shape[2:])
 
 
+def _merged(x: torch.Tensor) -> torch.Tensor:
+    """Invert `_grouped`; not by ``flatten``, which has no rule for batches of gradients."""
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
+
+
 def _part(array: torch.Tensor, block: _Block) -> torch.Tensor:
     """Cut a block out of a broadcast mask: axes of length 1 stay."""
-    cuts = (block.batch, slice(None), block.rows, block.keys)
-    return array[
-        tuple(slice(None) if n == 1 else cut for n, cut in zip(array.shape, cuts, strict=True))
-    ]
+    for axis, cut in ((0, block.batch), (2, block.rows), (3, block.keys)):
+        if array.shape[axis] != 1:
+            array = _narrow(array, axis, cut)
+    return array
 
 
 def _blocks(

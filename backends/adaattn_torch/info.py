@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
+
+import torch
 
 from adaattn_core.certificate import Certificate
+from adaattn_core.errors import UnsupportedError
 from adaattn_core.facts import RunFacts
 from adaattn_core.plan import Plan
 from adaattn_core.problem import HeadIndex
@@ -72,6 +75,15 @@ class AttentionInfo:
                    layer=layer)  # fmt: skip
 
 
+class _Bypass(threading.local):
+    """Whether this thread is inside a fallback: enabled modes then let calls pass."""
+
+    active = False
+
+
+bypass = _Bypass()
+
+
 class _Listeners(threading.local):
     def __init__(self) -> None:
         self.lists: list[list[AttentionInfo]] = []
@@ -114,6 +126,55 @@ def warn_of_fallback(reason: str) -> None:
             FallbackWarning,
             stacklevel=4,
         )
+
+
+def refuse(reason: str) -> NoReturn:
+    """Raise what ``strict=True`` makes of a call that PyTorch would have to compute."""
+    raise UnsupportedError(
+        got=reason,
+        needed="a call that a backend computes itself, because strict=True",
+        do="change the call, or leave strict out to let PyTorch compute it",
+    )
+
+
+def fall_back(
+    compute: Callable[[], Any], reason: str, strict: bool, layer: str
+) -> tuple[AttentionInfo, Any]:
+    """Let PyTorch compute, and say so: a warning, and an info to the listeners.
+
+    Parameters
+    ----------
+    compute : callable
+        Returns what PyTorch computes; enabled modes let its calls pass.
+    reason : str
+    strict : bool
+        Refuse instead.
+    layer : str
+
+    Returns
+    -------
+    (AttentionInfo, object)
+        The info, and what `compute` returned.
+
+    Raises
+    ------
+    UnsupportedError
+        If `strict`.
+    """
+    if strict:
+        refuse(reason)
+    info = AttentionInfo.of_fallback(reason, layer)
+    if torch.compiler.is_compiling():
+        warn_of_fallback(reason)
+        return info, compute()
+    before, bypass.active = bypass.active, True
+    try:
+        outputs = compute()
+    finally:
+        bypass.active = before
+    warn_of_fallback(reason)  # after: what PyTorch refuses is its error, and no fallback
+    announce(info)
+    return info, outputs
 
 
 def forget_warnings() -> None:

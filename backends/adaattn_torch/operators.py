@@ -14,7 +14,8 @@ import torch
 from adaattn_core.errors import UnsupportedError
 from adaattn_torch.arrays import empty_output, lowered
 from adaattn_torch.call import decode
-from adaattn_torch.gradient import attention_gradient
+from adaattn_torch.gradient import attention_gradient, attention_tangent, in_forward_mode
+from adaattn_torch.prepare import is_transformed, refuse_transform
 
 FORWARD, BACKWARD = "adaattn::attention", "adaattn::attention_backward"
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? allowed, Tensor? bias, float scale"
@@ -113,21 +114,56 @@ def _backward_fake(
     return d_query, d_key, d_value, bias.new_empty(bias.shape)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    query, key, value, allowed, bias, scale, call = inputs[:7]
-    ctx.save_for_backward(query, key, value, allowed, bias)
-    ctx.scale, ctx.call = scale, call
-    ctx.need_bias = bias is not None and bias.requires_grad
+class _Differentiable(torch.autograd.Function):
+    """The forward operator with its derivatives, in both modes.
+
+    ``torch.library.register_autograd`` knows the reverse mode only, and drops tangents.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        query, key, value, allowed, bias, scale, call = inputs[:7]
+        ctx.save_for_backward(query, key, value, allowed, bias)
+        ctx.save_for_forward(query, key, value, allowed, bias)
+        ctx.set_materialize_grads(False)
+        ctx.scale, ctx.call = scale, call
+        return _below_autograd(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        query, key, value, allowed, bias = ctx.saved_tensors
+        if grads[0] is None and grads[1] is None:
+            return (None,) * 10
+        need_bias = ctx.needs_input_grad[4]
+        d_query, d_key, d_value, d_bias = torch.ops.adaattn.attention_backward(
+            query, key, value, allowed, bias, ctx.scale, ctx.call, *grads, need_bias
+        )
+        return d_query, d_key, d_value, None, d_bias if need_bias else None, *(None,) * 5
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        t_query, t_key, t_value, _, t_bias = tangents[:5]
+        query, key, value, allowed, bias = ctx.saved_tensors
+        return attention_tangent(
+            query, key, value, allowed, bias, decode(ctx.call).mask, ctx.scale,
+            t_query, t_key, t_value, t_bias,
+        )  # fmt: skip
 
 
-def _differentiate(
-    ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None
-) -> tuple[Any, ...]:
-    query, key, value, allowed, bias = ctx.saved_tensors
-    d_query, d_key, d_value, d_bias = torch.ops.adaattn.attention_backward(
-        query, key, value, allowed, bias, ctx.scale, ctx.call, grad_out, grad_lse, ctx.need_bias
-    )
-    return d_query, d_key, d_value, None, d_bias if ctx.need_bias else None, *(None,) * 5
+def _below_autograd(*inputs: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.adaattn.attention(*inputs)
+
+
+@torch.library.impl(FORWARD, "Autograd")
+def _attention_autograd(*inputs: Any) -> Any:
+    tensors = [x for x in inputs[:5] if x is not None]
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if wanted or in_forward_mode():
+        if is_transformed(*tensors):
+            refuse_transform()
+        return _Differentiable.apply(*inputs)  # type: ignore[no-untyped-call]
+    return _below_autograd(*inputs)
 
 
 def _autocast(kind: str, device: str) -> None:
@@ -169,5 +205,4 @@ def _refuse_twice(ctx: Any, *grads: Any) -> NoReturn:
     )
 
 
-torch.library.register_autograd(FORWARD, _differentiate, setup_context=_keep)
 torch.library.register_autograd(BACKWARD, _refuse_twice, setup_context=lambda *a, **k: None)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
-from adaattn_core.errors import ArgumentError, ShapeError
+from adaattn_core.errors import ArgumentError, ShapeError, UnsupportedError
 from adaattn_core.mask import Mask
 from adaattn_torch.arrays import lowered
 from adaattn_torch.compact import CompactMask
@@ -17,6 +17,9 @@ DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _NOTHING, _CAUSAL = Mask.none(), Mask.causal("top_left")
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _transforms = torch._C._functorch.peek_interpreter_stack
+
+NOT_TENSORS = "arguments that are not tensors"
+TRANSFORM = "a torch.func transform (vmap, grad, jvp)"
 
 
 class Prepared(NamedTuple):
@@ -142,6 +145,45 @@ def _pattern(attn_mask: torch.Tensor | None, query: torch.Tensor, len_kv: int) -
     return attn_mask.pattern if attn_mask.shape == made_for else None
 
 
+def foreign(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+) -> str | None:
+    """Say why PyTorch must take these tensors, whatever is asked of them."""
+    if any(x.is_nested or x.layout != torch.strided for x in (query, key, value)):
+        return "nested or sparse tensors"
+    given = [x for x in (query, key, value, attn_mask) if x is not None]
+    if any(type(x).__name__ == "DTensor" for x in given):
+        return "distributed tensors (DTensor)"
+    return TRANSFORM if is_transformed(query, key, value, attn_mask) else None
+
+
+def is_transformed(*tensors: torch.Tensor | None) -> bool:
+    """Whether a torch.func transform wraps any of the tensors."""
+    if torch.compiler.is_compiling():
+        return _is_transforming()
+    return _transforms() is not None and any(_is_wrapped(x) for x in tensors if x is not None)
+
+
+def _is_transforming() -> bool:
+    """Whether a torch.func transform is traced; a compiler asks once, while tracing."""
+    return _transforms() is not None
+
+
+torch.compiler.assume_constant_result(_is_transforming)  # type: ignore[no-untyped-call]
+
+
+def refuse_transform() -> NoReturn:
+    """Raise for a torch.func transform where PyTorch's function cannot take over."""
+    raise UnsupportedError(
+        got=TRANSFORM,
+        needed="tensors that no transform wraps",
+        do="call adaattn_torch.scaled_dot_product_attention: PyTorch then takes such calls",
+    )
+
+
 def _reason(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -152,6 +194,10 @@ def _reason(
     enable_gqa: bool,
 ) -> str | None:
     """Say why PyTorch must take the call, as far as types and sizes tell."""
+    if not all(isinstance(x, torch.Tensor) for x in (query, key, value)) or not (
+        attn_mask is None or isinstance(attn_mask, torch.Tensor)
+    ):
+        return NOT_TENSORS
     if dropout_p != 0.0:
         return "dropout"
     if is_causal and attn_mask is not None:
@@ -161,12 +207,9 @@ def _reason(
             do="merge the causal mask into attn_mask",
         )
     tensors = (query, key, value)
-    if any(x.is_nested or x.layout != torch.strided for x in tensors):
-        return "nested or sparse tensors"
-    if not torch.compiler.is_compiling() and any(
-        _is_wrapped(x) for x in (*tensors, attn_mask) if x is not None
-    ):
-        return "a torch.func transform (vmap, grad, jvp)"
+    reason = foreign(*tensors, attn_mask)
+    if reason is not None:
+        return reason
     if any(x.dim() < 2 for x in tensors) or (enable_gqa and any(x.dim() < 3 for x in tensors)):
         return "too few dimensions"
     if not query.device == key.device == value.device:

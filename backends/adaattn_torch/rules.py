@@ -10,6 +10,7 @@ from functools import partial
 from typing import Literal
 
 import torch
+from torch.nn.attention.bias import CausalBias
 
 from adaattn_core.backend import Backend
 from adaattn_core.budget import ErrorBudget
@@ -18,6 +19,7 @@ from adaattn_core.plan import Plan
 from adaattn_core.policies.base import Policy
 from adaattn_torch.functional import scaled_dot_product_attention
 from adaattn_torch.info import AttentionInfo, listening
+from adaattn_torch.prepare import foreign
 
 Phase = Literal["prefill", "decode"]
 
@@ -93,9 +95,15 @@ class Rules:
         into : list of AttentionInfo or None
             Where to append one info per rule; None if nobody will ask.
         """
-        heads = query.shape[-3] if query.dim() > 2 else 1
-        phase: Phase = "decode" if query.shape[-2] == 1 else "prefill"
-        groups = self.groups(layer, phase, heads)
+        if not all(isinstance(x, torch.Tensor) for x in (query, key, value)) or foreign(
+            query, key, value
+        ):
+            groups, heads = [(self.rules[-1], [0])], 1  # PyTorch takes it, whatever the rule
+        else:
+            # Heads of 1 broadcast.
+            heads = max(x.shape[-3] if x.dim() > 2 else 1 for x in (query, key, value))
+            phase: Phase = "decode" if query.dim() > 1 and query.shape[-2] == 1 else "prefill"
+            groups = self.groups(layer, phase, heads)
         parts = []
         for rule, chosen in groups:
             if len(groups) == 1:
@@ -155,7 +163,7 @@ def _pick(
     heads: list[int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Tensors of some query heads, each with keys and values of its own."""
-    total = query.shape[-3]
+    total = max(x.shape[-3] for x in (query, key, value))
     index = torch.tensor(heads, device=query.device)
 
     def pick(x: torch.Tensor) -> torch.Tensor:
@@ -163,7 +171,6 @@ def _pick(
             return x
         return x.index_select(-3, index // (total // x.shape[-3]))
 
-    mask = attn_mask
-    if type(attn_mask) is torch.Tensor:
-        mask = pick(attn_mask)
-    return pick(query), pick(key), pick(value), mask
+    if attn_mask is not None and not isinstance(attn_mask, CausalBias):
+        attn_mask = pick(attn_mask)
+    return pick(query), pick(key), pick(value), attn_mask

@@ -12,8 +12,10 @@ import inspect
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -24,6 +26,7 @@ from adaattn_core.mask import Mask
 from adaattn_core.policies.base import Policy
 from adaattn_torch.compact import CompactMask, written_out
 from adaattn_torch.info import AttentionInfo, announce, warn_of_fallback
+from adaattn_torch.recomputation import checkpoints
 from adaattn_torch.rules import Rule, Rules
 
 KEY = "adaattn"
@@ -31,12 +34,16 @@ KEY = "adaattn"
 
 
 class _Overrides(threading.local):
+    """Settings of this thread, the innermost last; in a repeated run, one for each call."""
+
     def __init__(self) -> None:
-        self.stack: list[Rules] = []
+        self.stack: list[Rules | Iterator[Rules]] = []
 
 
 _defaults = Rules()
 _overrides = _Overrides()
+# Settings of the calls inside of each checkpoint, in order.
+_inside: WeakKeyDictionary[Any, list[Rules]] = WeakKeyDictionary()
 
 
 def register_transformers(
@@ -117,6 +124,31 @@ def budgets(
         _overrides.stack.pop()
 
 
+def _decide() -> Rules:
+    """Return what holds for a call, and see to it that it does when a checkpoint repeats it."""
+    found = _defaults
+    for entry in _overrides.stack:
+        found = entry if isinstance(entry, Rules) else next(entry, found)
+    if _overrides.stack and not torch.compiler.is_compiling():
+        for checkpoint in checkpoints():
+            calls = _inside.get(checkpoint.owner)
+            if calls is None:
+                calls = _inside[checkpoint.owner] = []
+                checkpoint.repeat_in(partial(_repeated, calls))
+            calls.append(found)
+    return found
+
+
+@contextmanager
+def _repeated(calls: list[Rules]) -> Iterator[None]:
+    """Let the calls that are repeated have the settings that they had."""
+    _overrides.stack.append(iter(list(calls)))
+    try:
+        yield
+    finally:
+        _overrides.stack.pop()
+
+
 def _settings(
     budget: ErrorBudget | float | None,
     policy: Policy | str | None,
@@ -167,7 +199,7 @@ def attention_forward(
     UnsupportedError
         For paged caches, or attention weights; with ``strict``, for all that falls back.
     """
-    settings = _overrides.stack[-1] if _overrides.stack else _defaults
+    settings = _decide()
     layer = _layer_name(module)
     if cache is not None:
         raise UnsupportedError(
