@@ -1,4 +1,4 @@
-"""What a run would report, predicted from a head's norms: input to the theorems before a run."""
+"""What a run would report, predicted from a head's norms: the theorems before a run."""
 
 from __future__ import annotations
 
