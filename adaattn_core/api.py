@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from adaattn_core.arrays import like, move_axis_layout
@@ -11,6 +12,7 @@ from adaattn_core.backend import Backend
 from adaattn_core.budget import ErrorBudget
 from adaattn_core.costs import get_cost_model
 from adaattn_core.errors import ArgumentError
+from adaattn_core.lazy import LazyNotes
 from adaattn_core.mask import Mask
 from adaattn_core.pipeline import run_pipeline
 from adaattn_core.plan import Plan
@@ -37,6 +39,7 @@ def attention(
     layout: str = "bhsd",
     seed: int | None = None,
     layer: str = "",
+    profile: bool = False,
 ) -> AttentionResult:
     """Attention to a stated tolerance, with a certificate of its error.
 
@@ -72,6 +75,10 @@ def attention(
         statement about rows that could not be foreseen. Default: fresh randomness.
     layer : str
         Name under which the plan is kept.
+    profile : bool
+        Whether a backend that plans on its device measures the milliseconds of each stage:
+        ``provenance["stage_ms"]``. Reading them waits for the device. Other backends time their
+        steps in any case, on the host: ``provenance["run_seconds"]`` and the like.
 
     Returns
     -------
@@ -121,20 +128,22 @@ def attention(
             needed="a seed of at least 0 and below 2**63",
             do="leave it out for fresh randomness",
         )
+    drawn = seed is None
     seed = secrets.randbits(48) if seed is None else int(seed)
     raw, final, certificate, stats, notes = run_pipeline(
-        problem, chosen, deciding, budget, costs, plan=plan, seed=seed, layer=layer
-    )
+        problem, chosen, deciding, budget, costs, plan=plan, seed=seed, layer=layer,
+        drawn=drawn, profile=profile,
+    )  # fmt: skip
     out = raw.out if problem.device != "cpu" else like(raw.out, query)
-    provenance: dict[str, Any] = {
+    provenance: Mapping[str, Any] = LazyNotes({
         "backend": chosen.name,
         **chosen.provenance(),
         "policy": final.policy,
         "target": costs.name,
-        "seed": seed,
+        "seed": final.seed if plan is None else seed,
         "seconds": time.perf_counter() - started,
         **notes,
-    }
+    })  # fmt: skip
     return AttentionResult(
         out=move_axis_layout(out, layout),
         lse=raw.lse if problem.device != "cpu" else like(raw.lse, query, keep_dtype=False),

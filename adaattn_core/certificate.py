@@ -7,7 +7,7 @@ rows that see nothing are 0, exactly, and make the unit smaller, never the share
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,38 +78,6 @@ class HeadCertificate:
             "nonfinite": self.nonfinite,
             "source": self.source,
         }
-
-
-class LazyHeads(Mapping[HeadIndex, HeadCertificate]):
-    """Certificates that are made when the first of them is looked at.
-
-    A backend on a device knows its facts only when the device is done; who does not look at a
-    certificate does not wait for it.
-
-    Parameters
-    ----------
-    make : callable
-        Returns the certificates of all heads; called at most once.
-    """
-
-    def __init__(self, make: Callable[[], Mapping[HeadIndex, HeadCertificate]]) -> None:
-        self._make: Callable[[], Mapping[HeadIndex, HeadCertificate]] | None = make
-        self._heads: Mapping[HeadIndex, HeadCertificate] = {}
-
-    def _made(self) -> Mapping[HeadIndex, HeadCertificate]:
-        if self._make is not None:
-            self._heads = self._make()
-            self._make = None
-        return self._heads
-
-    def __getitem__(self, index: HeadIndex) -> HeadCertificate:
-        return self._made()[index]
-
-    def __iter__(self) -> Iterator[HeadIndex]:
-        return iter(self._made())
-
-    def __len__(self) -> int:
-        return len(self._made())
 
 
 @dataclass(frozen=True, slots=True)

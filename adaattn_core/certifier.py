@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from adaattn_core.backend import Backend
 from adaattn_core.bounds import minimal_sample_size
 from adaattn_core.budget import ErrorBudget
-from adaattn_core.certificate import Certificate, HeadCertificate, LazyHeads
+from adaattn_core.certificate import Certificate, HeadCertificate
 from adaattn_core.certify import sampled_certificate, theorem_certificate
 from adaattn_core.facts import RawResult, RunFacts
+from adaattn_core.lazy import LazyHeads
 from adaattn_core.liverows import LiveRows
 from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.problem import AttentionProblem, HeadIndex

@@ -17,6 +17,7 @@ from adaattn_core.checks import real, shown, truth, whole, word
 from adaattn_core.errors import ArgumentError, PlanError
 from adaattn_core.files import atomic_write_text
 from adaattn_core.formats import get_format
+from adaattn_core.lazy import LazyHeads
 from adaattn_core.problem import AttentionProblem, HeadIndex, SequenceSpan
 from adaattn_core.structure import BlockSparse, Dense, Structure, structure_from_json
 
@@ -185,15 +186,19 @@ class Plan:
     layer: str = ""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.heads, Mapping) or not all(
-            type(index) is tuple
-            and len(index) == 2
-            and type(index[0]) is int
-            and type(index[1]) is int
-            and index[0] >= 0
-            and index[1] >= 0
-            and isinstance(head, HeadPlan)
-            for index, head in self.heads.items()
+        known = isinstance(self.heads, LazyHeads)  # heads of a device are not waited for
+        if not known and (
+            not isinstance(self.heads, Mapping)
+            or not all(
+                type(index) is tuple
+                and len(index) == 2
+                and type(index[0]) is int
+                and type(index[1]) is int
+                and index[0] >= 0
+                and index[1] >= 0
+                and isinstance(head, HeadPlan)
+                for index, head in self.heads.items()
+            )
         ):
             raise PlanError(
                 got=f"heads={shown(self.heads)}",

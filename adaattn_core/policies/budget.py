@@ -42,6 +42,8 @@ FORMAT_PAIRS = (
 """Operand formats of Q·Kᵀ and P·V that are considered, cheapest first on most machines."""
 ESCALATED_LAM = 1e-3
 """Weight threshold of score-then-skip that a head climbs to when its landmarks fell short."""
+LONG_GROUPS = 40
+"""Groups that a sequence must have before larger ones are taken, where both are offered."""
 USUAL_SHARE = 0.15
 """Share that score-then-skip keeps of heads on which it was not tried."""
 
@@ -349,9 +351,13 @@ class BudgetPolicy:
 
 def _landmark(tau: float, context: PolicyContext) -> Landmark:
     """Landmarks that suit the target: clusters where gathers are cheap, else a screen."""
-    for sizes in context.capabilities.sizes:
-        if isinstance(sizes, Landmark):
-            return replace(sizes, tau=tau)
+    offered = [s for s in context.capabilities.sizes if isinstance(s, Landmark)]
+    if offered:
+        # A group's probe is shared by its rows: the longer the keys, the larger the groups.
+        longest = max((s.len_kv for s in context.shapes.values()), default=1)
+        offered.sort(key=lambda s: s.group)
+        fitting_ones = [s for s in offered if LONG_GROUPS * s.group <= longest]
+        return replace((fitting_ones or offered[:1])[-1], tau=tau)
     if context.costs.overlap:
         return Landmark(tau=tau)
     return Landmark(tau=tau, band=192, clusters=8, samples=64, tail=64, screen_rank=0)

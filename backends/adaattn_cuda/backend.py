@@ -1,5 +1,8 @@
 """The backend ``cuda``: dense attention in f32, tf32, f16 and bf16, on any GPU from Ampere on.
 
+On Hopper, `adaattn_cuda.adaptive` keeps sampled budgets: planned, run and certified on the
+device.
+
 A run allocates its two outputs from the caller's library, starts one kernel per pair of formats
 on the caller's stream, and returns. It neither waits for the device nor copies anything to it.
 """
@@ -13,12 +16,16 @@ from typing import Any, NoReturn, cast
 from numpy.typing import NDArray
 
 from adaattn_core.backend import Capabilities
+from adaattn_core.budget import ErrorBudget
+from adaattn_core.deciding import Adapted
 from adaattn_core.errors import UnsupportedError
 from adaattn_core.facts import RawResult, RowErrors, RunFacts
 from adaattn_core.mask import Mask
 from adaattn_core.plan import HeadPlan, Plan
+from adaattn_core.policies.table import DecisionTable
 from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_core.stats import MeasureRequest, ProblemStats
+from adaattn_cuda.adaptive import SIZES, AdaptiveCalls
 from adaattn_cuda.device import driver
 from adaattn_cuda.device.launch import Launch, LaunchCache
 from adaattn_cuda.device.library import library_of
@@ -48,19 +55,35 @@ class CudaBackend:
         self._facts: LaunchCache[FactsPlan] = LaunchCache()
         self._groups: dict[int, tuple[Plan, Groups]] = {}
         self._last = threading.local()
+        self._adaptive = AdaptiveCalls()
 
     def capabilities(self) -> Capabilities:
-        """Dense in four formats; nothing is measured or sampled."""
+        """Dense in four formats; on Hopper landmarks as well, planned on the device."""
         device = max(driver.current_device(), 0)
         hopper = driver.device_facts(device).arch == "sm_90a"
         return Capabilities(
             qk_formats=sm80.OPERAND_FORMATS,
             pv_formats=sm80.OPERAND_FORMATS,
-            structures=("dense",),
+            structures=("dense", "landmark") if hopper else ("dense",),
             array_devices=("cuda",),
             measures=False,
             target="sm90" if hopper else "sm80",
+            sizes=SIZES if hopper else (),
         )
+
+    def adapt(
+        self,
+        problem: AttentionProblem,
+        table: DecisionTable,
+        budget: ErrorBudget,
+        *,
+        seed: int | None,
+        profile: bool = False,
+    ) -> Adapted | str:
+        """Plan, run and certify on the device; see `adaattn_core.deciding.Decides.adapt`."""
+        found = self._adaptive.adapt(problem, table, budget, seed=seed, profile=profile)
+        self._last.launches = ()
+        return found
 
     def measure(
         self, problem: AttentionProblem, request: MeasureRequest

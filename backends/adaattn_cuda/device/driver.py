@@ -82,7 +82,8 @@ def load_driver() -> ctypes.CDLL:
     return library
 
 
-def _check(status: int, what: str) -> None:
+def check(status: int, what: str) -> None:
+    """Raise AdaAttnError unless a driver call succeeded."""
     if status == _SUCCESS:
         return
     library = load_driver()
@@ -106,7 +107,7 @@ def _check(status: int, what: str) -> None:
 def device_count() -> int:
     """Return the number of visible devices."""
     count = ctypes.c_int()
-    _check(load_driver().cuDeviceGetCount(ctypes.byref(count)), "counting devices")
+    check(load_driver().cuDeviceGetCount(ctypes.byref(count)), "counting devices")
     return count.value
 
 
@@ -142,11 +143,11 @@ def device_facts(device: int) -> DeviceFacts:
     def attribute(which: int) -> int:
         value = ctypes.c_int()
         status = library.cuDeviceGetAttribute(ctypes.byref(value), which, device)
-        _check(status, "asking for a device attribute")
+        check(status, "asking for a device attribute")
         return value.value
 
     label = ctypes.create_string_buffer(256)
-    _check(library.cuDeviceGetName(label, 256, device), "device name")
+    check(library.cuDeviceGetName(label, 256, device), "device name")
     name = label.value.decode()
     major, minor = attribute(_ATTRIBUTE_MAJOR), attribute(_ATTRIBUTE_MINOR)
     if major < 8:
@@ -182,7 +183,7 @@ def current_device() -> int:
 @cache
 def _primary_context(device: int) -> ctypes.c_void_p:
     context = ctypes.c_void_p()
-    _check(
+    check(
         load_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device),
         "making a context",
     )
@@ -198,7 +199,7 @@ class OnDevice:
 
     def __enter__(self) -> None:
         if current_device() != self._device:
-            _check(
+            check(
                 load_driver().cuCtxPushCurrent_v2(_primary_context(self._device)),
                 "entering a device",
             )
@@ -212,7 +213,7 @@ class OnDevice:
 def is_capturing(stream: int) -> bool:
     """Whether a stream is recording a CUDA graph."""
     state = ctypes.c_int()
-    _check(
+    check(
         load_driver().cuStreamIsCapturing(ctypes.c_void_p(stream), ctypes.byref(state)),
         "asking a stream",
     )
@@ -229,8 +230,8 @@ def read(address: int, size_bytes: int, device: int) -> bytes:
     """
     library, found = load_driver(), ctypes.create_string_buffer(size_bytes)
     with OnDevice(device):
-        _check(library.cuCtxSynchronize(), "waiting for the figures of a certificate")
-        _check(
+        check(library.cuCtxSynchronize(), "waiting for the figures of a certificate")
+        check(
             library.cuMemcpyDtoH_v2(
                 found, ctypes.c_uint64(address), ctypes.c_size_t(size_bytes)
             ),
@@ -260,13 +261,13 @@ class Kernel:
         self._lock = threading.Lock()
         module, self.function = ctypes.c_void_p(), ctypes.c_void_p()
         none = ctypes.c_void_p()
-        _check(
+        check(
             self._library.cuLibraryLoadData(
                 ctypes.byref(module), cubin, none, none, 0, none, none, 0
             ),
             "loading a kernel",
         )
-        _check(
+        check(
             self._library.cuLibraryGetKernel(
                 ctypes.byref(self.function), module, ENTRY.encode()
             ),
@@ -278,7 +279,7 @@ class Kernel:
         if device in self._ready:
             return
         with self._lock:
-            _check(
+            check(
                 self._library.cuKernelSetAttribute(
                     _FUNCTION_MAX_DYNAMIC_SMEM, self.smem_bytes, self.function, device
                 ),
@@ -336,7 +337,7 @@ class Call:
             with OnDevice(device):
                 status = self._launch(*self._arguments)
         if status != _SUCCESS:
-            _check(status, "launching a kernel")
+            check(status, "launching a kernel")
 
 
 @cache
@@ -344,7 +345,7 @@ def _copy_stream(device: int) -> ctypes.c_void_p:
     """Return a stream of our own, which waits for no other."""
     stream = ctypes.c_void_p()
     with OnDevice(device):
-        _check(
+        check(
             load_driver().cuStreamCreate(ctypes.byref(stream), _STREAM_NON_BLOCKING),
             "making a stream",
         )
@@ -370,23 +371,23 @@ class DeviceTable:
         stream, address = _copy_stream(device), ctypes.c_uint64()
         size = ctypes.c_size_t(len(data))
         with OnDevice(device):
-            _check(
+            check(
                 library.cuMemAllocAsync(ctypes.byref(address), size, stream),
                 "allocating a work list",
             )
             self.address = address.value
             release = weakref.finalize(self, _free, library, device, address.value)
             release.atexit = False  # the driver frees everything when the process ends
-            _check(
+            check(
                 library.cuMemcpyHtoDAsync_v2(address, data, size, stream),
                 "copying a work list",
             )
-            _check(library.cuStreamSynchronize(stream), "copying a work list")
+            check(library.cuStreamSynchronize(stream), "copying a work list")
 
 
 def fill_words(address: int, value: int, count: int, stream: int) -> None:
     """Set `count` 32-bit words on the device to `value`, in the order of the stream."""
-    _check(
+    check(
         load_driver().cuMemsetD32Async(
             ctypes.c_uint64(address), ctypes.c_uint(value & 0xFFFFFFFF), ctypes.c_size_t(count),
             ctypes.c_void_p(stream),

@@ -14,7 +14,7 @@ from adaattn_cuda.device.views import ArrayView
 from adaattn_cuda.kernels import sm90_attn_fwd_f16 as sm90
 from adaattn_cuda.work.geometry import Geometry
 
-__all__ = ["Sm90Launch", "refusal"]
+__all__ = ["Sm90Launch", "matrix", "refusal"]
 
 _ADDRESSES_REMEMBERED = 128
 _NAMES = ("query", "key", "value", "out")
@@ -33,13 +33,13 @@ def refusal(problem: AttentionProblem, arrays: Sequence[ArrayView]) -> str | Non
     if problem.len_kv == 0:
         reasons.append("no key at all: an array without memory has no tensor map")
     reasons += [
-        sm90.layout_reason(name, _matrix(array))
+        sm90.layout_reason(name, matrix(array))
         for name, array in zip(_NAMES, arrays, strict=False)
     ]
     return next((reason for reason in reasons if reason), None)
 
 
-def _matrix(array: ArrayView) -> sm90.DeviceMatrix:
+def matrix(array: ArrayView) -> sm90.DeviceMatrix:
     """Describe a (batch, heads, len, dim) array, or a (batch, heads, len) one as dim 1."""
     shape, (batch, head, row) = (*array.shape, 1)[:4], array.strides[:3]
     return sm90.DeviceMatrix(array.pointer, cast("Any", shape), (batch, head, row))
@@ -99,7 +99,7 @@ class Sm90Launch:
         assert self._table is not None
         query, key, value, out, lse = (
             sm90.DeviceMatrix(pointer, matrix.shape, matrix.strides)
-            for pointer, matrix in zip(pointers, map(_matrix, self._arrays), strict=False)
+            for pointer, matrix in zip(pointers, map(matrix, self._arrays), strict=False)
         )
         self._packed = sm90.pack_params(
             self._plan, query, [key], [value], out, lse, self._scale, self._table.address

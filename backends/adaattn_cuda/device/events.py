@@ -1,0 +1,67 @@
+"""Marks in a stream, and the time between them."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable, Iterable
+
+from adaattn_cuda.device import driver
+
+__all__ = ["Event", "start_timed"]
+
+
+class Event:
+    """A mark on a device; recorded once, read later."""
+
+    def __init__(self, device: int) -> None:
+        self._library, self._device = driver.load_driver(), device
+        self._handle = ctypes.c_void_p()
+        with driver.OnDevice(device):
+            driver.check(self._library.cuEventCreate(ctypes.byref(self._handle), 0), "an event")
+        weakref.finalize(self, self._library.cuEventDestroy_v2, self._handle)
+
+    def record(self, stream: int) -> None:
+        """Put the mark behind everything that the stream holds by now."""
+        with driver.OnDevice(self._device):
+            status = self._library.cuEventRecord(self._handle, ctypes.c_void_p(stream))
+        driver.check(status, "recording an event")
+
+    def milliseconds_since(self, earlier: Event) -> float:
+        """Wait for both marks; return the time between them."""
+        found = ctypes.c_float()
+        with driver.OnDevice(self._device):
+            driver.check(self._library.cuEventSynchronize(self._handle), "waiting for an event")
+            status = self._library.cuEventElapsedTime(
+                ctypes.byref(found), earlier._handle, self._handle
+            )
+        driver.check(status, "reading an event")
+        return float(found.value)
+
+
+def start_timed(
+    steps: Iterable[tuple[str, Callable[[int], None]]], device: int, stream: int
+) -> Callable[[], dict[str, float]]:
+    """Start named steps on a stream with a mark after each.
+
+    Returns
+    -------
+    callable
+        Waits, and returns the milliseconds of each name, summed where a name comes again.
+    """
+    marks = [Event(device)]
+    names = []
+    marks[0].record(stream)
+    for name, step in steps:
+        step(stream)
+        names.append(name)
+        marks.append(Event(device))
+        marks[-1].record(stream)
+
+    def read() -> dict[str, float]:
+        out: dict[str, float] = {}
+        for name, before, after in zip(names, marks, marks[1:], strict=False):
+            out[name] = out.get(name, 0.0) + after.milliseconds_since(before)
+        return out
+
+    return read
