@@ -229,7 +229,10 @@ def _chunks(
             k, v = torch.where(seen, k, 0), torch.where(seen, v, 0)
             q = torch.where(full.any(-1, keepdim=True), q, 0)
         lse = torch.logsumexp(scores, -1, keepdim=True)
-        weights = torch.exp(scores - torch.where(lse == -torch.inf, 0, lse))
+        # Not exp(scores - lse): of a row of the lowest finite numbers the lse is one of them.
+        blind = lse == -torch.inf
+        weights = torch.softmax(torch.where(blind, 0, scores), -1)
+        weights = torch.where(blind, 0, weights)
         yield _Chunk(block, q, k, v, visible, seen, lse, weights)
 
 

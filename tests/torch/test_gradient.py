@@ -28,6 +28,23 @@ def inputs(len_q=4, len_kv=5, heads_kv=4, dim_v=3, dtype=torch.float64):
     return [torch.randn(s, generator=generator, dtype=dtype).requires_grad_() for s in shapes]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rows_at_the_lowest_finite_number(dtype):
+    """Such a row weighs its values alike, and so do its gradients."""
+    torch.manual_seed(0)
+    given = [torch.randn(1, 2, 6, 8, dtype=dtype).requires_grad_() for _ in range(3)]
+    mask = torch.zeros(6, 6, dtype=dtype)
+    mask[2] = mask[4, 3:] = torch.finfo(dtype).min
+    mask.requires_grad_()
+    grad = torch.randn(1, 2, 6, 8, dtype=dtype)
+    ours = torch.autograd.grad(sdpa(*given, mask), [*given, mask], grad)
+    wide = [x.detach().double().requires_grad_() for x in (*given, mask)]
+    out = F.scaled_dot_product_attention(*wide[:3], wide[3])
+    theirs = torch.autograd.grad(out, wide, grad.double())
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one - other).abs().max() <= 64 * torch.finfo(dtype).eps * other.abs().max()
+
+
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("heads_kv", [4, 2, 1])
 def test_gradcheck(name, heads_kv):
