@@ -10,6 +10,7 @@ as powers of it::
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 
 from adaattn_core.policies.base import ERROR_EXPONENT
@@ -18,6 +19,8 @@ from adaattn_core.structure import BlockSparse, Landmark, ScoreSkip, Structure
 
 LEAST_SLOPE, MOST_SLOPE = 0.35, 1.0
 """Powers of the knob by which errors are taken to fall, at the least and at the most."""
+LARGEST_LOG = 600.0
+"""Logarithm of the largest power; its inverse is still far from the smallest number."""
 NO_ERROR = 1e-6
 """Errors below this tell nothing about a power."""
 
@@ -61,9 +64,18 @@ def fitted(
     slope = ERROR_EXPONENT
     if len(known) > 1:
         slope = _slope(known[-2], tightest)
-    value = knob(tightest.structure) * (aim / tightest.row_error_estimate) ** (1 / slope)
+    value = knob(tightest.structure) * _power(aim / tightest.row_error_estimate, 1 / slope)
     structure = with_knob(tightest.structure, value)
     return structure, share_of(structure, stats)
+
+
+def _power(ratio: float, exponent: float) -> float:
+    """Return a power of a positive number that neither overflows nor becomes 0.
+
+    Budgets may be as loose or as tight as float64 can say.
+    """
+    logarithm = math.log(max(ratio, sys.float_info.min)) * exponent
+    return math.exp(min(max(logarithm, -LARGEST_LOG), LARGEST_LOG))
 
 
 def with_knob(structure: Structure, value: float) -> Structure:
@@ -85,7 +97,7 @@ def share_of(structure: Structure, stats: HeadStats) -> float:
     looser, tighter = known[-2:]
     apart = math.log(knob(looser.structure) / knob(tighter.structure))
     slope = max(math.log(tighter.share / looser.share) / apart, 0.0)
-    share = tighter.share * math.pow(knob(tighter.structure) / knob(structure), slope)
+    share = tighter.share * _power(knob(tighter.structure) / knob(structure), slope)
     return min(1.0, max(share, least))
 
 
