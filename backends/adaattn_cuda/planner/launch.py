@@ -404,7 +404,14 @@ class _Packer:
             pool_first=self.at[pool_first], chunk_heads=g.chunk_heads, splits=splits,
         )  # fmt: skip
         self._set(
-            block, "groups", "sample_rows", "lse_log2", "pool_key", "pool_mass", "pool_bias"
+            block,
+            "groups",
+            "sample_rows",
+            "lse_log2",
+            "pool_key",
+            "pool_value",
+            "pool_mass",
+            "pool_bias",
         )
         self._add("fit", "fit", block, g.heads * slots_per_head * splits)
 

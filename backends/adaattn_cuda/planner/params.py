@@ -118,7 +118,8 @@ Fit = _block(
     ("sizes", Sizes),
     ("query", Rows),
     *_pointers(
-        "groups", "sample_rows", "lse_log2", "slots", "pool_first", "pool_key", "pool_mass",
+        "groups", "sample_rows", "lse_log2", "slots", "pool_first", "pool_key", "pool_value",
+        "pool_mass",
         "pool_bias",
     ),
     *_ints("chunk_heads", "splits"),

@@ -33,8 +33,8 @@ TILE = 128
 """Query rows of a tile, and keys of a tile of the kernels."""
 _EXACT_KEYS = 2048
 """Keys that one block sums for exact rows: the bound of their error grows with it."""
-POOL_ALIGNMENT = 4
-"""Pools of a group begin on multiples of this, so that their biases begin on 16 bytes."""
+POOL_ALIGNMENT = 128
+"""Slots of pools are whole key tiles, filled up with zeros: kSlotRows."""
 
 GROUP = np.dtype([(n, "<i4") for n in ("tile_first", "tiles", "far_keys", "pool_first")])
 SLOT = np.dtype([(n, "<i4") for n in ("head", "group", "level", "row_first")])

@@ -29,6 +29,7 @@ struct Params {
     const far_gather::Slot* slots;
     const i32* pool_first;
     const u16* pool_key;
+    u16* pool_value;                // its rows behind a slot's pools are made zero
     const float2* pool_mass;
     float* pool_bias;               // (rows)
     i32 chunk_heads;
@@ -55,6 +56,15 @@ ADAATTN_DEVICE void run(const Params& params) {
     const far_gather::Slot slot = params.slots[index];
     if (slot.head < 0) return;
     const int pools = params.groups[slot.group].far_keys / far::kPoolKeys;
+    if (split == 0) {
+        // A tile of the forward kernel multiplies what lies behind the last pool by 0: it must be finite.
+        uint4* values = reinterpret_cast<uint4*>(params.pool_value);
+        const i64 pieces = sizes.dim_v / 8;
+        const i64 row = params.pool_first[index];
+        for (i64 i = (row + pools) * pieces + threadIdx.x; i < (row + round_up(pools, far::kSlotRows)) * pieces; i += T::kThreads) {
+            values[i] = make_uint4(0, 0, 0, 0);
+        }
+    }
     if (split * 8 * T::kWarps >= pools) return;
     const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
     const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;

@@ -153,7 +153,7 @@ struct Block {
                 }
             }
             int total;
-            slot.row_first = done + before(wanted, total);
+            slot.row_first = done + before(round_up(wanted, far::kSlotRows), total);
             done += total;
             if (slot.head >= 0 && slot.row_first + wanted > params.sizes.landmark_rows) {
                 if constexpr (T::kMode == kAttend) params.decision[slot.head] = far::kDenseLevel;
