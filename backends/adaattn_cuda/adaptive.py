@@ -25,13 +25,13 @@ from adaattn_core.stats import HeadStats, StructureEstimate
 from adaattn_core.structure import Landmark
 from adaattn_cuda.device import driver
 from adaattn_cuda.device.events import start_timed
-from adaattn_cuda.device.launch import LaunchCache
 from adaattn_cuda.device.library import library_of
 from adaattn_cuda.device.views import ArrayView, contiguous
 from adaattn_cuda.dispatch import input_views
-from adaattn_cuda.kernels import sm90_launch
+from adaattn_cuda.kernels import sm90_attn_fwd_f16 as sm90
 from adaattn_cuda.planner.launch import FarArrays, FarLaunch
 from adaattn_cuda.planner.layout import CERTIFICATE, DECISION
+from adaattn_cuda.recent import Recent
 from adaattn_cuda.work.far import FarGeometry
 
 __all__ = ["SIZES", "AdaptiveCalls"]
@@ -47,13 +47,14 @@ LEAST_REL = 0.02
 DRAWN = 128
 """Rows of a head that certify; two outputs of a head may be tested on them."""
 LEAST_KEYS = 2048
+_CALLS_REMEMBERED = 256
 
 
 class AdaptiveCalls:
     """Launches of the planning kernels, remembered by layout, table, budget and seed."""
 
     def __init__(self) -> None:
-        self._launches: LaunchCache[tuple[FarLaunch, int]] = LaunchCache()
+        self._launches: Recent[tuple[FarLaunch, int]] = Recent(_CALLS_REMEMBERED)
 
     def adapt(
         self,
@@ -80,7 +81,7 @@ class AdaptiveCalls:
         library = library_of(problem.query)
         shape = (*query.shape[:3], value.shape[3])
         # The output's address is not known yet: an allocator's alignment is taken for granted.
-        layout_reason = sm90_launch.refusal(problem, (query, key, value))
+        layout_reason = sm90.arrays_refusal(query, key, value)
         if layout_reason:
             return layout_reason
         stream = library.stream(query.device)
@@ -92,11 +93,11 @@ class AdaptiveCalls:
         out_view = contiguous(written[0], shape, query.dtype, query.device)
         lse_view = contiguous(written[1], shape[:3], "f32", query.device)
         arrays = FarArrays(
-            sm90_launch.matrix(query),
-            sm90_launch.matrix(key),
-            sm90_launch.matrix(value),
-            sm90_launch.matrix(out_view),
-            sm90_launch.matrix(lse_view),
+            sm90.DeviceMatrix.of(query),
+            sm90.DeviceMatrix.of(key),
+            sm90.DeviceMatrix.of(value),
+            sm90.DeviceMatrix.of(out_view),
+            sm90.DeviceMatrix.of(lse_view),
         )
         addresses = library.pointer(kept), library.pointer(scratch)
         notes: dict[str, Any] = {"planned_on": "device"}

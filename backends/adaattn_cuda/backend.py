@@ -27,18 +27,21 @@ from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_core.stats import MeasureRequest, ProblemStats
 from adaattn_cuda.adaptive import SIZES, AdaptiveCalls
 from adaattn_cuda.device import driver
-from adaattn_cuda.device.launch import Launch, LaunchCache
+from adaattn_cuda.device.launch import Launch
 from adaattn_cuda.device.library import library_of
 from adaattn_cuda.device.views import contiguous, view
-from adaattn_cuda.dispatch import Arrays, addresses, input_views, make_launch, mask_views
+from adaattn_cuda.dispatch import input_views, make_launch, mask_key, mask_views
 from adaattn_cuda.facts import LazyFacts
 from adaattn_cuda.forward import attention_forward
 from adaattn_cuda.jit.toolchain import nvrtc_version
 from adaattn_cuda.kernels import sm80_attn_fwd as sm80
 from adaattn_cuda.kernels.smxx_operand_norms import FactsPlan, RowFacts
+from adaattn_cuda.kernels.task import Arrays, addresses
+from adaattn_cuda.recent import Recent
 
 __all__ = ["CudaBackend"]
 
+_LAYOUTS_REMEMBERED = 256
 _PLANS_REMEMBERED = 32
 Groups = dict[tuple[str, str], tuple[HeadIndex, ...] | None]
 """(qk, pv) -> the heads that run so; None stands for all of them."""
@@ -51,9 +54,9 @@ class CudaBackend:
 
     def __init__(self) -> None:
         driver.load_driver()
-        self._launches: LaunchCache[Launch] = LaunchCache()
-        self._facts: LaunchCache[FactsPlan] = LaunchCache()
-        self._groups: dict[int, tuple[Plan, Groups]] = {}
+        self._launches: Recent[Launch] = Recent(_LAYOUTS_REMEMBERED)
+        self._facts: Recent[FactsPlan] = Recent(_LAYOUTS_REMEMBERED)
+        self._groups: Recent[tuple[Plan, Groups]] = Recent(_PLANS_REMEMBERED)
         self._last = threading.local()
         self._adaptive = AdaptiveCalls()
 
@@ -151,11 +154,10 @@ class CudaBackend:
         arrays = (query, key, value, out_view, lse_view, *masks)
         stream = library.stream(query.device)
         # Everything but the addresses; of those, only whether rows begin on 16 bytes.
-        mask = problem.mask
         layout = (
             (query[1:], key[1:], value[1:], out_view[1:]),
             (query.pointer | key.pointer | value.pointer | out_view.pointer) & 15,
-            (mask.lengths, mask.cu_seqlens_q, mask.cu_seqlens_kv),
+            mask_key(problem.mask),
         )
         launches = [
             self._start(problem, arrays, layout, formats, chosen, stream)
@@ -261,13 +263,11 @@ class CudaBackend:
         stream: int,
     ) -> Launch:
         lse, allowed, bias = arrays[4:]
-        mask = problem.mask
         known_by = (
             layout,
             lse[1:],
             allowed[1:] if allowed else None,
             bias[1:] if bias else None,
-            (mask.left, mask.right, mask.alignment),
             (problem.scale, formats, heads),
         )
         launch = self._launches.get(known_by)
@@ -285,9 +285,7 @@ class CudaBackend:
         groups = _group(plan, plan.heads)
         if len(groups) == 1:
             groups = dict.fromkeys(groups)
-        while len(self._groups) >= _PLANS_REMEMBERED:
-            self._groups.pop(next(iter(self._groups)), None)
-        self._groups[id(plan)] = (plan, groups)
+        self._groups.put(id(plan), (plan, groups))
         return groups
 
 

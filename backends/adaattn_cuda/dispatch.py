@@ -1,6 +1,8 @@
-"""A dense problem on the device: views of its arrays, and the kernel that takes them."""
+"""From a checked problem to a launch: views of its arrays, and the one choice of a kernel."""
 
 from __future__ import annotations
+
+from collections.abc import Hashable
 
 from adaattn_core.errors import ShapeError, UnsupportedError
 from adaattn_core.mask import Mask
@@ -9,16 +11,12 @@ from adaattn_cuda.device import driver
 from adaattn_cuda.device.launch import Launch
 from adaattn_cuda.device.views import ArrayView, broadcast, view
 from adaattn_cuda.kernels import sm80_attn_fwd as sm80
-from adaattn_cuda.kernels import sm90_launch
+from adaattn_cuda.kernels import sm90_attn_fwd_f16 as sm90
+from adaattn_cuda.kernels.task import Arrays, Task
 
-__all__ = ["Arrays", "addresses", "input_views", "make_launch", "mask_views"]
+__all__ = ["input_views", "make_launch", "mask_key", "mask_views"]
 
 _BIAS_FORMATS = tuple(sm80.BIAS_TYPES)
-
-Arrays = tuple[
-    ArrayView, ArrayView, ArrayView, ArrayView, ArrayView, ArrayView | None, ArrayView | None
-]
-"""query, key, value, out, lse, boolean mask, additive mask."""
 
 
 def input_views(problem: AttentionProblem) -> tuple[ArrayView, ArrayView, ArrayView]:
@@ -81,9 +79,12 @@ def mask_views(
     return found[0], found[1]
 
 
-def addresses(arrays: Arrays) -> tuple[int, ...]:
-    """Return what `Launch.start` takes: where each array is, 0 for none."""
-    return tuple(array.pointer if array else 0 for array in arrays)
+def mask_key(mask: Mask) -> Hashable:
+    """Return everything about a mask that a launch depends on, but for its arrays."""
+    return (
+        mask.left, mask.right, mask.alignment,
+        mask.lengths, mask.cu_seqlens_q, mask.cu_seqlens_kv,
+    )  # fmt: skip
 
 
 def make_launch(
@@ -93,7 +94,7 @@ def make_launch(
     heads: tuple[HeadIndex, ...] | None,
     stream: int,
 ) -> Launch:
-    """Choose the kernel, Hopper's own where it takes the task, else the sm80 family; load it.
+    """Choose the kernel and make it ready: Hopper's own where it takes the task, else sm80's.
 
     Parameters
     ----------
@@ -112,20 +113,11 @@ def make_launch(
     KernelCompileError
         If the kernel does not compile.
     """
-    query, key, value, out, lse, allowed, bias = arrays
-    _check_strides((query, key, value))
-    facts = driver.device_facts(query.device)
-    own_formats = heads is None and set(formats) == {problem.dtype}
-    hopper = facts.arch == "sm_90a" and own_formats
-    if hopper and sm90_launch.refusal(problem, arrays[:4]) is None:
-        return sm90_launch.Sm90Launch(problem, arrays[:5], stream)
-    mask = problem.mask
-    task = sm80.DenseTask(
-        query, key, value, out, lse, allowed, bias, problem.sequences,
-        mask.left, mask.right, mask.alignment == "bottom_right", problem.scale,
-        *formats, heads,
-    )  # fmt: skip
-    return sm80.Sm80Launch(task, query.device, stream)
+    _check_strides(arrays[:3])
+    task = Task.of(problem, arrays, formats, heads)
+    if sm90.refusal(task, driver.device_facts(task.query.device).arch) is None:
+        return sm90.launch(task, stream)
+    return sm80.Sm80Launch(task, stream)
 
 
 def _check_address(name: str, array: ArrayView) -> None:

@@ -7,36 +7,31 @@ launch.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 from adaattn_core.mask import Mask
 from adaattn_core.problem import AttentionProblem
 from adaattn_cuda.device.launch import Launch
 from adaattn_cuda.device.library import Library, adopt, library_of
 from adaattn_cuda.device.views import view
-from adaattn_cuda.dispatch import addresses, input_views, make_launch, mask_views
+from adaattn_cuda.dispatch import input_views, make_launch, mask_key, mask_views
+from adaattn_cuda.kernels.task import addresses
+from adaattn_cuda.recent import Recent
 
 __all__ = ["attention_forward"]
 
-_LAYOUTS_REMEMBERED = 256
+
+class _Prepared(NamedTuple):
+    """All that a call needs besides addresses."""
+
+    launch: Launch
+    out_shape: tuple[int, ...]
+    dtype: str
+    device: int
 
 
-class _Prepared:
-    """All that a call needs besides addresses; `used` tells who may be forgotten."""
-
-    __slots__ = ("device", "dtype", "launch", "out_shape", "used")
-
-    def __init__(
-        self, launch: Launch, out_shape: tuple[int, ...], dtype: str, device: int
-    ) -> None:
-        self.launch, self.out_shape, self.dtype, self.device = launch, out_shape, dtype, device
-        self.used = False
-
-
-_prepared: dict[Hashable, _Prepared] = {}
-_lock = threading.Lock()  # for writers: a dict is read safely without it
+_prepared: Recent[_Prepared] = Recent(256)
 
 
 def attention_forward(
@@ -82,10 +77,9 @@ def attention_forward(
     prepared = _prepared.get(known_by)
     if prepared is None:
         return _first(library, query, key, value, mask, scale, known_by)
-    prepared.used = True
-    out, lse, written = library.outputs(prepared.out_shape, prepared.dtype, query)
-    device = prepared.device
-    prepared.launch.start((*pointers, *written, *masks), device, library.stream(device))
+    launch, out_shape, dtype, device = prepared
+    out, lse, written = library.outputs(out_shape, dtype, query)
+    launch.start((*pointers, *written, *masks), device, library.stream(device))
     return out, lse
 
 
@@ -96,10 +90,7 @@ def _with_mask(
 
     The key is None where a mask's array is of another library: such a call is not remembered.
     """
-    structure = (
-        mask.left, mask.right, mask.alignment,
-        mask.lengths, mask.cu_seqlens_q, mask.cu_seqlens_kv,
-    )  # fmt: skip
+    structure = mask_key(mask)
     if mask.allowed is None and mask.bias is None:
         return (known_by, structure), (0, 0)
     layouts: list[Hashable] = []
@@ -136,20 +127,7 @@ def _first(
     launch = make_launch(problem, arrays, (problem.dtype, problem.dtype), None, stream)
     launch.start(addresses(arrays), device, stream)
     if known_by is not None:
-        prepared = _Prepared(launch, (*rows, problem.dim_v), problem.dtype, device)
-        with _lock:
-            _prepared[known_by] = prepared
-            while len(_prepared) > _LAYOUTS_REMEMBERED:
-                _forget_one()
+        _prepared.put(
+            known_by, _Prepared(launch, (*rows, problem.dim_v), problem.dtype, device)
+        )
     return out, lse
-
-
-def _forget_one() -> None:
-    """Forget the oldest layout that was not used since it was last looked at here."""
-    while True:
-        key = next(iter(_prepared))
-        oldest = _prepared.pop(key)
-        if not oldest.used:
-            return
-        oldest.used = False
-        _prepared[key] = oldest  # a second chance, behind all others

@@ -23,7 +23,7 @@ def adaattn_register_commands(group: Any) -> None:
 
 
 def probe() -> str | None:
-    """Why no kernel can run here, or None: asks the driver alone, in about a millisecond."""
+    """Why no kernel can run here, or None: asks the driver alone, through cuda.bindings."""
     driver = importlib.import_module("adaattn_cuda.device.driver")
     try:
         count = driver.device_count()

@@ -52,10 +52,10 @@ def cxx() -> str:
 def no_driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Pretend that no driver library is installed."""
 
-    def fail(name: str) -> None:
-        raise OSError(name)
+    def fail(flags: int) -> None:
+        raise RuntimeError("no libcuda.so.1")
 
     driver.load_driver.cache_clear()
-    monkeypatch.setattr(driver.ctypes, "CDLL", fail)
+    monkeypatch.setattr("cuda.bindings.driver.cuInit", fail)
     yield
     driver.load_driver.cache_clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import ml_dtypes
@@ -24,10 +25,8 @@ from adaattn_cuda import backend as backend_module
 from adaattn_cuda import dispatch
 from adaattn_cuda.backend import CudaBackend
 from adaattn_cuda.device import driver
-from adaattn_cuda.device.launch import LaunchCache
 from adaattn_cuda.device.views import ArrayView
-from adaattn_cuda.kernels import sm90_launch
-from adaattn_cuda.kernels.sm80_attn_fwd import DenseTask
+from adaattn_cuda.kernels.task import Task
 
 NAMES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "bool": "bool"}
 
@@ -55,12 +54,12 @@ class HostLibrary:
 class Recorder:
     """Stands in for `Sm80Launch`."""
 
-    made: list[DenseTask]
+    made: list[Task]
     started: list[tuple[tuple[int, ...], int, int]]
 
     workspace_bytes = 8
 
-    def __init__(self, task: DenseTask, device: int, stream: int) -> None:
+    def __init__(self, task: Task, stream: int) -> None:
         self.name = f"kernel of {task.qk}/{task.pv}"
         Recorder.made.append(task)
 
@@ -284,30 +283,31 @@ def test_sampled_budgets_are_kept_by_theorem(backend: CudaBackend, dtype: Any) -
         attention(p.query, p.key, p.value, budget=ErrorBudget(rel=1e-6), backend=backend)
 
 
-def test_launch_cache_forgets_the_least_recently_used() -> None:
-    cache, made = LaunchCache(limit=2), []
-
-    def use(key: str) -> None:
-        if cache.get(key) is None:
-            made.append(key)
-            cache.put(key, object())  # type: ignore[arg-type]
-
-    for key in ("a", "b", "a", "c", "a", "b"):
-        use(key)
-    assert made == ["a", "b", "c", "b"]
+HOPPER = driver.DeviceFacts("a card", "sm_90a", 132, 232448)
 
 
-def test_hopper_kernel_is_refused_with_a_reason() -> None:
-    p = problem(ml_dtypes.bfloat16)
-    views = [host_view(x) for x in (p.query, p.key, p.value)]
-    aligned = [view._replace(pointer=4096) for view in views]
-    assert sm90_launch.refusal(p, aligned) is None
-    assert "address" in str(sm90_launch.refusal(p, [aligned[0]._replace(pointer=4098)]))
-    assert "f32" in str(sm90_launch.refusal(problem(), aligned))
-    boolean = problem(ml_dtypes.bfloat16, mask=Mask.boolean(np.ones((40, 50), bool)))
-    assert "boolean" in str(sm90_launch.refusal(boolean, aligned))
-    nothing = AttentionProblem.from_arrays(p.query, p.key[:, :, :0], p.value[:, :, :0])
-    assert "no key" in str(sm90_launch.refusal(nothing, aligned))
+def test_hopper_takes_heads_in_the_inputs_own_format(
+    backend: CudaBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mixed and escalated plans as well: its work list names the heads."""
+    taken: list[Task] = []
+
+    def launch(task: Task, stream: int) -> Any:
+        taken.append(task)
+        return SimpleNamespace(
+            name="hopper's",
+            workspace_bytes=0,
+            start=lambda *where: Recorder.started.append(where),
+        )
+
+    monkeypatch.setattr(driver, "device_facts", lambda device: HOPPER)
+    monkeypatch.setattr(dispatch.sm90, "launch", launch)
+    p = problem(ml_dtypes.bfloat16, heads=3)
+    own, wide = HeadPlan(qk="bf16", pv="bf16"), HeadPlan()
+    backend.run(p, Plan({(0, 0): own, (0, 1): wide, (0, 2): own}))
+    assert [t.heads for t in taken] == [((0, 0), (0, 2))]
+    assert [t.heads for t in Recorder.made] == [((0, 1),)]
+    assert backend.provenance()["kernels"] == "hopper's; kernel of f32/f32"
 
 
 # --- facts ---

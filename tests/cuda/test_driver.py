@@ -3,68 +3,79 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from adaattn_core.errors import AdaAttnError, UnsupportedError
+from adaattn_core.errors import AdaAttnError, BackendUnavailableError, UnsupportedError
+from adaattn_cuda import plugin
 from adaattn_cuda.device import driver
 from adaattn_cuda.device.launch import kernel_of
 from adaattn_cuda.jit.spec import KernelSpec
 
 
+class Config:
+    """``CUlaunchConfig``."""
+
+
 class Library:
     """Answers as a machine with one device; `current` is the device of the thread's context."""
+
+    CUdevice_attribute = SimpleNamespace(
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR="major",
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR="minor",
+        CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT=132,
+        CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN=232448,
+    )
+    CUlaunchConfig = Config
 
     def __init__(self) -> None:
         self.current, self.status, self.capability, self.capturing = 0, 0, (9, 0), False
         self.log: list[Any] = []
 
-    def cuCtxGetDevice(self, place: Any) -> int:  # noqa: N802
-        place._obj.value = max(self.current, 0)
-        return 0 if self.current >= 0 else 201
+    def cuCtxGetDevice(self) -> Any:  # noqa: N802
+        return (0, self.current) if self.current >= 0 else (201, None)
 
-    def cuDevicePrimaryCtxRetain(self, place: Any, device: int) -> int:  # noqa: N802
-        place._obj.value = 1000 + device
-        return 0
+    def cuDevicePrimaryCtxRetain(self, device: int) -> Any:  # noqa: N802
+        return 0, 1000 + device
 
-    def cuCtxPushCurrent_v2(self, context: Any) -> int:  # noqa: N802
-        self.log.append(("push", context.value))
-        return 0
+    def cuCtxPushCurrent(self, context: Any) -> Any:  # noqa: N802
+        self.log.append(("push", context))
+        return (0,)
 
-    def cuCtxPopCurrent_v2(self, place: Any) -> int:  # noqa: N802
+    def cuCtxPopCurrent(self) -> Any:  # noqa: N802
         self.log.append("pop")
-        return 0
+        return 0, 1
 
-    def cuLaunchKernelEx(self, config: Any, function: Any, pointers: Any, extra: Any) -> int:  # noqa: N802
-        c = config._obj
-        value = ctypes.cast(pointers[0], ctypes.POINTER(ctypes.c_int))[0]
-        grid, block = (c.grid_x, c.grid_y, c.grid_z), (c.block_x, c.block_y, c.block_z)
-        self.log.append((grid, block, c.smem_bytes, c.stream, function.value, value))
-        assert (c.attributes, c.attribute_count, extra) == (None, 0, None)
-        return self.status
+    def cuLaunchKernelEx(self, c: Any, function: Any, pointers: int, extra: int) -> Any:  # noqa: N802
+        address = ctypes.c_void_p.from_address(pointers).value
+        assert address is not None
+        value = ctypes.c_int.from_address(address).value
+        grid = (c.gridDimX, c.gridDimY, c.gridDimZ)
+        block = (c.blockDimX, c.blockDimY, c.blockDimZ)
+        self.log.append((grid, block, c.sharedMemBytes, c.hStream, function, value))
+        assert extra == 0
+        return (self.status,)
 
-    def cuGetErrorString(self, status: int, place: Any) -> int:  # noqa: N802
-        place._obj.value = b"a reason"
-        return 0
+    def cuGetErrorString(self, status: int) -> Any:  # noqa: N802
+        return 0, b"a reason"
 
-    def cuDeviceGetName(self, place: Any, size: int, device: int) -> int:  # noqa: N802
-        place.value = b"a card"
-        return 0
+    def cuDeviceGetName(self, size: int, device: int) -> Any:  # noqa: N802
+        return 0, b"a card" + bytes(size - 6)
 
-    def cuDeviceGetAttribute(self, place: Any, which: int, device: int) -> int:  # noqa: N802
-        answers = {75: self.capability[0], 76: self.capability[1], 16: 132, 97: 232448}
-        place._obj.value = answers[which]
-        return 0
+    def cuDeviceGetAttribute(self, which: Any, device: int) -> Any:  # noqa: N802
+        major, minor = self.capability
+        return 0, {"major": major, "minor": minor}.get(which, which)
 
-    def cuStreamIsCapturing(self, stream: Any, place: Any) -> int:  # noqa: N802
-        place._obj.value = int(self.capturing)
-        return 0
+    def cuStreamIsCapturing(self, stream: int) -> Any:  # noqa: N802
+        return 0, int(self.capturing)
 
 
 class Kernel:
-    function, threads, smem_bytes = ctypes.c_void_p(5), 384, 4096
+    function, threads, smem_bytes = 5, 384, 4096
 
 
 @pytest.fixture
@@ -76,12 +87,6 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Library]:
     yield fake
     driver.device_facts.cache_clear()
     driver._primary_context.cache_clear()
-
-
-def test_launch_configuration_is_laid_out_as_in_cuda_h() -> None:
-    config = driver._LaunchConfig
-    assert ctypes.sizeof(config) == 56
-    assert (config.stream.offset, config.attributes.offset) == (32, 40)
 
 
 def test_a_call_reads_its_parameters_at_every_start(library: Library) -> None:
@@ -125,3 +130,32 @@ def test_nothing_is_loaded_during_a_capture(library: Library) -> None:
     library.capturing = True
     with pytest.raises(UnsupportedError, match="CUDA-graph capture"):
         kernel_of(KernelSpec("never_loaded", (), 0, "sm_90a"), 128, 99)
+
+
+@pytest.mark.parametrize(
+    ("answers", "reason"),
+    [
+        ({"cuInit": lambda flags: (100,)}, "cuInit failed with error 100"),
+        ({"cuDriverGetVersion": lambda: (0, 11080)}, "too old"),
+    ],
+)
+def test_drivers_that_do_not_serve(
+    monkeypatch: pytest.MonkeyPatch, answers: dict[str, Any], reason: str
+) -> None:
+    good = {"cuInit": lambda flags: (0,), "cuDriverGetVersion": lambda: (0, 13000)}
+    for name, answer in (good | answers).items():
+        monkeypatch.setattr(f"cuda.bindings.driver.{name}", answer)
+    driver.load_driver.cache_clear()
+    with pytest.raises(BackendUnavailableError) as caught:
+        driver.load_driver()
+    assert reason in caught.value.reason
+    driver.load_driver.cache_clear()
+
+
+def test_without_cuda_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
+    driver.load_driver.cache_clear()
+    with pytest.raises(BackendUnavailableError, match="no cuda-bindings package"):
+        driver.load_driver()
+    assert plugin.probe() == "no cuda-bindings package"
+    driver.load_driver.cache_clear()

@@ -15,6 +15,7 @@ from adaattn_cuda import dispatch, forward
 from adaattn_cuda.backend import CudaBackend
 from adaattn_cuda.device import driver
 from adaattn_cuda.device.views import ArrayView
+from adaattn_cuda.recent import Recent
 
 
 class HostLibrary:
@@ -149,25 +150,25 @@ def test_a_mask_of_another_library_is_checked_every_time() -> None:
     for _ in range(2):
         forward.attention_forward(*arrays(), mask=mask)
     assert len(Recorder.made) == 2
-    assert not forward._prepared
+    assert len(forward._prepared) == 0
 
 
 def test_arrays_of_different_types_are_checked_every_time() -> None:
     q, k, v = arrays()
     with pytest.raises(AdaAttnError):
         forward.attention_forward(q, k.tolist(), v)
-    assert not forward._prepared
+    assert len(forward._prepared) == 0
 
 
 def test_shapes_are_checked_on_the_first_call() -> None:
     q, k, v = arrays()
     with pytest.raises(ShapeError):
         forward.attention_forward(q, k, v[:, :, :3])
-    assert not forward._prepared
+    assert len(forward._prepared) == 0
 
 
 def test_least_recently_used_layout_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forward, "_LAYOUTS_REMEMBERED", 2)
+    monkeypatch.setattr(forward, "_prepared", Recent(2))
     for len_q in (1, 2, 1, 3, 1, 2):  # 2 is forgotten for 3, and made again
         forward.attention_forward(*arrays(len_q=len_q))
     assert len(Recorder.made) == 4

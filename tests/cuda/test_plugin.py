@@ -17,7 +17,7 @@ import sys
 import adaattn_cuda.plugin as plugin
 plugin.adaattn_register_backends(lambda name, factory, probe: None)
 plugin.probe()
-heavy = {"cupy", "torch", "cuda", "adaattn_cuda.backend"} & set(sys.modules)
+heavy = {"cupy", "torch", "cuda.core", "adaattn_cuda.backend"} & set(sys.modules)
 assert not heavy, heavy
 """
 

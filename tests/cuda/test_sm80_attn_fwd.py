@@ -16,6 +16,7 @@ from adaattn_cuda.device.views import ArrayView
 from adaattn_cuda.jit.compile import Compiler
 from adaattn_cuda.kernels import sm80_attn_fwd as sm80
 from adaattn_cuda.kernels.shipped import budget
+from adaattn_cuda.kernels.task import Task
 from adaattn_cuda.tuning import sm80_attn_fwd as tuning
 
 PLAIN = [("bf16",) * 3, ("f16",) * 3, ("f32",) * 3, ("f32", "tf32", "tf32")]
@@ -108,7 +109,7 @@ def view(shape: tuple[int, ...], dtype: str = "bf16", pointer: int = 4096) -> Ar
 
 def task(
     spans: list[tuple[int, int]] | None = None, mask: Mask | None = None, **changes
-) -> sm80.DenseTask:
+) -> Task:
     """Batch 2, heads 4 / 2, len 300 / 500; or sequences of these lengths, packed."""
     mask = mask or Mask.none()
     batch, len_q, len_kv = 2, 300, 500
@@ -121,7 +122,7 @@ def task(
             SequenceSpan(i, 0, cu_q[i], cu_q[i + 1], cu_kv[i], cu_kv[i + 1])
             for i in range(len(spans))
         )
-    base = sm80.DenseTask(
+    base = Task(
         view((batch, 4, len_q, 64)), view((batch, 2, len_kv, 64)), view((batch, 2, len_kv, 96)),
         view((batch, 4, len_q, 96)), view((batch, 4, len_q), "f32"), None, None, sequences,
         mask.left, mask.right, mask.alignment == "bottom_right", 0.125, "bf16", "bf16",

@@ -24,6 +24,7 @@ from adaattn_core.testing.oracles import exact_attention
 from adaattn_cuda.device.views import ArrayView, broadcast
 from adaattn_cuda.jit.spec import cpp
 from adaattn_cuda.kernels import sm80_attn_fwd as sm80
+from adaattn_cuda.kernels.task import Task
 from adaattn_cuda.tuning.sm80_attn_fwd import Specialisation
 
 DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype("f2"), "f32": np.dtype("f4")}
@@ -99,7 +100,7 @@ class Emulator:
         out = np.full((*rows, problem.dim_v), 7, problem.query.dtype)
         lse = np.full(rows, 7, np.float32)
         mask, shape = problem.mask, (*rows, problem.len_kv)
-        task = sm80.DenseTask(
+        task = Task(
             *(describe(x) for x in (problem.query, problem.key, problem.value, out, lse)),
             *(x if x is None else broadcast(describe(x), shape)
               for x in (mask.allowed, mask.bias)),

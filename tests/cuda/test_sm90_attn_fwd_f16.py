@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import itertools
+from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
 import adaattn_kernels_cu as kernels
-from adaattn_core.mask import Mask
-from adaattn_core.problem import AttentionProblem, SequenceSpan
+from adaattn_core.errors import AdaAttnError, ArgumentError
+from adaattn_core.problem import SequenceSpan
+from adaattn_cuda.device.launch import DeviceWork, upload
+from adaattn_cuda.device.views import ArrayView, contiguous
 from adaattn_cuda.jit.compile import Compiler
 from adaattn_cuda.jit.resources import parse_budget
 from adaattn_cuda.kernels import sm90_attn_fwd_f16 as sm90
+from adaattn_cuda.kernels.task import Task
 from adaattn_cuda.tuning.sm90_attn_fwd_f16 import (
     Tile,
     candidates,
@@ -31,6 +37,7 @@ from adaattn_cuda.work.records import (
     NO_PARTIAL,
     SOURCE,
     TENSORS,
+    work_list,
 )
 
 BLOCKS = 132
@@ -161,117 +168,192 @@ def test_shipped_are_distinct_and_for_hopper() -> None:
 
 # --- what it takes
 # -------------------------------------------------------------------------------
-def problem(
-    dtype=np.float16, dim_qk=64, dim_v=64, mask: Mask | None = None
-) -> AttentionProblem:
-    q, k = (np.zeros((1, 2, 4, dim_qk), dtype) for _ in range(2))
-    return AttentionProblem.from_arrays(q, k, np.zeros((1, 2, 4, dim_v), dtype), mask=mask)
+def view(
+    heads=2, length=4, dim=64, dtype="f16", pointer=256, strides: tuple[int, ...] | None = None
+) -> ArrayView:
+    made = contiguous(pointer, (2, heads, length, dim), dtype, 0)
+    return made if strides is None else made._replace(strides=strides)
+
+
+def task(**changes) -> Task:
+    spans = tuple(SequenceSpan(b, b, 0, 4, 0, 4) for b in range(2))
+    lse = contiguous(256, (2, 2, 4), "f32", 0)
+    base = Task(
+        view(), view(), view(), view(), lse, None, None, spans,
+        None, None, False, 0.5, "f16", "f16",
+    )  # fmt: skip
+    return dataclasses.replace(base, **changes)
 
 
 def test_takes_structural_masks_and_padded_dims() -> None:
-    assert sm90.supports(problem()) is None
-    assert sm90.supports(problem(dim_qk=8, dim_v=256, mask=Mask.causal())) is None
+    wide = {"value": view(dim=256), "out": view(dim=256)}
+    narrow = {"query": view(dim=8), "key": view(dim=8)}
+    for changes in ({}, {"right": 0, "bottom_right": True}, wide, narrow, {"heads": ((0, 1),)}):
+        assert sm90.refusal(task(**changes), "sm_90a") is None
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"dtype": np.float32}, "f32"),
-        ({"dim_qk": 12}, "dim_qk 12"),
-        ({"dim_v": 264}, "dim_v 264"),
-        ({"mask": Mask.boolean(np.ones((4, 4), bool))}, "boolean"),
+        ({name: view(dtype="f32") for name in ("query", "key", "value", "out")}, "f32"),
+        ({"qk": "f32"}, "formats f32, f16"),
+        ({"query": view(dim=12), "key": view(dim=12)}, "dim_qk 12"),
+        ({"value": view(dim=264)}, "dim_v 264"),
+        ({"allowed": view(dtype="bool")}, "mask given as an array"),
+        ({"key": view(length=0), "value": view(length=0)}, "no key"),
+        ({"key": view(pointer=264)}, "key starts at an address"),
+        ({"key": view(strides=(960, 320, 68, 1))}, "along len"),
+        ({"out": view(strides=(960, 0, 64, 1))}, "out steps 0 bytes along heads"),
     ],
 )
 def test_refuses_with_a_reason(changes, reason) -> None:
-    found = sm90.supports(problem(**changes))
+    found = sm90.refusal(task(**changes), "sm_90a")
     assert found is not None
     assert reason in found
 
 
+def test_other_layouts_and_architectures() -> None:
+    bshd = task(key=view(strides=(512, 64, 128, 1)))
+    assert sm90.refusal(bshd, "sm_90a") is None
+    one = task(key=view(heads=1, strides=(256, 0, 64, 1)))
+    assert sm90.refusal(one, "sm_90a") is None, "an axis of one is never stepped"
+    assert "sm_80" in str(sm90.refusal(task(), "sm_80"))
+
+
+# --- parameters
+# -------------------------------------------------------------------------------
 def matrix(pointer=256, shape=(2, 3, 5, 64), strides=(960, 320, 64)) -> sm90.DeviceMatrix:
     return sm90.DeviceMatrix(pointer, shape, strides)
 
 
-def test_layouts() -> None:
-    assert sm90.layout_reason("key", matrix()) is None
-    assert sm90.layout_reason("key", matrix(strides=(960, 64, 192))) is None  # bshd
-    assert sm90.layout_reason("key", matrix(shape=(1, 3, 5, 64), strides=(0, 320, 64))) is None
-    assert "address" in str(sm90.layout_reason("key", matrix(pointer=264)))
-    assert "len" in str(sm90.layout_reason("key", matrix(strides=(960, 320, 68))))
-    assert "heads" in str(sm90.layout_reason("key", matrix(strides=(960, 0, 64))))
+class FakeMaps:
+    """Records the tensor maps that are asked for."""
 
-
-class FakeDriver:
-    """Records the tensor maps that it is asked for."""
-
-    def __init__(self, status: int = 0) -> None:
-        self.status = status
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.maps: list[tuple[object, ...]] = []
+        self.status = 0
 
-    def cuTensorMapEncodeTiled(self, place, kind, rank, address, *rest):  # noqa: N802
-        sizes, strides, box, *_ = rest
-        self.maps.append((kind, rank, address.value, list(sizes), list(strides), list(box)))
-        assert ctypes.addressof(place._obj) % 64 == 0
-        place._obj[0] = 42
-        return self.status
+        def encode(place, kind, rank, address, sizes, strides, box, *_) -> int:  # type: ignore[no-untyped-def]
+            assert place % 64 == 0
+            ctypes.c_ubyte.from_address(place).value = 42
+            self.maps.append((kind, rank, address, list(sizes), list(strides), list(box)))
+            return self.status
 
-    def cuTensorMapReplaceAddress(self, place, address):  # noqa: N802
-        assert ctypes.addressof(place._obj) % 64 == 0
-        assert place._obj[0] == 42, "a map that was encoded before"
-        self.maps.append(("moved", address.value))
-        return self.status
+        def replace(place: int, address: int) -> int:
+            assert place % 64 == 0
+            assert ctypes.c_ubyte.from_address(place).value == 42, "encoded before"
+            self.maps.append(("moved", address))
+            return self.status
+
+        monkeypatch.setattr(sm90.tensor_maps, "_functions", lambda: (encode, replace))
 
 
-def packed(monkeypatch: pytest.MonkeyPatch, fake: FakeDriver) -> sm90.Params:
-    monkeypatch.setattr("adaattn_cuda.device.driver.load_driver", lambda: fake)
-    spans = (SequenceSpan(0, 0, 0, 5, 0, 5), SequenceSpan(1, 1, 0, 5, 0, 5))
-    plan = sm90.plan_launch(Geometry(spans, 3, 3, 64, 64), "bf16", BLOCKS)
+@pytest.fixture
+def maps(monkeypatch: pytest.MonkeyPatch) -> FakeMaps:
+    return FakeMaps(monkeypatch)
+
+
+TILE = candidates(64, 64)[0][1]
+WORK = DeviceWork(77, 99, 3, 6, 1, 4096)
+
+
+def packed() -> sm90.Params:
     lse = matrix(shape=(2, 3, 5, 1), strides=(15, 5, 1))
     return sm90.pack_params(
-        plan, matrix(), [matrix(512)], [matrix(1024)], matrix(2048), lse, 0.5, 77
+        TILE, "bf16", matrix(), [matrix(512)], [matrix(1024)], matrix(2048), lse, 0.5, WORK
     )
 
 
-def test_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = FakeDriver()
-    params = packed(monkeypatch, fake)
-    assert (params.items, params.sources) == (77, 77 + 64 * 6)
+def test_parameters(maps: FakeMaps) -> None:
+    params = packed()
+    assert (params.items, params.sources, params.rounds) == (77, 99, 3)
     assert params.scale_log2 == pytest.approx(0.5 / np.log(2), rel=1e-6)
     assert params.slack * params.scale_log2 == pytest.approx(sm90.SLACK_LOG2, rel=1e-6)
     assert params.inverse_scale == 2.0
-    assert (params.dim_qk, params.dim_v, params.rounds) == (64, 64, 1)
+    assert (params.dim_qk, params.dim_v) == (64, 64)
     assert params.key[0].data == 512
     assert (params.out.stride_row, params.out.stride_head, params.out.stride_batch) == (
         64,
         320,
         960,
     )
-    tile = choose(Geometry((SequenceSpan(0, 0, 0, 5, 0, 5),), 3, 3, 64, 64), BLOCKS)
     sizes, steps = [64, 5, 3, 2], [128, 640, 1920]
-    assert fake.maps == [
-        (9, 4, 256, sizes, steps, [64, tile.tile_m, 1, 1]),
-        (9, 4, 512, sizes, steps, [64, tile.tile_n, 1, 1]),
-        (9, 4, 1024, sizes, steps, [64, tile.tile_n, 1, 1]),
+    assert maps.maps == [
+        (9, 4, 256, sizes, steps, [64, TILE.tile_m, 1, 1]),
+        (9, 4, 512, sizes, steps, [64, TILE.tile_n, 1, 1]),
+        (9, 4, 1024, sizes, steps, [64, TILE.tile_n, 1, 1]),
     ]
 
 
-def test_parameters_are_moved_to_other_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = FakeDriver()
-    params = packed(monkeypatch, fake)
+def test_parameters_are_moved_to_other_addresses(maps: FakeMaps) -> None:
+    params = packed()
     before = bytes(params)
     moved = sm90.move_params(params, (16, 32, 48, 64, 80, 0, 0))
     assert bytes(params) == before
-    assert fake.maps[3:] == [("moved", 16), ("moved", 32), ("moved", 48)]
+    assert maps.maps[3:] == [("moved", 16), ("moved", 32), ("moved", 48)]
     matrices = (moved.query, moved.key[0], moved.value[0], moved.out, moved.lse)
     assert [m.data for m in matrices] == [16, 32, 48, 64, 80]
-    for matrix, address in zip(matrices, (256, 512, 1024, 2048, 256), strict=True):
-        matrix.data = address
+    for place, address in zip(matrices, (256, 512, 1024, 2048, 256), strict=True):
+        place.data = address
     assert bytes(moved) == before, "nothing else has changed"
-    fake.status = 1
-    with pytest.raises(sm90.AdaAttnError, match="error 1 for an array at 0x10"):
+    maps.status = 1
+    with pytest.raises(AdaAttnError, match="error 1 for an array at 0x10"):
         sm90.move_params(params, (16, 32, 48, 64, 80))
 
 
-def test_a_refused_tensor_map_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(sm90.AdaAttnError, match="error 1 for shape"):
-        packed(monkeypatch, FakeDriver(status=1))
+def test_a_refused_tensor_map_is_an_error(maps: FakeMaps) -> None:
+    maps.status = 1
+    with pytest.raises(AdaAttnError, match="error 1 for sizes"):
+        packed()
+
+
+# --- launches
+# -------------------------------------------------------------------------------
+class Call:
+    """Records what would be launched."""
+
+    started: ClassVar[list[tuple[int, int, int, int]]] = []
+
+    def __init__(self, kernel, params, grid, stream) -> None:
+        self.facts = params, grid, stream
+
+    def start(self, device: int) -> None:
+        params, grid, stream = self.facts
+        Call.started.append((params.query.data, params.key[1].data, grid, stream))
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch, maps: FakeMaps) -> None:
+    Call.started.clear()
+    kernel = SimpleNamespace(prepare=lambda device: None)
+    monkeypatch.setattr(sm90, "kernel_of", lambda spec, threads, stream: kernel)
+    monkeypatch.setattr(sm90.driver, "Call", Call)
+
+
+ARRAYS = (view(), view(), view(), view(), contiguous(256, (2, 2, 4), "f32", 0))
+
+
+@pytest.mark.usefixtures("loaded")
+def test_a_launch_takes_any_work_list_and_further_keys() -> None:
+    """One that a kernel writes too: only addresses and the table's shape are known."""
+    tile = dataclasses.replace(TILE, role=1, max_sources=3)
+    work = dataclasses.replace(WORK, max_sources=3)
+    pooled = (matrix(4096), matrix(8192))
+    launch = sm90.Sm90Launch(tile, ARRAYS, 0.5, work, 7, further=[pooled], bias_pointer=64)
+    assert launch.workspace_bytes == 4096
+    for base in (16, 1 << 20, 16):
+        launch.start((base, 32, 48, 64, 80, 0, 0), 0, 7)
+    assert Call.started == [(base, 4096, 6, 7) for base in (16, 1 << 20, 16)]
+
+
+@pytest.mark.usefixtures("loaded")
+def test_an_empty_work_list_starts_nothing() -> None:
+    nothing = upload(work_list(Geometry((), 2, 2, 64, 64), 128, 128, 132), 0, 7)
+    sm90.Sm90Launch(TILE, ARRAYS, 0.5, nothing, 7).start((0,) * 7, 0, 7)
+    assert Call.started == []
+
+
+def test_too_many_sources_are_refused() -> None:
+    work = dataclasses.replace(WORK, max_sources=2)
+    with pytest.raises(ArgumentError, match="up to 2 sources"):
+        sm90.Sm90Launch(TILE, ARRAYS, 0.5, work, 7)

@@ -31,15 +31,15 @@ def test_cuda_array_interface() -> None:
 class OnCuda:
     """A host array that says it is on a CUDA device, as far as DLPack asks."""
 
-    def __init__(self, array: np.ndarray) -> None:
+    def __init__(self, array: Any) -> None:
         self.array = array
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return 2, 3
 
-    def __dlpack__(self, stream: int) -> Any:
+    def __dlpack__(self, stream: int, **wanted: Any) -> Any:
         assert stream == -1
-        return self.array.__dlpack__()
+        return self.array.__dlpack__(**wanted)
 
 
 def test_dlpack() -> None:
@@ -47,6 +47,8 @@ def test_dlpack() -> None:
     seen = view(OnCuda(array))
     assert seen == ArrayView(array.ctypes.data, (3, 3), (6, 2), "f16", 3)
     assert view(OnCuda(np.zeros(4, bool))).dtype == "bool"
+    bf16 = torch.zeros((2, 3), dtype=torch.bfloat16).T
+    assert view(OnCuda(bf16)) == ArrayView(bf16.data_ptr(), (3, 2), (1, 3), "bf16", 3)
 
 
 @pytest.mark.parametrize(

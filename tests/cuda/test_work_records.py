@@ -141,6 +141,21 @@ def test_tables_are_read_where_they_were_written() -> None:
     assert work.max_sources == 1
 
 
+def test_chosen_heads_alone() -> None:
+    """Heads of a sequence that are not asked for have no item, and no sequence has others'."""
+    spans = (SequenceSpan(0, 0, 0, 200, 0, 300), SequenceSpan(1, 1, 0, 200, 0, 300))
+    geometry = Geometry(spans, 4, 2, 64, 64, heads=((0, 3), (1, 0), (0, 3)))
+    work = work_list(geometry, 128, 128, 132)
+    found = flat(work)
+    assert sorted(zip(found["batch"], found["head"], found["row_first"], strict=True)) == [
+        (0, 3, 0), (0, 3, 128), (1, 0, 0), (1, 0, 128)
+    ]  # fmt: skip
+    heads_kv = work.sources[found["first_source"]]["head"]
+    assert (heads_kv == found["head"] // 2).all()
+    nothing = work_list(Geometry(spans, 4, 2, 64, 64, heads=()), 128, 128, 132)
+    assert (nothing.grid, nothing.rounds) == (0, 0)
+
+
 EXTREMES = st.none() | st.sampled_from([0, UNLIMITED - 1, UNLIMITED, 2**31 - 1, 2**63 - 1])
 
 

@@ -1,13 +1,13 @@
-"""The CUDA driver, called through ctypes: the dozen functions a launch needs.
+"""The CUDA driver, called through cuda.bindings: the dozen functions that a launch needs.
 
-ctypes, because nothing has to be installed for it and importing it costs nothing: a cold
-process with a warm kernel cache starts in milliseconds. Kernels are loaded as libraries, which
-belong to no context, so one load serves every device and every stream.
+Kernels are loaded as libraries, which belong to no context, so one load serves every device and
+every stream. cuda.bindings is imported with the first call, not with this module.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import threading
 import weakref
 from dataclasses import dataclass
@@ -16,62 +16,59 @@ from typing import Any
 
 from adaattn_core.errors import AdaAttnError, BackendUnavailableError, UnsupportedError
 from adaattn_cuda.jit.codegen import ENTRY
+from adaattn_cuda.jit.toolchain import INSTALL_HINT
 
 __all__ = [
     "Call",
     "DeviceFacts",
     "DeviceTable",
     "Kernel",
+    "check",
     "current_device",
     "device_count",
     "device_facts",
+    "fill_words",
     "is_capturing",
     "load_driver",
     "read",
 ]
+
+_OLDEST_DRIVER = 12000
+"""CUDA 12.0: the first with kernels that belong to no context."""
 
 _SUCCESS = 0
 _OUT_OF_MEMORY = 2
 _NO_BINARY = 209
 _UNSUPPORTED_PTX = 222
 
-_ATTRIBUTE_MULTIPROCESSORS = 16
-_ATTRIBUTE_MAJOR, _ATTRIBUTE_MINOR = 75, 76
-_ATTRIBUTE_SMEM_OPTIN = 97
-_FUNCTION_MAX_DYNAMIC_SMEM = 8
-_STREAM_NON_BLOCKING = 1
-
 
 @cache
-def load_driver() -> ctypes.CDLL:
-    """Return the initialised driver library.
+def load_driver() -> Any:
+    """Return ``cuda.bindings.driver``, its driver library loaded and initialised.
 
     Raises
     ------
     BackendUnavailableError
-        If there is no driver, or it does not start.
+        If cuda.bindings is not installed, there is no driver, or it does not start.
     """
-    for name in ("libcuda.so.1", "nvcuda.dll"):
-        try:
-            library = ctypes.CDLL(name)
-            break
-        except OSError:
-            continue
-    else:
+    try:
+        bindings = importlib.import_module("cuda.bindings.driver")
+    except ImportError:
+        raise BackendUnavailableError(
+            got="no cuda-bindings package",
+            needed="cuda.bindings, through which the CUDA driver is called",
+            do=INSTALL_HINT,
+            reason="cuda-bindings is not installed",
+        ) from None
+    try:
+        status = int(bindings.cuInit(0)[0])
+    except RuntimeError:  # its own error, of a class that depends on its version
         raise BackendUnavailableError(
             got="no CUDA driver library on this machine",
             needed="an NVIDIA GPU with its driver",
             do='install the NVIDIA driver, or use backend="numpy"',
             reason="no CUDA driver",
-        )
-    if not hasattr(library, "cuLibraryLoadData"):
-        raise BackendUnavailableError(
-            got="a CUDA driver older than 12.0",
-            needed="a driver of CUDA 12.0 or newer (R525)",
-            do="update the NVIDIA driver",
-            reason="the CUDA driver is too old",
-        )
-    status = library.cuInit(0)
+        ) from None
     if status != _SUCCESS:
         raise BackendUnavailableError(
             got=f"the CUDA driver does not start (error {status})",
@@ -79,17 +76,29 @@ def load_driver() -> ctypes.CDLL:
             do="look at nvidia-smi and CUDA_VISIBLE_DEVICES",
             reason=f"cuInit failed with error {status}",
         )
-    return library
+    if bindings.cuDriverGetVersion()[1] < _OLDEST_DRIVER:
+        raise BackendUnavailableError(
+            got="a CUDA driver older than 12.0",
+            needed="a driver of CUDA 12.0 or newer (R525)",
+            do="update the NVIDIA driver",
+            reason="the CUDA driver is too old",
+        )
+    return bindings
 
 
-def check(status: int, what: str) -> None:
-    """Raise AdaAttnError unless a driver call succeeded."""
+def check(result: tuple[Any, ...], what: str) -> Any:
+    """Return what a driver call answered beside its status.
+
+    Raises
+    ------
+    AdaAttnError
+        If the status is not success.
+    """
+    status = int(result[0])
     if status == _SUCCESS:
-        return
-    library = load_driver()
-    text = ctypes.c_char_p()
-    library.cuGetErrorString(status, ctypes.byref(text))
-    meaning = (text.value or b"unknown error").decode()
+        return result[1] if len(result) == 2 else result[1:]
+    text = load_driver().cuGetErrorString(result[0])[1]
+    meaning = text.decode() if text else "unknown error"
     if status == _OUT_OF_MEMORY:
         do = "free device memory, or make the batch smaller"
     elif status in (_NO_BINARY, _UNSUPPORTED_PTX):
@@ -106,9 +115,7 @@ def check(status: int, what: str) -> None:
 
 def device_count() -> int:
     """Return the number of visible devices."""
-    count = ctypes.c_int()
-    check(load_driver().cuDeviceGetCount(ctypes.byref(count)), "counting devices")
-    return count.value
+    return int(check(load_driver().cuDeviceGetCount(), "counting devices"))
 
 
 @dataclass(frozen=True)
@@ -138,18 +145,18 @@ def device_facts(device: int) -> DeviceFacts:
     UnsupportedError
         If it is older than Ampere.
     """
-    library = load_driver()
+    cuda = load_driver()
 
-    def attribute(which: int) -> int:
-        value = ctypes.c_int()
-        status = library.cuDeviceGetAttribute(ctypes.byref(value), which, device)
-        check(status, "asking for a device attribute")
-        return value.value
+    def attribute(name: str) -> int:
+        which = getattr(cuda.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+        return int(
+            check(cuda.cuDeviceGetAttribute(which, device), "asking for a device attribute")
+        )
 
-    label = ctypes.create_string_buffer(256)
-    check(library.cuDeviceGetName(label, 256, device), "device name")
-    name = label.value.decode()
-    major, minor = attribute(_ATTRIBUTE_MAJOR), attribute(_ATTRIBUTE_MINOR)
+    label = check(cuda.cuDeviceGetName(256, device), "device name")
+    name = label.split(b"\0", 1)[0].decode()
+    major = attribute("COMPUTE_CAPABILITY_MAJOR")
+    minor = attribute("COMPUTE_CAPABILITY_MINOR")
     if major < 8:
         raise UnsupportedError(
             got=f"{name}, compute capability {major}.{minor}",
@@ -159,35 +166,22 @@ def device_facts(device: int) -> DeviceFacts:
         )
     arch = "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
     return DeviceFacts(
-        name, arch, attribute(_ATTRIBUTE_MULTIPROCESSORS), attribute(_ATTRIBUTE_SMEM_OPTIN)
+        name,
+        arch,
+        attribute("MULTIPROCESSOR_COUNT"),
+        attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
     )
-
-
-class _Answer(threading.local):
-    """Where the driver writes a device's number; one of each thread, since it is used often."""
-
-    def __init__(self) -> None:
-        self.device = ctypes.c_int()
-        self.address = ctypes.byref(self.device)
-
-
-_answer = _Answer()
 
 
 def current_device() -> int:
     """Return the device of the calling thread's context, or -1 without one."""
-    status = load_driver().cuCtxGetDevice(_answer.address)
-    return _answer.device.value if status == _SUCCESS else -1
+    status, device = load_driver().cuCtxGetDevice()
+    return int(device) if int(status) == _SUCCESS else -1
 
 
 @cache
-def _primary_context(device: int) -> ctypes.c_void_p:
-    context = ctypes.c_void_p()
-    check(
-        load_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device),
-        "making a context",
-    )
-    return context
+def _primary_context(device: int) -> Any:
+    return check(load_driver().cuDevicePrimaryCtxRetain(device), "making a context")
 
 
 class OnDevice:
@@ -200,24 +194,19 @@ class OnDevice:
     def __enter__(self) -> None:
         if current_device() != self._device:
             check(
-                load_driver().cuCtxPushCurrent_v2(_primary_context(self._device)),
+                load_driver().cuCtxPushCurrent(_primary_context(self._device)),
                 "entering a device",
             )
             self._pushed = True
 
     def __exit__(self, *_: object) -> None:
         if self._pushed:
-            load_driver().cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+            load_driver().cuCtxPopCurrent()
 
 
 def is_capturing(stream: int) -> bool:
     """Whether a stream is recording a CUDA graph."""
-    state = ctypes.c_int()
-    check(
-        load_driver().cuStreamIsCapturing(ctypes.c_void_p(stream), ctypes.byref(state)),
-        "asking a stream",
-    )
-    return state.value != 0
+    return int(check(load_driver().cuStreamIsCapturing(stream), "asking a stream")) != 0
 
 
 def read(address: int, size_bytes: int, device: int) -> bytes:
@@ -228,13 +217,11 @@ def read(address: int, size_bytes: int, device: int) -> bytes:
     AdaAttnError
         If a stream is recording a CUDA graph, in which nothing may be waited for.
     """
-    library, found = load_driver(), ctypes.create_string_buffer(size_bytes)
+    cuda, found = load_driver(), ctypes.create_string_buffer(size_bytes)
     with OnDevice(device):
-        check(library.cuCtxSynchronize(), "waiting for the figures of a certificate")
+        check(cuda.cuCtxSynchronize(), "waiting for the figures of a certificate")
         check(
-            library.cuMemcpyDtoH_v2(
-                found, ctypes.c_uint64(address), ctypes.c_size_t(size_bytes)
-            ),
+            cuda.cuMemcpyDtoH(ctypes.addressof(found), address, size_bytes),
             "reading the figures of a certificate",
         )
     return found.raw
@@ -253,109 +240,87 @@ class Kernel:
     """
 
     def __init__(self, cubin: bytes, smem_bytes: int, threads: int) -> None:
-        self._library = load_driver()
+        cuda = load_driver()
         self._cubin = cubin  # the driver reads it lazily: it must stay
         self.smem_bytes = smem_bytes
         self.threads = threads
         self._ready: set[int] = set()
         self._lock = threading.Lock()
-        module, self.function = ctypes.c_void_p(), ctypes.c_void_p()
-        none = ctypes.c_void_p()
-        check(
-            self._library.cuLibraryLoadData(
-                ctypes.byref(module), cubin, none, none, 0, none, none, 0
-            ),
+        module = check(
+            cuda.cuLibraryLoadData(cubin, [], [], 0, [], [], 0),
             "loading a kernel",
         )
-        check(
-            self._library.cuLibraryGetKernel(
-                ctypes.byref(self.function), module, ENTRY.encode()
-            ),
-            "finding the kernel's entry",
+        self._kernel = check(
+            cuda.cuLibraryGetKernel(module, ENTRY.encode()), "finding the kernel's entry"
         )
+        self.function = cuda.CUfunction(int(self._kernel))  # launches take the one as the other
 
     def prepare(self, device: int) -> None:
         """Raise the shared-memory limit on one device; once is enough."""
         if device in self._ready:
             return
+        cuda = load_driver()
+        limit = cuda.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         with self._lock:
             check(
-                self._library.cuKernelSetAttribute(
-                    _FUNCTION_MAX_DYNAMIC_SMEM, self.smem_bytes, self.function, device
-                ),
+                cuda.cuKernelSetAttribute(limit, self.smem_bytes, self._kernel, device),
                 f"reserving {self.smem_bytes} bytes of shared memory",
             )
             self._ready.add(device)
-
-    def launch(self, device: int, grid: int, stream: int, params: Any) -> None:
-        """Start ``grid`` blocks on a stream; ``params`` is a ctypes structure or buffer.
-
-        The driver copies the parameters before it returns.
-        """
-        self.prepare(device)
-        Call(self, params, grid, stream).start(device)
-
-
-class _LaunchConfig(ctypes.Structure):
-    """``CUlaunchConfig`` of cuda.h."""
-
-    _fields_ = (
-        *((f"grid_{axis}", ctypes.c_uint) for axis in "xyz"),
-        *((f"block_{axis}", ctypes.c_uint) for axis in "xyz"),
-        ("smem_bytes", ctypes.c_uint),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.c_void_p),
-        ("attribute_count", ctypes.c_uint),
-    )
 
 
 class Call:
     """A kernel with its grid and its parameters, ready to be started again and again.
 
-    The parameters are read at every start, so what is written into them in between counts.
+    The parameters, a ctypes structure or buffer, are read at every start, so what is written
+    into them in between counts; the driver copies them before a start returns.
     """
 
     def __init__(self, kernel: Kernel, params: Any, grid: int, stream: int = 0) -> None:
-        self._launch = load_driver().cuLaunchKernelEx
-        self._params = params  # kept: the array below holds its address
-        self._config = _LaunchConfig(
-            grid, 1, 1, kernel.threads, 1, 1, kernel.smem_bytes, stream
+        cuda = load_driver()
+        self._launch = cuda.cuLaunchKernelEx
+        # The driver takes the address of a list of addresses of parameters: both are kept.
+        self._params = params
+        self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+        self._config = cuda.CUlaunchConfig()
+        self._config.gridDimX, self._config.gridDimY, self._config.gridDimZ = grid, 1, 1
+        self._config.blockDimX = kernel.threads
+        self._config.blockDimY = self._config.blockDimZ = 1
+        self._config.sharedMemBytes = kernel.smem_bytes
+        self._config.hStream = stream
+        self._arguments = (
+            self._config, kernel.function, ctypes.addressof(self._pointers), 0
         )  # fmt: skip
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-        self._arguments = (ctypes.byref(self._config), kernel.function, pointers, None)
 
     def to(self, stream: int) -> Call:
         """Choose the stream of the starts that follow."""
-        self._config.stream = stream
+        self._config.hStream = stream
         return self
 
     def start(self, device: int) -> None:
         """Enqueue it."""
         if current_device() == device:
-            status = self._launch(*self._arguments)
+            result = self._launch(*self._arguments)
         else:
             with OnDevice(device):
-                status = self._launch(*self._arguments)
-        if status != _SUCCESS:
-            check(status, "launching a kernel")
+                result = self._launch(*self._arguments)
+        if int(result[0]) != _SUCCESS:
+            check(result, "launching a kernel")
 
 
 @cache
-def _copy_stream(device: int) -> ctypes.c_void_p:
+def _copy_stream(device: int) -> Any:
     """Return a stream of our own, which waits for no other."""
-    stream = ctypes.c_void_p()
+    cuda = load_driver()
     with OnDevice(device):
-        check(
-            load_driver().cuStreamCreate(ctypes.byref(stream), _STREAM_NON_BLOCKING),
-            "making a stream",
-        )
-    return stream
+        flag = int(cuda.CUstream_flags.CU_STREAM_NON_BLOCKING)
+        return check(cuda.cuStreamCreate(flag), "making a stream")
 
 
-def _free(library: ctypes.CDLL, device: int, address: int) -> None:
+def _free(cuda: Any, device: int, address: int) -> None:
     with OnDevice(device):
         # cuMemFree waits for the device, so no kernel can still be reading the memory.
-        library.cuMemFree_v2(ctypes.c_uint64(address))
+        cuda.cuMemFree(address)
 
 
 class DeviceTable:
@@ -366,31 +331,24 @@ class DeviceTable:
     """
 
     def __init__(self, data: bytes, device: int) -> None:
-        library = load_driver()
+        cuda = load_driver()
         self.size_bytes = len(data)
-        stream, address = _copy_stream(device), ctypes.c_uint64()
-        size = ctypes.c_size_t(len(data))
+        stream = _copy_stream(device)
         with OnDevice(device):
-            check(
-                library.cuMemAllocAsync(ctypes.byref(address), size, stream),
-                "allocating a work list",
-            )
-            self.address = address.value
-            release = weakref.finalize(self, _free, library, device, address.value)
+            address = check(cuda.cuMemAllocAsync(len(data), stream), "allocating a work list")
+            self.address = int(address)
+            release = weakref.finalize(self, _free, cuda, device, self.address)
             release.atexit = False  # the driver frees everything when the process ends
             check(
-                library.cuMemcpyHtoDAsync_v2(address, data, size, stream),
+                cuda.cuMemcpyHtoDAsync(address, data, len(data), stream),
                 "copying a work list",
             )
-            check(library.cuStreamSynchronize(stream), "copying a work list")
+            check(cuda.cuStreamSynchronize(stream), "copying a work list")
 
 
 def fill_words(address: int, value: int, count: int, stream: int) -> None:
     """Set `count` 32-bit words on the device to `value`, in the order of the stream."""
     check(
-        load_driver().cuMemsetD32Async(
-            ctypes.c_uint64(address), ctypes.c_uint(value & 0xFFFFFFFF), ctypes.c_size_t(count),
-            ctypes.c_void_p(stream),
-        ),
+        load_driver().cuMemsetD32Async(address, value & 0xFFFFFFFF, count, stream),
         "filling memory",
-    )  # fmt: skip
+    )

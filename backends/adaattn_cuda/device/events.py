@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import weakref
 from collections.abc import Callable, Iterable
 
@@ -15,28 +14,22 @@ class Event:
     """A mark on a device; recorded once, read later."""
 
     def __init__(self, device: int) -> None:
-        self._library, self._device = driver.load_driver(), device
-        self._handle = ctypes.c_void_p()
+        self._cuda, self._device = driver.load_driver(), device
         with driver.OnDevice(device):
-            driver.check(self._library.cuEventCreate(ctypes.byref(self._handle), 0), "an event")
-        weakref.finalize(self, self._library.cuEventDestroy_v2, self._handle)
+            self._handle = driver.check(self._cuda.cuEventCreate(0), "an event")
+        weakref.finalize(self, self._cuda.cuEventDestroy, self._handle)
 
     def record(self, stream: int) -> None:
         """Put the mark behind everything that the stream holds by now."""
         with driver.OnDevice(self._device):
-            status = self._library.cuEventRecord(self._handle, ctypes.c_void_p(stream))
-        driver.check(status, "recording an event")
+            driver.check(self._cuda.cuEventRecord(self._handle, stream), "recording an event")
 
     def milliseconds_since(self, earlier: Event) -> float:
         """Wait for both marks; return the time between them."""
-        found = ctypes.c_float()
         with driver.OnDevice(self._device):
-            driver.check(self._library.cuEventSynchronize(self._handle), "waiting for an event")
-            status = self._library.cuEventElapsedTime(
-                ctypes.byref(found), earlier._handle, self._handle
-            )
-        driver.check(status, "reading an event")
-        return float(found.value)
+            driver.check(self._cuda.cuEventSynchronize(self._handle), "waiting for an event")
+            found = self._cuda.cuEventElapsedTime(earlier._handle, self._handle)
+        return float(driver.check(found, "reading an event"))
 
 
 def start_timed(

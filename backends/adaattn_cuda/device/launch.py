@@ -1,18 +1,18 @@
-"""From a described task to work on a stream, by launch plans that only lack the addresses."""
+"""From machine code to work on a stream: loaded kernels, work lists on the device."""
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Hashable
-from typing import Generic, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Protocol
 
 from adaattn_core.errors import UnsupportedError
 from adaattn_cuda.device import driver
 from adaattn_cuda.jit.compile import build
 from adaattn_cuda.jit.spec import KernelSpec
+from adaattn_cuda.work.records import WorkList
 
-__all__ = ["Launch", "LaunchCache", "kernel_of", "refuse_capture"]
+__all__ = ["DeviceWork", "Launch", "kernel_of", "refuse_capture", "upload"]
 
 
 class Launch(Protocol):
@@ -56,34 +56,46 @@ def refuse_capture(stream: int, what: str) -> None:
         )
 
 
-_Plan = TypeVar("_Plan")
+@dataclass(frozen=True, slots=True, eq=False)
+class DeviceWork:
+    """A work list on the device, whether the host copied it there or a kernel writes it.
 
-
-class LaunchCache(Generic[_Plan]):
-    """The most recently used launch plans.
-
-    Parameters
+    Attributes
     ----------
-    limit : int
-        Plans kept; one takes a few KiB of host memory.
+    items, sources : int
+        Addresses of the two tables (`adaattn_cuda.work.records`).
+    rounds, grid : int
+        Shape of the table of items.
+    max_sources : int
+        Most sources of one item.
+    size_bytes : int
+        Device memory of both tables.
+    keep : object
+        Whatever owns that memory.
     """
 
-    def __init__(self, limit: int = 256) -> None:
-        self._limit = limit
-        self._plans: OrderedDict[Hashable, _Plan] = OrderedDict()
-        self._lock = threading.Lock()
+    items: int
+    sources: int
+    rounds: int
+    grid: int
+    max_sources: int
+    size_bytes: int
+    keep: object = None
 
-    def get(self, key: Hashable) -> _Plan | None:
-        """Return the plan under `key`, or None."""
-        with self._lock:
-            found = self._plans.get(key)
-            if found is not None:
-                self._plans.move_to_end(key)
-            return found
 
-    def put(self, key: Hashable, plan: _Plan) -> None:
-        """Keep a plan; the least recently used one is forgotten."""
-        with self._lock:
-            self._plans[key] = plan
-            while len(self._plans) > self._limit:
-                self._plans.popitem(last=False)
+def upload(work: WorkList, device: int, stream: int) -> DeviceWork:
+    """Copy a work list to the device; nothing is copied where there is nothing to do.
+
+    Raises
+    ------
+    UnsupportedError
+        If `stream` records a CUDA graph.
+    """
+    if work.grid == 0:
+        return DeviceWork(0, 0, 0, 0, 0, 0)
+    refuse_capture(stream, "copies the work list to the device")
+    table = driver.DeviceTable(work.tobytes(), device)
+    items, sources = work.addresses(table.address)
+    return DeviceWork(
+        items, sources, work.rounds, work.grid, work.max_sources, table.size_bytes, table
+    )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
-from functools import lru_cache
+import importlib
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 from adaattn_core.errors import DTypeError, UnsupportedError
@@ -51,7 +51,7 @@ def view(array: Any) -> ArrayView:
     """Describe a CUDA array without copying it.
 
     Torch tensors and CuPy arrays are read through their attributes (a microsecond), anything
-    else through ``__cuda_array_interface__`` or DLPack.
+    else through ``__cuda_array_interface__``, or by cuda.core through DLPack.
 
     Raises
     ------
@@ -117,7 +117,7 @@ def _interface_view(array: Any, interface: dict[str, Any]) -> ArrayView:
     dtype = _format(str(getattr(array, "dtype", interface["typestr"])))
     strides = interface.get("strides")
     item = ITEM_BYTES[dtype]
-    steps = _contiguous(shape) if strides is None else tuple(int(s) // item for s in strides)
+    steps = _strides(shape) if strides is None else tuple(int(s) // item for s in strides)
     device = getattr(getattr(array, "device", None), "id", None)
     pointer = int(interface["data"][0])
     return ArrayView(pointer, shape, steps, dtype, 0 if device is None else int(device))
@@ -134,11 +134,11 @@ def broadcast(array: ArrayView, shape: tuple[int, ...]) -> ArrayView:
 
 def contiguous(pointer: int, shape: tuple[int, ...], dtype: str, device: int) -> ArrayView:
     """Describe a C-contiguous array."""
-    return ArrayView(pointer, shape, _contiguous(shape), dtype, device)
+    return ArrayView(pointer, shape, _strides(shape), dtype, device)
 
 
 @lru_cache(maxsize=256)
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     steps, step = [], 1
     for n in reversed(shape):
         steps.append(step)
@@ -146,51 +146,21 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(steps))
 
 
-class _DLTensor(ctypes.Structure):
-    """The first member of DLManagedTensor, as dlpack.h 0.8 lays it out."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    )
-
-
 _DL_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
-_DL_DTYPES = {
-    (2, 64): "float64",
-    (2, 32): "float32",
-    (2, 16): "float16",
-    (4, 16): "bfloat16",
-    (6, 8): "bool",
-}
-_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-_capsule_pointer.restype = ctypes.c_void_p
-_capsule_pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
 
 
 def _dlpack_view(array: Any) -> ArrayView:
     kind, device = array.__dlpack_device__()
     if int(kind) not in _DL_CUDA:
         raise _not_cuda(f"an array of type {type(array).__name__} on DLPack device {int(kind)}")
-    # stream=-1: the launch goes to the caller's own stream, so no ordering is asked for here.
-    # The capsule stays unconsumed and frees itself; the array keeps the memory alive.
-    capsule = array.__dlpack__(stream=-1)
-    tensor = _DLTensor.from_address(_capsule_pointer(capsule, b"dltensor"))
-    shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
-    strides = (
-        tuple(tensor.strides[i] for i in range(tensor.ndim))
-        if tensor.strides
-        else _contiguous(shape)
-    )
-    code = _DL_DTYPES.get((tensor.code, tensor.bits), f"DLPack {tensor.code}/{tensor.bits}")
-    return ArrayView(
-        int(tensor.data or 0) + int(tensor.byte_offset), shape, strides, _format(code), device
-    )
+    # stream -1: the launch goes to the caller's own stream, so no ordering is asked for here.
+    seen = _memory_view().from_dlpack(array, stream_ptr=-1)
+    shape = tuple(int(n) for n in seen.shape)
+    strides = _strides(shape) if seen.strides is None else tuple(int(n) for n in seen.strides)
+    return ArrayView(int(seen.ptr), shape, strides, _format(str(seen.dtype)), int(device))
+
+
+@cache
+def _memory_view() -> Any:
+    """cuda.core's view of foreign memory; imported late, since it takes a tenth of a second."""
+    return importlib.import_module("cuda.core.utils").StridedMemoryView

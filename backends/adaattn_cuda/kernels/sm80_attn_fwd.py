@@ -9,19 +9,17 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
-from dataclasses import dataclass
 from typing import Any
 
 from adaattn_core.errors import UnsupportedError
-from adaattn_core.problem import SequenceSpan
 from adaattn_cuda.device import driver
 from adaattn_cuda.device.launch import kernel_of
 from adaattn_cuda.device.views import ArrayView
+from adaattn_cuda.kernels.task import Task
 from adaattn_cuda.tuning import sm80_attn_fwd as tuning
 from adaattn_cuda.work.geometry import UNLIMITED, extent
 
 __all__ = [
-    "DenseTask",
     "Params",
     "Sm80Launch",
     "Unit",
@@ -86,55 +84,7 @@ class Params(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True, slots=True)
-class DenseTask:
-    """Dense attention of some heads, all in the same formats.
-
-    Attributes
-    ----------
-    query, key, value, out : ArrayView
-        (batch, heads, len, dim); last stride 1.
-    lse : ArrayView
-        f32, (batch, heads_q, len_q), last stride 1.
-    allowed, bias : ArrayView or None
-        Masks of four dimensions with stride 0 where they are broadcast.
-    sequences : tuple of SequenceSpan
-    left, right : int or None
-    bottom_right : bool
-    scale : float
-    qk, pv : str
-        Operand formats.
-    heads : tuple of (sequence, head) or None
-        Which to compute; None is all.
-    """
-
-    query: ArrayView
-    key: ArrayView
-    value: ArrayView
-    out: ArrayView
-    lse: ArrayView
-    allowed: ArrayView | None
-    bias: ArrayView | None
-    sequences: tuple[SequenceSpan, ...]
-    left: int | None
-    right: int | None
-    bottom_right: bool
-    scale: float
-    qk: str
-    pv: str
-    heads: tuple[tuple[int, int], ...] | None = None
-
-    @property
-    def is_uniform(self) -> bool:
-        """Whether every sequence fills its batch entry, so that no work list is needed."""
-        len_q, len_kv = self.query.shape[2], self.key.shape[2]
-        return self.heads is None and all(
-            s.index == s.batch and s.len_q == len_q and s.len_kv == len_kv
-            for s in self.sequences
-        )
-
-
-def is_vectorised(task: DenseTask) -> bool:
+def is_vectorised(task: Task) -> bool:
     """Whether every row begins on 16 bytes and holds whole 16-byte chunks (8 bytes for out)."""
     for array in (task.query, task.key, task.value, task.out):
         chunk = 16 // array.item_bytes
@@ -144,7 +94,7 @@ def is_vectorised(task: DenseTask) -> bool:
     return True
 
 
-def specialisation(task: DenseTask, arch: str) -> tuning.Specialisation:
+def specialisation(task: Task, arch: str) -> tuning.Specialisation:
     """Which specialisation computes the task.
 
     Raises
@@ -183,7 +133,7 @@ def specialisation(task: DenseTask, arch: str) -> tuning.Specialisation:
     )
 
 
-def units(task: DenseTask) -> list[tuple[int, ...]]:
+def units(task: Task) -> list[tuple[int, ...]]:
     """Units of work, longest first; sequences without rows are left out.
 
     Returns
@@ -207,7 +157,7 @@ def units(task: DenseTask) -> list[tuple[int, ...]]:
     return found
 
 
-def launches(task: DenseTask, tile_m: int) -> list[tuple[Params, int]]:
+def launches(task: Task, tile_m: int) -> list[tuple[Params, int]]:
     """Parameters and number of blocks of every launch that the task takes.
 
     One launch, but for lists of more than 128 units; none where there is nothing to do. The
@@ -228,7 +178,7 @@ def launches(task: DenseTask, tile_m: int) -> list[tuple[Params, int]]:
     return found
 
 
-def _pack(task: DenseTask, tiles: int, chunk: list[tuple[int, ...]]) -> Params:
+def _pack(task: Task, tiles: int, chunk: list[tuple[int, ...]]) -> Params:
     params = Params()
     work = params.work
     work.batch, heads_q, work.len_q, params.dim_qk = task.query.shape
@@ -265,11 +215,18 @@ def pointer_slots(params: Params) -> Any:
 
 
 class Sm80Launch:
-    """A dense task on the sm80 family."""
+    """A task on the sm80 family: whatever no other kernel takes, or an error that says why.
+
+    Raises
+    ------
+    UnsupportedError
+        As `specialisation` does, or while the stream records a graph.
+    """
 
     workspace_bytes = 0
 
-    def __init__(self, task: DenseTask, device: int, stream: int) -> None:
+    def __init__(self, task: Task, stream: int) -> None:
+        device = task.query.device
         arch = driver.device_facts(device).arch
         chosen = specialisation(task, arch)
         spec = chosen.spec(arch)

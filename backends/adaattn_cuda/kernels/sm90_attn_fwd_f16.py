@@ -1,37 +1,44 @@
-"""Host side of ``sm90_attn_fwd_f16``: what it takes, its launch plan, its parameters.
+"""Host side of ``sm90_attn_fwd_f16``: what it takes, its parameters, its launches.
 
-A launch needs three steps. `plan_launch` depends on shapes only and is meant to be cached by
-its arguments; its work list is copied to the device once. `pack_params` depends on pointers and
-strides; its result can be cached by them. The launch itself passes that block by value.
+A launch is a specialisation, arrays and a work list, from the host or written by a kernel. The
+parameter block depends on pointers and strides; it is passed by value, packed once and moved to
+other addresses.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from adaattn_core.errors import AdaAttnError
-from adaattn_core.problem import AttentionProblem
-from adaattn_cuda.device import driver
-from adaattn_cuda.tuning.sm90_attn_fwd_f16 import STEM, Tile, choose
-from adaattn_cuda.work.geometry import UNLIMITED, Geometry
-from adaattn_cuda.work.records import TENSORS, WorkList, work_list
+from adaattn_core.errors import ArgumentError
+from adaattn_cuda.device import driver, tensor_maps
+from adaattn_cuda.device.launch import DeviceWork, kernel_of, upload
+from adaattn_cuda.device.views import ArrayView
+from adaattn_cuda.kernels.task import Task
+from adaattn_cuda.recent import Recent
+from adaattn_cuda.tuning.sm90_attn_fwd_f16 import ARCH, Tile, choose
+from adaattn_cuda.work.geometry import UNLIMITED
+from adaattn_cuda.work.records import TENSORS, work_list
 
 __all__ = [
-    "STEM",
     "DeviceMatrix",
-    "LaunchPlan",
     "Params",
-    "layout_reason",
+    "Sm90Launch",
+    "aligned",
+    "arrays_refusal",
+    "encode_map",
+    "launch",
     "move_params",
+    "pack_arrays",
     "pack_params",
-    "plan_launch",
-    "supports",
+    "refusal",
 ]
 
+FORMATS = ("bf16", "f16")
 MAX_DIM = 256
 SLACK_LOG2 = 8.0
 """How far the running maximum may grow before rescaling; kSlackLog2 in softmax/slack.cuh."""
@@ -40,16 +47,9 @@ _Block = TypeVar("_Block", bound=ctypes.Structure)
 _ALIGNMENT_BYTES = 16
 _ELEMENT_BYTES = 2
 _PANEL_COLUMNS = 64
-_MAP_BYTES = 128
-_MAP_ALIGNMENT_BYTES = 64
 _MAX_STRIDE_BYTES = 1 << 40
-
-# CUtensorMap* enumerators of cuda.h.
-_DATA_TYPES = {"f16": 6, "bf16": 9}
-_INTERLEAVE_NONE = 0
-_SWIZZLE_128B = 3
-_L2_PROMOTION_256B = 3
-_OOB_FILL_ZEROS = 0
+_ADDRESSES_REMEMBERED = 128
+_NAMES = ("query", "key", "value", "out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,24 +70,15 @@ class DeviceMatrix:
     shape: tuple[int, int, int, int]
     strides: tuple[int, int, int]
 
+    @classmethod
+    def of(cls, array: ArrayView) -> DeviceMatrix:
+        """Describe a (batch, heads, len, dim) array, or a (batch, heads, len) one as dim 1."""
+        shape, (batch, head, row) = (*array.shape, 1)[:4], array.strides[:3]
+        return cls(array.pointer, cast("Any", shape), (batch, head, row))
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LaunchPlan:
-    """What a launch of one geometry needs besides pointers.
-
-    Attributes
-    ----------
-    tile : Tile
-        The specialisation; `Tile.spec` makes its KernelSpec.
-    dtype : str
-        ``bf16`` or ``f16``.
-    work : WorkList
-        To be copied to the device.
-    """
-
-    tile: Tile
-    dtype: str
-    work: WorkList
+    def at(self, pointer: int) -> DeviceMatrix:
+        """Describe the same layout at another address."""
+        return DeviceMatrix(pointer, self.shape, self.strides)
 
 
 class Matrix(ctypes.Structure):
@@ -105,9 +96,9 @@ class Params(ctypes.Structure):
     """The twin of ``AttentionParams`` in sm90_params.cuh: 1,280 bytes, passed by value."""
 
     _fields_ = (
-        ("query_map", ctypes.c_ubyte * _MAP_BYTES),
-        ("key_map", ctypes.c_ubyte * _MAP_BYTES * len(TENSORS)),
-        ("value_map", ctypes.c_ubyte * _MAP_BYTES * len(TENSORS)),
+        ("query_map", ctypes.c_ubyte * tensor_maps.MAP_BYTES),
+        ("key_map", ctypes.c_ubyte * tensor_maps.MAP_BYTES * len(TENSORS)),
+        ("value_map", ctypes.c_ubyte * tensor_maps.MAP_BYTES * len(TENSORS)),
         ("query", Matrix),
         ("key", Matrix * len(TENSORS)),
         ("value", Matrix * len(TENSORS)),
@@ -131,26 +122,40 @@ class Params(ctypes.Structure):
     )
 
 
-def supports(problem: AttentionProblem) -> str | None:
-    """Why this kernel does not take a problem, or None if it does.
+# --- what it takes ---------------------------------------------------------------------------
+def refusal(task: Task, arch: str) -> str | None:
+    """Why this kernel does not take a task on an architecture, or None if it does."""
+    dtype = task.query.dtype
+    if arch != ARCH:
+        return f"architecture {arch}: Hopper's matrix unit and copy engine"
+    if dtype not in FORMATS or {task.qk, task.pv} != {dtype}:
+        return f"{dtype} arrays in formats {task.qk}, {task.pv}: bf16 or f16 throughout"
+    if task.allowed is not None or task.bias is not None:
+        return "a mask given as an array: only one visible interval per row"
+    return arrays_refusal(task.query, task.key, task.value, task.out)
 
-    The answer depends on dtype, head dims, lengths and the kind of mask; strides and alignment
-    are checked by `layout_reason` once device pointers are known.
-    """
-    if problem.dtype not in _DATA_TYPES:
-        return f"dtype {problem.dtype}: only bf16 and f16 run on the 16-bit matrix unit"
-    for name, dim in (("dim_qk", problem.dim_qk), ("dim_v", problem.dim_v)):
+
+def arrays_refusal(
+    query: ArrayView, key: ArrayView, value: ArrayView, out: ArrayView | None = None
+) -> str | None:
+    """Why the kernel does not take 16-bit arrays of these sizes and layouts, or None."""
+    for name, dim in (("dim_qk", query.shape[3]), ("dim_v", value.shape[3])):
         if dim % 8 or not 8 <= dim <= MAX_DIM:
             return f"{name} {dim}: needs a multiple of 8 between 8 and {MAX_DIM}"
-    if not problem.mask.is_structural:
-        return f"{problem.mask.describe()} mask: only one visible interval per row"
-    longest = max(problem.len_q, problem.len_kv)
+    longest = max(query.shape[2], key.shape[2])
     if longest > UNLIMITED:
         return f"len {longest}: at most {UNLIMITED} rows"
-    return None
+    if key.shape[2] == 0:
+        return "no key at all: an array without memory has no tensor map"
+    reasons = (
+        _layout_refusal(name, DeviceMatrix.of(array))
+        for name, array in zip(_NAMES, (query, key, value, out), strict=True)
+        if array is not None
+    )
+    return next((reason for reason in reasons if reason), None)
 
 
-def layout_reason(name: str, matrix: DeviceMatrix) -> str | None:
+def _layout_refusal(name: str, matrix: DeviceMatrix) -> str | None:
     """Why the copy engine cannot address an array, or None if it can.
 
     The epilogue's 16-byte stores ask the same of the output.
@@ -167,40 +172,25 @@ def layout_reason(name: str, matrix: DeviceMatrix) -> str | None:
     return None
 
 
-def plan_launch(
-    geometry: Geometry, dtype: str, blocks: int, tile: Tile | None = None
-) -> LaunchPlan:
-    """Choose the tile and deal the work.
-
-    Parameters
-    ----------
-    geometry : Geometry
-    dtype : {"bf16", "f16"}
-    blocks : int
-        Multiprocessors of the device.
-    tile : Tile, optional
-        Overrules the choice, for measurements.
-    """
-    tile = choose(geometry, blocks) if tile is None else tile
-    return LaunchPlan(tile, dtype, work_list(geometry, tile.tile_m, tile.tile_n, blocks))
-
-
+# --- parameters ------------------------------------------------------------------------------
 def pack_params(
-    plan: LaunchPlan,
+    tile: Tile,
+    dtype: str,
     query: DeviceMatrix,
     keys: Sequence[DeviceMatrix],
     values: Sequence[DeviceMatrix],
     out: DeviceMatrix,
     lse: DeviceMatrix,
     scale: float,
-    work_pointer: int,
+    work: DeviceWork,
     bias_pointer: int = 0,
 ) -> Params:
     """Pack the kernel's parameter block, 1,280 bytes, to be passed by value.
 
     Parameters
     ----------
-    plan : LaunchPlan
+    tile : Tile
+    dtype : {"bf16", "f16"}
     query, out : DeviceMatrix
         Shapes (batch, heads_q, len_q, dim_qk) and (batch, heads_q, len_q, dim_v).
     keys, values : sequence of DeviceMatrix
@@ -209,19 +199,18 @@ def pack_params(
         float32, shape (batch, heads_q, len_q, 1).
     scale : float
         Factor on the scores, > 0.
-    work_pointer : int
-        Device address of ``plan.work.tobytes()``.
+    work : DeviceWork
     bias_pointer : int
-        Device address of float32 biases, for a tile with ``bias``; added to the scaled scores.
+        Device address of float32 biases, for a tile of role 1; added to the scaled scores.
 
     Raises
     ------
     AdaAttnError
-        If the driver refuses a tensor map; `layout_reason` names what it would refuse.
+        If the driver refuses a tensor map; `refusal` names what it would refuse.
     """
-    params = pack_arrays(plan.tile, plan.dtype, query, keys, values, out, lse, scale)
-    params.items, params.sources = plan.work.addresses(work_pointer)
-    params.bias, params.rounds = bias_pointer, plan.work.rounds
+    params = pack_arrays(tile, dtype, query, keys, values, out, lse, scale)
+    params.items, params.sources, params.rounds = work.items, work.sources, work.rounds
+    params.bias = bias_pointer
     return params
 
 
@@ -251,13 +240,14 @@ def pack_arrays(
 
 
 def move_params(params: Params, pointers: Sequence[int]) -> Params:
-    """Return a copy of a parameter block with a single source, for arrays at other addresses.
+    """Return a copy of a parameter block for query, keys, values and outputs elsewhere.
 
     Parameters
     ----------
     params : Params
     pointers : sequence of int
-        Addresses of query, key, value, out and lse; whatever follows is not looked at.
+        Addresses of query, key, value, out and lse, whatever follows is not looked at. Further
+        pairs of keys and values stay where they are.
 
     Raises
     ------
@@ -269,25 +259,18 @@ def move_params(params: Params, pointers: Sequence[int]) -> Params:
     matrices = (moved.query, moved.key[0], moved.value[0], moved.out, moved.lse)
     for matrix, pointer in zip(matrices, pointers, strict=False):
         matrix.data = pointer
-    replace_address = driver.load_driver().cuTensorMapReplaceAddress
     for place, pointer in zip(
         (moved.query_map, moved.key_map[0], moved.value_map[0]), pointers, strict=False
     ):
-        status = replace_address(ctypes.byref(place), ctypes.c_void_p(pointer))
-        if status:
-            raise AdaAttnError(
-                got=f"CUDA error {status} for an array at {pointer:#x}",
-                needed="an address that the copy engine takes",
-                do="copy the array to memory of its own",
-                status=status,
-            )
+        tensor_maps.move(place, pointer)
     return moved
 
 
 def aligned(kind: type[_Block]) -> _Block:
-    """Return zeros where the driver may write tensor maps: on a multiple of 64 bytes."""
-    memory = ctypes.create_string_buffer(ctypes.sizeof(kind) + _MAP_ALIGNMENT_BYTES)
-    return kind.from_buffer(memory, -ctypes.addressof(memory) % _MAP_ALIGNMENT_BYTES)
+    """Return zeros where the driver may write tensor maps."""
+    alignment = tensor_maps.ALIGNMENT_BYTES
+    memory = ctypes.create_string_buffer(ctypes.sizeof(kind) + alignment)
+    return kind.from_buffer(memory, -ctypes.addressof(memory) % alignment)
 
 
 def _matrix(matrix: DeviceMatrix) -> Matrix:
@@ -296,35 +279,117 @@ def _matrix(matrix: DeviceMatrix) -> Matrix:
 
 
 def encode_map(place: Any, matrix: DeviceMatrix, rows: int, dtype: str) -> None:
-    """Write the tensor map whose box is `rows` rows of 64 columns, swizzled by 128 bytes.
-
-    Columns and rows outside the array arrive as zeros, which is what pads head dims that are no
-    multiple of 64.
-    """
+    """Write the tensor map whose box is `rows` rows of 64 columns."""
     batch, heads, length, dim = matrix.shape
     any_legal = dim * _ELEMENT_BYTES  # an axis of one entry is never stepped
-    steps = [
+    row, head, entry = (
         stride * _ELEMENT_BYTES if size > 1 else any_legal
         for size, stride in zip((length, heads, batch), matrix.strides[::-1], strict=True)
-    ]
-    status = driver.load_driver().cuTensorMapEncodeTiled(
-        ctypes.byref(place),
-        _DATA_TYPES[dtype],
-        4,
-        ctypes.c_void_p(matrix.pointer),
-        (ctypes.c_uint64 * 4)(dim, max(length, 1), heads, batch),
-        (ctypes.c_uint64 * 3)(*steps),
-        (ctypes.c_uint32 * 4)(_PANEL_COLUMNS, rows, 1, 1),
-        (ctypes.c_uint32 * 4)(1, 1, 1, 1),
-        _INTERLEAVE_NONE,
-        _SWIZZLE_128B,
-        _L2_PROMOTION_256B,
-        _OOB_FILL_ZEROS,
     )
-    if status:
-        raise AdaAttnError(
-            got=f"CUDA error {status} for shape {matrix.shape}, strides {matrix.strides}",
-            needed="a layout that the copy engine can address",
-            do="copy the array to contiguous memory",
-            status=status,
-        )
+    sizes = (dim, max(length, 1), heads, batch)
+    tensor_maps.encode(
+        place, dtype, matrix.pointer, sizes, (row, head, entry), (_PANEL_COLUMNS, rows)
+    )
+
+
+# --- launches --------------------------------------------------------------------------------
+class Sm90Launch:
+    """A work list on the kernel, ready for arrays at any address.
+
+    Parameters
+    ----------
+    tile : Tile
+    arrays : sequence of ArrayView
+        query, key, value, out, lse (whatever follows is not looked at); `start` says where.
+    scale : float
+        Factor on the scores, > 0.
+    work : DeviceWork
+        From `upload`, or written by a kernel.
+    stream : int
+        Where it will be started first.
+    further : sequence of (DeviceMatrix, DeviceMatrix)
+        Pairs of keys and values that stay where they are: gathered ones, pooled ones.
+    bias_pointer : int
+        Device address of float32 biases, for a tile of role 1.
+
+    Raises
+    ------
+    ArgumentError
+        If an item has more sources than the tile has room for.
+    UnsupportedError
+        If the kernel would have to be loaded while the stream records a graph.
+    """
+
+    def __init__(
+        self,
+        tile: Tile,
+        arrays: Sequence[ArrayView],
+        scale: float,
+        work: DeviceWork,
+        stream: int,
+        further: Sequence[tuple[DeviceMatrix, DeviceMatrix]] = (),
+        bias_pointer: int = 0,
+    ) -> None:
+        if work.max_sources > tile.max_sources:
+            raise ArgumentError(
+                got=f"items of up to {work.max_sources} sources",
+                needed=f"at most {tile.max_sources}, for which the tile has room",
+                do="take a tile with a larger max_sources",
+            )
+        self._tile, self._dtype = tile, arrays[0].dtype
+        self._matrices = tuple(DeviceMatrix.of(array) for array in arrays[:5])
+        self._further = tuple(further)
+        self._scale, self._work, self._bias_pointer = scale, work, bias_pointer
+        self._calls: Recent[driver.Call] = Recent(_ADDRESSES_REMEMBERED)
+        self._packed: Params | None = None
+        self._lock = threading.Lock()
+        spec = tile.spec(self._dtype)
+        self.name = spec.name
+        self.workspace_bytes = work.size_bytes
+        if work.grid:
+            self._kernel = kernel_of(spec, tile.threads, stream)
+            self._kernel.prepare(arrays[0].device)
+
+    def start(self, pointers: tuple[int, ...], device: int, stream: int) -> None:
+        """Enqueue it; tensor maps are moved once per set of addresses."""
+        if not self._work.grid:
+            return
+        call = self._calls.get((stream, pointers))
+        if call is None:
+            params = self._params(pointers)
+            call = driver.Call(self._kernel, params, self._work.grid, stream)
+            self._calls.put((stream, pointers), call)
+        call.start(device)  # nothing writes to its parameters any more
+
+    def _params(self, pointers: tuple[int, ...]) -> Params:
+        """Parameters for a set of addresses: packed once, for others a copy is moved there."""
+        with self._lock:
+            if self._packed is not None:
+                return move_params(self._packed, pointers)
+            query, key, value, out, lse = (
+                matrix.at(pointer)
+                for matrix, pointer in zip(self._matrices, pointers, strict=False)
+            )
+            keys, values = zip((key, value), *self._further, strict=True)
+            self._packed = pack_params(
+                self._tile, self._dtype, query, keys, values, out, lse, self._scale,
+                self._work, self._bias_pointer,
+            )  # fmt: skip
+            return self._packed
+
+
+def launch(task: Task, stream: int) -> Sm90Launch:
+    """Choose the tile, deal the work, copy it to the device.
+
+    Raises
+    ------
+    UnsupportedError
+        If it is made while the stream records a graph: the work list must be copied first.
+    """
+    device = task.query.device
+    geometry = task.geometry
+    blocks = driver.device_facts(device).multiprocessors
+    tile = choose(geometry, blocks)
+    work = upload(work_list(geometry, tile.tile_m, tile.tile_n, blocks), device, stream)
+    arrays = (task.query, task.key, task.value, task.out, task.lse)
+    return Sm90Launch(tile, arrays, task.scale, work, stream)

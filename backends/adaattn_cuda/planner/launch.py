@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +22,7 @@ from adaattn_cuda.jit.spec import KernelSpec
 from adaattn_cuda.kernels import sm90_attn_fwd_f16 as sm90
 from adaattn_cuda.planner import params as p
 from adaattn_cuda.planner.layout import kept_layout, scratch_layout, square_stride
+from adaattn_cuda.recent import Recent
 from adaattn_cuda.tuning.sm90_attn_fwd_f16 import Tile, padded_dim
 from adaattn_cuda.work.far import LEVELS_MAX, TILE, FarGeometry, far_tables
 
@@ -104,8 +103,7 @@ class FarLaunch:
         self.scratch = scratch_layout(g, self.tables, self.levels, self.landmark_rows)
         self._constants = self._upload()
         self._kernels = self._load(stream)
-        self._ready: OrderedDict[tuple[int, ...], list[Step]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._ready: Recent[list[Step]] = Recent(_ADDRESSES_REMEMBERED)
 
     # -- what is made once --------------------------------------------------------------------
     def _upload(self) -> dict[str, int]:
@@ -151,12 +149,10 @@ class FarLaunch:
             arrays.query.pointer, arrays.key.pointer, arrays.value.pointer,
             arrays.out.pointer, arrays.lse.pointer, kept, scratch,
         )  # fmt: skip
-        with self._lock:
-            found = self._ready.get(key)
-            if found is None:
-                found = self._ready[key] = self._pack(arrays, kept, scratch)
-                if len(self._ready) > _ADDRESSES_REMEMBERED:
-                    self._ready.popitem(last=False)
+        found = self._ready.get(key)
+        if found is None:
+            found = self._pack(arrays, kept, scratch)
+            self._ready.put(key, found)
         return found
 
     def _pack(self, arrays: FarArrays, kept: int, scratch: int) -> list[Step]:

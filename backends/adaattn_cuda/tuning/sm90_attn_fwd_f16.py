@@ -181,7 +181,7 @@ def cost(geometry: Geometry, tile: Tile, rate: float, blocks: int) -> float:
         _, first, stop = geometry.key_ranges(span, tile.tile_m)
         tiles = np.maximum(-(-(stop - first) // tile.tile_n), 1)
         item = tile.tile_m * (tiles * tile.tile_n + _ITEM_OVERHEAD_KEYS) / rate
-        loads.append(np.repeat(item, geometry.heads_q))
+        loads.append(np.repeat(item, len(geometry.heads_of(span))))
     items = np.concatenate(loads) if loads else np.zeros(0)
     if not len(items):
         return 0.0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from adaattn_core.problem import AttentionProblem, SequenceSpan
+from adaattn_core.problem import HeadIndex, SequenceSpan
 
 __all__ = ["UNLIMITED", "Geometry"]
 
@@ -31,6 +31,8 @@ class Geometry:
         Whether row i is aligned with key i + len_kv - len_q rather than key i.
     left, right : int or None
         A row aligned with key p sees keys p - left .. p + right; None: unlimited.
+    heads : tuple of (sequence, head) or None
+        Which to compute; None is all.
     """
 
     spans: tuple[SequenceSpan, ...]
@@ -41,20 +43,14 @@ class Geometry:
     bottom_right: bool = False
     left: int | None = None
     right: int | None = None
+    heads: tuple[HeadIndex, ...] | None = None
 
-    @classmethod
-    def of(cls, problem: AttentionProblem) -> Geometry:
-        """Geometry of a checked problem with a structural mask."""
-        mask = problem.mask
-        return cls(
-            spans=problem.sequences,
-            heads_q=problem.heads_q,
-            heads_kv=problem.heads_kv,
-            dim_qk=problem.dim_qk,
-            dim_v=problem.dim_v,
-            bottom_right=mask.alignment == "bottom_right",
-            left=mask.left,
-            right=mask.right,
+    def heads_of(self, span: SequenceSpan) -> NDArray[np.int64]:
+        """Query heads of a sequence that are to be computed, rising."""
+        if self.heads is None:
+            return np.arange(self.heads_q, dtype=np.int64)
+        return np.unique([head for index, head in self.heads if index == span.index]).astype(
+            np.int64
         )
 
     def offsets(self, span: SequenceSpan) -> tuple[int, int]:

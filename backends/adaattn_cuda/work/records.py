@@ -109,7 +109,7 @@ class WorkList:
 
 
 def work_list(geometry: Geometry, tile_m: int, tile_n: int, blocks: int) -> WorkList:
-    """List the work of a dense problem: one source for each item.
+    """List the work of exact heads: one source for each item.
 
     Parameters
     ----------
@@ -146,8 +146,8 @@ def _span_tiles(
     first, key_first, key_stop = geometry.key_ranges(span, tile_m)
     sees_nothing = key_stop == key_first
     keys = np.where(sees_nothing, 1, key_stop - key_first)
-    head = np.arange(geometry.heads_q)[:, None]
-    items = np.zeros((geometry.heads_q, len(first)), ITEM)
+    head = geometry.heads_of(span)[:, None]
+    items = np.zeros((len(head), len(first)), ITEM)
     items["batch"] = span.batch
     items["head"] = head
     items["row_first"] = span.q_start + first

@@ -1,0 +1,92 @@
+"""What a kernel is asked to compute, described without a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from adaattn_core.problem import AttentionProblem, HeadIndex, SequenceSpan
+from adaattn_cuda.device.views import ArrayView
+from adaattn_cuda.work.geometry import Geometry
+
+__all__ = ["Arrays", "Task", "addresses"]
+
+Arrays = tuple[
+    ArrayView, ArrayView, ArrayView, ArrayView, ArrayView, ArrayView | None, ArrayView | None
+]
+"""query, key, value, out, lse, boolean mask, additive mask."""
+
+
+def addresses(arrays: Arrays) -> tuple[int, ...]:
+    """Return what `Launch.start` takes: where each array is, 0 for none."""
+    return tuple(array.pointer if array else 0 for array in arrays)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Exact attention of some heads, all in the same formats.
+
+    Attributes
+    ----------
+    query, key, value, out : ArrayView
+        (batch, heads, len, dim); last stride 1.
+    lse : ArrayView
+        f32, (batch, heads_q, len_q), last stride 1.
+    allowed, bias : ArrayView or None
+        Masks of four dimensions with stride 0 where they are broadcast.
+    sequences : tuple of SequenceSpan
+    left, right : int or None
+    bottom_right : bool
+    scale : float
+    qk, pv : str
+        Operand formats.
+    heads : tuple of (sequence, head) or None
+        Which to compute; None is all.
+    """
+
+    query: ArrayView
+    key: ArrayView
+    value: ArrayView
+    out: ArrayView
+    lse: ArrayView
+    allowed: ArrayView | None
+    bias: ArrayView | None
+    sequences: tuple[SequenceSpan, ...]
+    left: int | None
+    right: int | None
+    bottom_right: bool
+    scale: float
+    qk: str
+    pv: str
+    heads: tuple[HeadIndex, ...] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        problem: AttentionProblem,
+        arrays: Arrays,
+        formats: tuple[str, str],
+        heads: tuple[HeadIndex, ...] | None,
+    ) -> Task:
+        """Describe heads of a checked problem in one pair of formats, (qk, pv)."""
+        mask = problem.mask
+        return cls(
+            *arrays, problem.sequences, mask.left, mask.right,
+            mask.alignment == "bottom_right", problem.scale, *formats, heads,
+        )  # fmt: skip
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether every sequence fills its batch entry, so that no work list is needed."""
+        len_q, len_kv = self.query.shape[2], self.key.shape[2]
+        return self.heads is None and all(
+            s.index == s.batch and s.len_q == len_q and s.len_kv == len_kv
+            for s in self.sequences
+        )
+
+    @property
+    def geometry(self) -> Geometry:
+        """What decides a work list."""
+        return Geometry(
+            self.sequences, self.query.shape[1], self.key.shape[1], self.query.shape[3],
+            self.value.shape[3], self.bottom_right, self.left, self.right, self.heads,
+        )  # fmt: skip
