@@ -102,8 +102,7 @@ ADAATTN_DEVICE void repair_row(const AttentionParams& params,
             }
         }
         if (lane == 0) {
-            params.partial_lse[place] =
-                sum == 0.0f ? -ptx::infinity() : kLn2 * (best + log2f(sum));
+            params.partial_lse[place] = sum == 0.0f ? -ptx::infinity() : kLn2 * (best + log2f(sum));
         }
         return;
     }

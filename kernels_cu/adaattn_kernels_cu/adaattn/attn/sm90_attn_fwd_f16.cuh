@@ -81,7 +81,7 @@ struct Traits {
     static constexpr int kQueryStages =
         kQueryStagesT;  // 2: the next item's queries arrive during this item
     static constexpr bool kPingPong = kPingPongT != 0;  // consumers take turns at the matrix unit
-    static constexpr int kRole = kRoleT;  // a Role
+    static constexpr int kRole = kRoleT;                // a Role
     static constexpr int kMaxSources = kMaxSourcesT;
 
     static constexpr int kThreads = kWarpgroupThreads * (kConsumers + 1);
@@ -204,8 +204,7 @@ struct Consumer {
         for (int k = 0; k < T::kDimQk / 16; ++k) {
             ptx::Wgmma<T::kFormat, T::kTileN>::ss(
                 scores, ptx::advance(queries, ptx::k_slice_bytes(k, T::kTileM)),
-                ptx::advance(keys, ptx::k_slice_bytes(k, T::kTileN)),
-                k != 0 ? 1 : accumulate);
+                ptx::advance(keys, ptx::k_slice_bytes(k, T::kTileN)), k != 0 ? 1 : accumulate);
         }
         ptx::wgmma_commit();
     }
@@ -277,8 +276,8 @@ struct Consumer {
             for (int i = 0; i < T::kTileN / 4; ++i) {
                 const float low = quant::widen<T::kFormat>(static_cast<u16>(weights[i] & 0xffffu));
                 const float high = quant::widen<T::kFormat>(static_cast<u16>(weights[i] >> 16));
-                rest[i] = quant::pack_pair<T::kFormat>(scores[2 * i] - low,
-                                                       scores[2 * i + 1] - high);
+                rest[i] =
+                    quant::pack_pair<T::kFormat>(scores[2 * i] - low, scores[2 * i + 1] - high);
             }
         }
     }
@@ -329,7 +328,8 @@ struct Consumer {
         while (true) {
             const bool boundary = cursor.at_last();
             if (boundary) {
-                write_lse<T::kRole, T::kTileM>(params, *cursor.record, state, row(), lane(), factor);
+                write_lse<T::kRole, T::kTileM>(params, *cursor.record, state, row(), lane(),
+                                               factor);
                 if (!open_item()) break;
             } else {
                 cursor.next();
@@ -346,8 +346,8 @@ struct Consumer {
             if (boundary) {
                 ptx::wgmma_wait_all_in_branch();
                 finish_output(acc, weights, tiles - 2);
-                write_rows<T::kFormat, T::kDimV, T::kRole, T::kTileM>(params, record(items - 2), acc, factor,
-                                                           row(), lane());
+                write_rows<T::kFormat, T::kDimV, T::kRole, T::kTileM>(params, record(items - 2),
+                                                                      acc, factor, row(), lane());
                 ptx::mbarrier_arrive(barriers.record_empty(RecordRing::index(items - 2)));
                 softmax::clear(acc);
             } else {
@@ -360,8 +360,8 @@ struct Consumer {
         start_output(acc, weights, rest);
         ptx::wgmma_wait<0>();
         finish_output(acc, weights, tiles - 1);
-        write_rows<T::kFormat, T::kDimV, T::kRole, T::kTileM>(params, record(items - 1), acc, factor, row(),
-                                                   lane());
+        write_rows<T::kFormat, T::kDimV, T::kRole, T::kTileM>(params, record(items - 1), acc,
+                                                              factor, row(), lane());
     }
 };
 

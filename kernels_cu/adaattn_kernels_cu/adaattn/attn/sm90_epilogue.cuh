@@ -62,8 +62,8 @@ ADAATTN_DEVICE void write_partial(const AttentionParams& params, const work::Wor
     for (int r = 0; r < 2; ++r) {
         const int own_row = row + lane / 4 + 8 * r;
         if (own_row >= item.rows) continue;
-        float* out = params.partial_out +
-                     (static_cast<i64>(item.partial) * kTileM + own_row) * params.dim_v;
+        float* out =
+            params.partial_out + (static_cast<i64>(item.partial) * kTileM + own_row) * params.dim_v;
 #pragma unroll
         for (int block = 0; block < kDimV / 8; ++block) {
             const int column = 8 * block + 2 * (lane % 4);

@@ -27,7 +27,8 @@ struct Matrix {
 enum Role : int {
     kDense = 0,     // a list of the host, dealt to the blocks
     kAdaptive = 1,  // a list of a planning kernel; per-key biases; partial results
-    kExactRows = 2  // rows drawn anywhere, each with its own limit; unrounded weights; partial results
+    kExactRows =
+        2  // rows drawn anywhere, each with its own limit; unrounded weights; partial results
 };
 
 struct AttentionParams {
@@ -43,13 +44,13 @@ struct AttentionParams {
     const work::Source* sources;  // the table that items point into
     const float* bias;            // per-key addends to the scaled scores, or null
     work::Queue* queue;           // kAdaptive: items are taken from `items` in order
-    const i32* row_stops;         // kExactRows: row r sees keys before row_stops[item.row_stops + r]
-    float* partial_out;           // (partials, tile_m, dim_v) and (partials, tile_m)
+    const i32* row_stops;  // kExactRows: row r sees keys before row_stops[item.row_stops + r]
+    float* partial_out;    // (partials, tile_m, dim_v) and (partials, tile_m)
     float* partial_lse;
-    float* squares;               // kAdaptive: sums of squares of 16 output rows each
-    float inverse_scale;          // 1 / scale, to bring biases to the raw scores' units
-    float scale_log2;             // scale log2(e) > 0
-    float slack;                  // softmax::kSlackLog2 / scale_log2
+    float* squares;       // kAdaptive: sums of squares of 16 output rows each
+    float inverse_scale;  // 1 / scale, to bring biases to the raw scores' units
+    float scale_log2;     // scale log2(e) > 0
+    float slack;          // softmax::kSlackLog2 / scale_log2
     i32 rounds;
     i32 dim_qk;
     i32 dim_v;

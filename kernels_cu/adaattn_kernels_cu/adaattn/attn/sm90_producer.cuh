@@ -57,8 +57,7 @@ struct Producer {
         const u32 source_bytes = count * static_cast<u32>(sizeof(work::Source));
         ptx::mbarrier_wait(barriers.record_empty(slot), RecordRing::parity(round) ^ 1u);
         ptx::mbarrier_arrive_expect(full, kItemBytes + source_bytes);
-        ptx::bulk_load(destination, params.items + next.place,
-                       kItemBytes, full);
+        ptx::bulk_load(destination, params.items + next.place, kItemBytes, full);
         ptx::bulk_load(destination + kItemBytes, params.sources + next.first, source_bytes, full);
         if (round + 1 < params.rounds) next = sources_of<T::kRole>(params, round + 1);
     }

@@ -47,7 +47,8 @@ ADAATTN_DEVICE void apply(float (&scores)[kCount], const WorkItem& item, const S
 
 // The same where each of the thread's two rows sees the columns before a limit of its own.
 template <int kCount>
-ADAATTN_DEVICE void apply_stops(float (&scores)[kCount], int first_stop, int second_stop, int lane) {
+ADAATTN_DEVICE void apply_stops(float (&scores)[kCount], int first_stop, int second_stop,
+                                int lane) {
     const int column = 2 * (lane % 4);
 #pragma unroll
     for (int i = 0; i < kCount; i += 4) {

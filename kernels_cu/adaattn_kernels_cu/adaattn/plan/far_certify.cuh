@@ -19,11 +19,11 @@
 namespace adaattn::far_certify {
 
 struct Verdict {
-    float upper;      // certified, relative to the rms returned row
-    float estimate;   // relative Frobenius error of the drawn rows
-    float rms;        // of the returned rows
-    float oracle;     // what the exact rows may err by, relative
-    i32 rounds;       // outputs of this head that were tested
+    float upper;     // certified, relative to the rms returned row
+    float estimate;  // relative Frobenius error of the drawn rows
+    float rms;       // of the returned rows
+    float oracle;    // what the exact rows may err by, relative
+    i32 rounds;      // outputs of this head that were tested
     i32 nonfinite;
     float first_upper;  // of the first output tested
     i32 padding;
@@ -32,12 +32,12 @@ struct Verdict {
 struct Params {
     far::Sizes sizes;
     far::Rows out;
-    const i32* drawn_rows;      // (batch, heads_q, drawn_stride)
-    const float* exact;         // (batch, heads_q, drawn_stride, dim_v)
-    const float* squares;       // (batch, heads_q, square_stride): of 16 returned rows each
-    const u32* norms;           // (2, batch, heads_kv): bits of the largest |v| and |k|
-    const u32* query_norms;     // (batch, heads_q): of the drawn rows
-    i32* failed;                // (batch, heads_q)
+    const i32* drawn_rows;   // (batch, heads_q, drawn_stride)
+    const float* exact;      // (batch, heads_q, drawn_stride, dim_v)
+    const float* squares;    // (batch, heads_q, square_stride): of 16 returned rows each
+    const u32* norms;        // (2, batch, heads_kv): bits of the largest |v| and |k|
+    const u32* query_norms;  // (batch, heads_q): of the drawn rows
+    i32* failed;             // (batch, heads_q)
     Verdict* verdicts;
     float budget;
     float sum_factor;    // error of an exact row's sums over the largest |v|
@@ -47,8 +47,8 @@ struct Params {
     i32 drawn_first;   // the rows before it judged
     i32 square_stride;
     i32 padding;
-    i32 order;         // the order-th smallest error counts, from 1
-    i32 second;        // 1: only heads that failed are tested, again
+    i32 order;   // the order-th smallest error counts, from 1
+    i32 second;  // 1: only heads that failed are tested, again
 };
 
 template <Format kFormatT, int kThreadsT>
@@ -95,7 +95,8 @@ ADAATTN_DEVICE void run(const Params& params) {
 
     for (int row = warp; row < params.drawn; row += T::kWarps) {
         const i64 index = static_cast<i64>(head) * params.drawn_stride + params.drawn_first + row;
-        const u16* returned = params.out.at(head / sizes.heads_q, head % sizes.heads_q, params.drawn_rows[index]);
+        const u16* returned =
+            params.out.at(head / sizes.heads_q, head % sizes.heads_q, params.drawn_rows[index]);
         float error = 0.0f;
         float norm = 0.0f;
 #pragma unroll
@@ -120,20 +121,23 @@ ADAATTN_DEVICE void run(const Params& params) {
     if (thread < params.drawn) {
         int smaller_ones = 0;
         for (int i = 0; i < params.drawn; ++i) {
-            smaller_ones += errors[i] < errors[thread] || (errors[i] == errors[thread] && i < thread);
+            smaller_ones +=
+                errors[i] < errors[thread] || (errors[i] == errors[thread] && i < thread);
         }
         if (smaller_ones == params.order - 1) found = errors[thread];
     }
     const float all_errors = block_sum<T>(thread < params.drawn ? errors[thread] : 0.0f, space);
     const float all_norms = block_sum<T>(thread < params.drawn ? norms[thread] : 0.0f, space);
     if (thread != 0) return;
-    const int key_head = head / sizes.heads_q * sizes.heads_kv + head % sizes.heads_q / (sizes.heads_q / sizes.heads_kv);
+    const int key_head = head / sizes.heads_q * sizes.heads_kv +
+                         head % sizes.heads_q / (sizes.heads_q / sizes.heads_kv);
     const int key_heads = sizes.batch * sizes.heads_kv;
     const float value_norm = __int_as_float(static_cast<int>(params.norms[key_head]));
     const float key_norm = __int_as_float(static_cast<int>(params.norms[key_heads + key_head]));
     const float query_norm = __int_as_float(static_cast<int>(params.query_norms[head]));
     // A score error of d moves a row by at most tanh(d / 2) times the values' diameter (theorem 1).
-    const float oracle = (params.sum_factor + fminf(params.score_factor * query_norm * key_norm, 2.0f)) * value_norm;
+    const float oracle =
+        (params.sum_factor + fminf(params.score_factor * query_norm * key_norm, 2.0f)) * value_norm;
     const float reached = (sqrtf(found) + oracle) * (1.0f + 3.0517578e-5f);
     float upper = reached == 0.0f ? 0.0f : reached / rms;
     const bool nonfinite = !(squares < ptx::infinity());

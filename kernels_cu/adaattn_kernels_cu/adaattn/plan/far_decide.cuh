@@ -28,22 +28,22 @@ struct Verdict {
 struct Params {
     far::Sizes sizes;
     const far::Group* groups;
-    const i32* judge_tiles;              // (judges)
-    const i32* judge_groups;             // (judges): the groups that they are in
-    const far_gather::Slot* slots;       // (batch, heads_q, judges, levels)
+    const i32* judge_tiles;         // (judges)
+    const i32* judge_groups;        // (judges): the groups that they are in
+    const far_gather::Slot* slots;  // (batch, heads_q, judges, levels)
     const far::Selection* selections;
-    const float* exact;                  // (batch, heads_q, exact_stride, dim_v): the judged tiles first
-    const float* partial_out;            // (slots, tile, dim_v)
-    const float4* stats;                 // of the probe
+    const float* exact;        // (batch, heads_q, exact_stride, dim_v): the judged tiles first
+    const float* partial_out;  // (slots, tile, dim_v)
+    const float4* stats;       // of the probe
     const i32* sample_rows;
-    float* errors;                       // (batch, heads_q, kLevelsMax + 1): of the levels, and the rms row
-    i32* finished;                       // (batch, heads_q): blocks done; 0 before and after
-    i32* decision;                       // (batch, heads_q)
-    Verdict* verdicts;                   // (batch, heads_q)
-    plan::DecisionTable table;           // candidate k is level k
-    float dense_tiles;                   // key tiles of a dense head
-    float near_tiles;                    // key tiles of near field and pools of a head
-    float far_tiles;                     // query tiles that have a far field
+    float* errors;              // (batch, heads_q, kLevelsMax + 1): of the levels, and the rms row
+    i32* finished;              // (batch, heads_q): blocks done; 0 before and after
+    i32* decision;              // (batch, heads_q)
+    Verdict* verdicts;          // (batch, heads_q)
+    plan::DecisionTable table;  // candidate k is level k
+    float dense_tiles;          // key tiles of a dense head
+    float near_tiles;           // key tiles of near field and pools of a head
+    float far_tiles;            // query tiles that have a far field
     i32 spare_rows;
     i32 chunk_heads;
     i32 exact_stride;
@@ -71,7 +71,8 @@ ADAATTN_DEVICE void judge(const Params& params, int head, int level, float& erro
     const int warp = thread / kWarpThreads;
     const int lane = thread % kWarpThreads;
     bool possible = true;
-    for (int j = 0; j < sizes.judges; ++j) possible &= params.slots[(head * sizes.judges + j) * sizes.levels + level].head >= 0;
+    for (int j = 0; j < sizes.judges; ++j)
+        possible &= params.slots[(head * sizes.judges + j) * sizes.levels + level].head >= 0;
     error = ptx::infinity();
     rms = 0.0f;
     if (!possible) return;
@@ -81,10 +82,12 @@ ADAATTN_DEVICE void judge(const Params& params, int head, int level, float& erro
         float away = 0.0f;
         float norm = 0.0f;
         if (params.judge_tiles[j] * sizes.tile + row % sizes.tile < sizes.len_q) {
-            const float* exact = params.exact + (static_cast<i64>(head) * params.exact_stride + row) * sizes.dim_v;
+            const float* exact =
+                params.exact + (static_cast<i64>(head) * params.exact_stride + row) * sizes.dim_v;
             const float* approximate =
                 params.partial_out +
-                (static_cast<i64>((head * sizes.judges + j) * sizes.levels + level) * sizes.tile + row % sizes.tile) *
+                (static_cast<i64>((head * sizes.judges + j) * sizes.levels + level) * sizes.tile +
+                 row % sizes.tile) *
                     sizes.dim_v;
             for (int dim = lane; dim < sizes.dim_v; dim += kWarpThreads) {
                 const float truth = exact[dim];
@@ -107,7 +110,9 @@ ADAATTN_DEVICE void judge(const Params& params, int head, int level, float& erro
     if (thread < rows) {
         // The rank of this row's error; ties in order of rows.
         int larger_ones = 0;
-        for (int i = 0; i < rows; ++i) larger_ones += errors[i] > errors[thread] || (errors[i] == errors[thread] && i < thread);
+        for (int i = 0; i < rows; ++i)
+            larger_ones +=
+                errors[i] > errors[thread] || (errors[i] == errors[thread] && i < thread);
         if (larger_ones == smaller(params.spare_rows, rows - 1)) found_error = errors[thread];
     }
     if (warp == 0) {
@@ -134,8 +139,10 @@ ADAATTN_DEVICE void decide_head(const Params& params, int head) {
     float saturation = 0.0f;
     float top = 0.0f;
     for (int j = 0; j < sizes.judges; ++j) {
-        const float4* own = params.stats + (static_cast<i64>(unit) * sizes.groups + params.judge_groups[j]) * columns +
-                            head % params.chunk_heads * sizes.samples;
+        const float4* own =
+            params.stats +
+            (static_cast<i64>(unit) * sizes.groups + params.judge_groups[j]) * columns +
+            head % params.chunk_heads * sizes.samples;
         for (int i = lane; i < sizes.samples; i += kWarpThreads) {
             const int row = params.sample_rows[params.judge_groups[j] * sizes.samples + i];
             const float4 seen = own[i];
@@ -158,10 +165,12 @@ ADAATTN_DEVICE void decide_head(const Params& params, int head) {
         if (level < sizes.levels) {
             for (int j = 0; j < sizes.judges; ++j) {
                 const i64 row = static_cast<i64>(head) * sizes.groups + params.judge_groups[j];
-                landmarks += static_cast<float>(params.selections[row * far::kLevelsMax + level].count);
+                landmarks +=
+                    static_cast<float>(params.selections[row * far::kLevelsMax + level].count);
             }
             landmarks /= static_cast<float>(sizes.judges);
-            share = (params.near_tiles + params.far_tiles * landmarks * (1.0f / 128.0f)) / params.dense_tiles;
+            share = (params.near_tiles + params.far_tiles * landmarks * (1.0f / 128.0f)) /
+                    params.dense_tiles;
             error = __ldcg(errors + level);
         }
         measures.share[level] = share;

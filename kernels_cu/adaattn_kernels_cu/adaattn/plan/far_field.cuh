@@ -21,10 +21,10 @@ constexpr int kDenseLevel = -1;  // Decision of a head that has no far field
 
 // One group of query tiles.
 struct Group {
-    i32 tile_first;   // first tile
-    i32 tiles;        // how many
-    i32 far_keys;     // keys before the near field of its last tile: a multiple of kPoolKeys
-    i32 pool_first;   // first row of its pools among those of a head
+    i32 tile_first;  // first tile
+    i32 tiles;       // how many
+    i32 far_keys;    // keys before the near field of its last tile: a multiple of kPoolKeys
+    i32 pool_first;  // first row of its pools among those of a head
 };
 
 // A (batch, head, row, dim) array of 16-bit elements; strides in elements.
@@ -35,7 +35,8 @@ struct Rows {
     i64 stride_batch;
 
     ADAATTN_DEVICE const u16* at(int batch, int head, int row) const {
-        return static_cast<const u16*>(data) + batch * stride_batch + head * stride_head + row * stride_row;
+        return static_cast<const u16*>(data) + batch * stride_batch + head * stride_head +
+               row * stride_row;
     }
 };
 
@@ -55,18 +56,18 @@ struct Sizes {
     i32 causal;
     i32 dim_qk;
     i32 dim_v;
-    i32 tile;          // query rows of a tile
-    i32 tiles;         // of a head
-    i32 band;          // keys of the near field before a tile, a multiple of kPoolKeys
-    i32 groups;        // of a head
-    i32 samples;       // rows of a group and head that are probed
-    i32 levels;        // of the ladder
-    i32 judges;        // judged tiles of a head
-    i32 code_stride;   // bytes from one group's codes to the next
-    i32 pool_rows;     // rows of all pools of a head
-    i32 split_keys;    // keys that one block probes, a multiple of the probe's key tile
-    i32 splits;        // blocks that share a group's keys
-    float scale_log2;  // scale log2(e)
+    i32 tile;           // query rows of a tile
+    i32 tiles;          // of a head
+    i32 band;           // keys of the near field before a tile, a multiple of kPoolKeys
+    i32 groups;         // of a head
+    i32 samples;        // rows of a group and head that are probed
+    i32 levels;         // of the ladder
+    i32 judges;         // judged tiles of a head
+    i32 code_stride;    // bytes from one group's codes to the next
+    i32 pool_rows;      // rows of all pools of a head
+    i32 split_keys;     // keys that one block probes, a multiple of the probe's key tile
+    i32 splits;         // blocks that share a group's keys
+    float scale_log2;   // scale log2(e)
     i32 landmark_rows;  // room in the landmark buffer, in rows
 
     ADAATTN_DEVICE int near_first(int tile_index) const {
@@ -77,7 +78,9 @@ struct Sizes {
         return causal ? smaller(len_kv, tile_index * tile + tile + offset) : len_kv;
     }
     // Keys that a row sees.
-    ADAATTN_DEVICE int visible(int row) const { return causal ? smaller(len_kv, row + offset + 1) : len_kv; }
+    ADAATTN_DEVICE int visible(int row) const {
+        return causal ? smaller(len_kv, row + offset + 1) : len_kv;
+    }
 };
 
 // The middle of a code's interval. Code 0 stands for everything below the smallest mass.

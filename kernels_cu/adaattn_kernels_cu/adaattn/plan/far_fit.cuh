@@ -25,13 +25,13 @@ struct Params {
     far::Rows query;
     const far::Group* groups;
     const i32* sample_rows;
-    const float* lse_log2;          // the probe's: (units, groups, columns)
+    const float* lse_log2;  // the probe's: (units, groups, columns)
     const far_gather::Slot* slots;
     const i32* pool_first;
     const u16* pool_key;
     u16* pool_value;                // its rows behind a slot's pools are made zero
     const float2* pool_mass;
-    float* pool_bias;               // (rows)
+    float* pool_bias;  // (rows)
     i32 chunk_heads;
     i32 splits;  // blocks that share a slot's pools
 };
@@ -70,8 +70,10 @@ ADAATTN_DEVICE void run(const Params& params) {
     const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
     const int* rows = params.sample_rows + slot.group * T::kSamples;
     const int columns = params.chunk_heads * T::kSamples;
-    const float* lse = params.lse_log2 + (static_cast<i64>(slot.head / params.chunk_heads) * sizes.groups + slot.group) * columns +
-                       slot.head % params.chunk_heads * T::kSamples;
+    const float* lse =
+        params.lse_log2 +
+        (static_cast<i64>(slot.head / params.chunk_heads) * sizes.groups + slot.group) * columns +
+        slot.head % params.chunk_heads * T::kSamples;
     float* shift = reinterpret_cast<float*>(shared + T::kSamples * T::kRowBytes);
     int* far_pools = reinterpret_cast<int*>(shift + T::kSamples);  // pools that a row sees as far
     for (int i = static_cast<int>(threadIdx.x); i < T::kSamples * (T::kDim / 8); i += T::kThreads) {
@@ -79,8 +81,9 @@ ADAATTN_DEVICE void run(const Params& params) {
         const int piece = i % (T::kDim / 8);
         uint4 words = make_uint4(0, 0, 0, 0);
         if (8 * piece < sizes.dim_qk) {
-            words = __ldg(reinterpret_cast<const uint4*>(
-                              params.query.at(slot.head / sizes.heads_q, slot.head % sizes.heads_q, rows[row])) + piece);
+            words = __ldg(reinterpret_cast<const uint4*>(params.query.at(
+                              slot.head / sizes.heads_q, slot.head % sizes.heads_q, rows[row])) +
+                          piece);
         }
         *reinterpret_cast<uint4*>(shared + row * T::kRowBytes + 16 * piece) = words;
     }
@@ -90,13 +93,16 @@ ADAATTN_DEVICE void run(const Params& params) {
     }
     __syncthreads();
     const u32 samples = static_cast<u32>(__cvta_generic_to_shared(shared));
-    for (int first = (split * T::kWarps + warp) * 8; first < pools; first += params.splits * T::kWarps * 8) {
+    for (int first = (split * T::kWarps + warp) * 8; first < pools;
+         first += params.splits * T::kWarps * 8) {
         // B: pools as columns, dims down; a lane holds dims 2 (lane % 4) + {0, 1} (+ 8) of pool lane / 4.
-        const i64 place = static_cast<i64>(params.pool_first[index]) + smaller(first + lane / 4, pools - 1);
+        const i64 place =
+            static_cast<i64>(params.pool_first[index]) + smaller(first + lane / 4, pools - 1);
         const u16* key = params.pool_key + place * sizes.dim_qk + 2 * (lane % 4);
         u32 b[T::kDim / 8];
 #pragma unroll
-        for (int k = 0; k < T::kDim / 8; ++k) b[k] = 8 * k < sizes.dim_qk ? *reinterpret_cast<const u32*>(key + 8 * k) : 0u;
+        for (int k = 0; k < T::kDim / 8; ++k)
+            b[k] = 8 * k < sizes.dim_qk ? *reinterpret_cast<const u32*>(key + 8 * k) : 0u;
         float predicted[2] = {0.0f, 0.0f};
 #pragma unroll
         for (int m = 0; m < T::kSamples / 16; ++m) {
@@ -104,7 +110,8 @@ ADAATTN_DEVICE void run(const Params& params) {
 #pragma unroll
             for (int k = 0; k < T::kDim / 16; ++k) {
                 u32 a[4];
-                ptx::load_matrices(a, samples + (16 * m + lane % 16) * T::kRowBytes + 32 * k + 16 * (lane / 16));
+                ptx::load_matrices(
+                    a, samples + (16 * m + lane % 16) * T::kRowBytes + 32 * k + 16 * (lane / 16));
                 if constexpr (T::kFormat == Format::bf16) {
                     ptx::mma_bf16(scores, a, b[2 * k], b[2 * k + 1]);
                 } else {
@@ -117,7 +124,8 @@ ADAATTN_DEVICE void run(const Params& params) {
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     const int pool = first + 2 * (lane % 4) + e;
-                    const float x = fminf(fmaf(scores[2 * r + e], sizes.scale_log2, -shift[row]), 40.0f);
+                    const float x =
+                        fminf(fmaf(scores[2 * r + e], sizes.scale_log2, -shift[row]), 40.0f);
                     predicted[e] += pool < far_pools[row] ? ptx::exp2_approx(x) : 0.0f;
                 }
             }
@@ -125,14 +133,16 @@ ADAATTN_DEVICE void run(const Params& params) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
 #pragma unroll
-            for (int step = 4; step < 32; step *= 2) predicted[e] += __shfl_xor_sync(kFullWarp, predicted[e], step);
+            for (int step = 4; step < 32; step *= 2)
+                predicted[e] += __shfl_xor_sync(kFullWarp, predicted[e], step);
             const int pool = first + 2 * lane + e;
             if (lane < 4 && pool < pools) {
                 const i64 own = static_cast<i64>(params.pool_first[index]) + pool;
                 const float2 mass = params.pool_mass[own];
                 float bias = mass.y;
                 if (predicted[e] > 0.0f && mass.x > -60.0f) {
-                    bias = fminf(fmaxf(mass.x - logf(predicted[e]), mass.y + kBiasLeast), mass.y + kBiasMost);
+                    bias = fminf(fmaxf(mass.x - logf(predicted[e]), mass.y + kBiasLeast),
+                                 mass.y + kBiasMost);
                 }
                 params.pool_bias[own] = bias;
             }

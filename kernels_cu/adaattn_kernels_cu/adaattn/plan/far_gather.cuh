@@ -18,7 +18,7 @@ namespace adaattn::far_gather {
 
 // Where a slot's landmarks go; written by the host (judged groups) or by far_work (all groups).
 struct Slot {
-    i32 head;   // of batch * heads_q; -1: nothing to do
+    i32 head;  // of batch * heads_q; -1: nothing to do
     i32 group;
     i32 level;
     i32 row_first;  // in the landmark buffer
@@ -60,7 +60,8 @@ ADAATTN_DEVICE void run(const Params& params) {
     const far::Group own = params.groups[slot.group];
     const i64 row = static_cast<i64>(slot.head) * sizes.groups + slot.group;
     const uint4* codes = reinterpret_cast<const uint4*>(params.codes + row * sizes.code_stride);
-    const u32 threshold = static_cast<u32>(params.selections[row * far::kLevelsMax + slot.level].threshold);
+    const u32 threshold =
+        static_cast<u32>(params.selections[row * far::kLevelsMax + slot.level].threshold);
     const int batch = slot.head / sizes.heads_q;
     const int head_kv = slot.head % sizes.heads_q / (sizes.heads_q / sizes.heads_kv);
     const int thread = static_cast<int>(threadIdx.x);
@@ -74,7 +75,8 @@ ADAATTN_DEVICE void run(const Params& params) {
         const u32 all[4] = {words.x, words.y, words.z, words.w};
         u32 flags = 0;
 #pragma unroll
-        for (int b = 0; b < 16; ++b) flags |= static_cast<u32>((all[b / 4] >> (8 * (b % 4)) & 255u) >= threshold) << b;
+        for (int b = 0; b < 16; ++b)
+            flags |= static_cast<u32>((all[b / 4] >> (8 * (b % 4)) & 255u) >= threshold) << b;
         if (key >= own.far_keys) flags = 0;
         const int mine = __popc(flags);
         int before = mine;
@@ -100,10 +102,10 @@ ADAATTN_DEVICE void run(const Params& params) {
         __syncthreads();
         for (int i = thread / 8; i < total; i += T::kThreads / 8) {
             const i64 to = static_cast<i64>(slot.row_first) + done + i;
-            copy_row(params.landmark_key + to * sizes.dim_qk, params.key.at(batch, head_kv, positions[i]), sizes.dim_qk,
-                     thread % 8, 8);
-            copy_row(params.landmark_value + to * sizes.dim_v, params.value.at(batch, head_kv, positions[i]), sizes.dim_v,
-                     thread % 8, 8);
+            copy_row(params.landmark_key + to * sizes.dim_qk,
+                     params.key.at(batch, head_kv, positions[i]), sizes.dim_qk, thread % 8, 8);
+            copy_row(params.landmark_value + to * sizes.dim_v,
+                     params.value.at(batch, head_kv, positions[i]), sizes.dim_v, thread % 8, 8);
         }
         done += total;
     }

@@ -34,14 +34,16 @@ template <class T>
 ADAATTN_DEVICE void run(const Params& params) {
     constexpr int kTile = 128;
     const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
-    const int index = static_cast<int>(blockIdx.x) * T::kWarps + static_cast<int>(threadIdx.x) / kWarpThreads;
+    const int index =
+        static_cast<int>(blockIdx.x) * T::kWarps + static_cast<int>(threadIdx.x) / kWarpThreads;
     if (index >= params.tiles * kTile) return;
     const int tile = index / kTile;
     const int row = index % kTile;
     const int first = params.first_partial[tile];
     const int stop = params.first_partial[tile + 1];
     float top = -ptx::infinity();
-    for (int s = first; s < stop; ++s) top = fmaxf(top, params.partial_lse[static_cast<i64>(s) * kTile + row]);
+    for (int s = first; s < stop; ++s)
+        top = fmaxf(top, params.partial_lse[static_cast<i64>(s) * kTile + row]);
     float total = 0.0f;
     float exact[8] = {};
 #pragma unroll 4
@@ -53,13 +55,16 @@ ADAATTN_DEVICE void run(const Params& params) {
         const float* part = params.partial_out + (static_cast<i64>(s) * kTile + row) * params.dim_v;
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-            if (seen && lane + 32 * i < params.dim_v) exact[i] = fmaf(weight, part[lane + 32 * i], exact[i]);
+            if (seen && lane + 32 * i < params.dim_v)
+                exact[i] = fmaf(weight, part[lane + 32 * i], exact[i]);
         }
     }
     const float inverse = 1.0f / total;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        if (lane + 32 * i < params.dim_v) params.exact[static_cast<i64>(index) * params.dim_v + lane + 32 * i] = exact[i] * inverse;
+        if (lane + 32 * i < params.dim_v)
+            params.exact[static_cast<i64>(index) * params.dim_v + lane + 32 * i] =
+                exact[i] * inverse;
     }
 }
 

@@ -37,7 +37,8 @@ struct Params {
     const i32* pool_first;          // of the same shape: first pool row of a slot
     u16* pool_key;                  // (rows, dim_qk)
     u16* pool_value;                // (rows, dim_v)
-    float2* pool_mass;              // (rows): ln of the samples' mass, ln of the count; -inf where there is no key
+    float2*
+        pool_mass;  // (rows): ln of the samples' mass, ln of the count; -inf where there is no key
     i32 slots_per_head;
     i32 padding;
 };
@@ -56,14 +57,17 @@ struct Traits {
 };
 
 template <class T>
-ADAATTN_DEVICE void load_rows(u32 to, const far::Rows& from, int batch, int head, int first, int len, int dim) {
+ADAATTN_DEVICE void load_rows(u32 to, const far::Rows& from, int batch, int head, int first,
+                              int len, int dim) {
     constexpr int kPieces = T::kDim / 8;
-    for (int i = static_cast<int>(threadIdx.x); i < T::kBlocks * far::kPoolKeys * kPieces; i += T::kThreads) {
+    for (int i = static_cast<int>(threadIdx.x); i < T::kBlocks * far::kPoolKeys * kPieces;
+         i += T::kThreads) {
         const int row = i / kPieces;
         const int piece = i % kPieces;
         const bool valid = first + row < len && 8 * piece < dim;
         ptx::copy_async_16(to + row * T::kRowBytes + ((piece ^ (row & 7)) << 4),
-                           from.at(batch, head, valid ? first + row : 0) + (valid ? 8 * piece : 0), valid);
+                           from.at(batch, head, valid ? first + row : 0) + (valid ? 8 * piece : 0),
+                           valid);
     }
 }
 
@@ -75,7 +79,8 @@ struct Own {
 };
 
 template <class T>
-ADAATTN_DEVICE Own own_slot(const Params& params, int first_head, int number, int slots, int block) {
+ADAATTN_DEVICE Own own_slot(const Params& params, int first_head, int number, int slots,
+                            int block) {
     Own own = {nullptr, 0, 0};
     if (number >= slots) return own;
     const far::Sizes& sizes = params.sizes;
@@ -104,7 +109,8 @@ ADAATTN_DEVICE void weigh(const Params& params, const Own& own, int lane, u32 (&
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
         u32 pair = 0xffffu;
-        if (own.codes != nullptr) pair = *reinterpret_cast<const u16*>(own.codes + 8 * k + 2 * (lane % 4));
+        if (own.codes != nullptr)
+            pair = *reinterpret_cast<const u16*>(own.codes + 8 * k + 2 * (lane % 4));
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
             const int code = static_cast<int>(pair >> (8 * e) & 255u);
@@ -126,15 +132,16 @@ ADAATTN_DEVICE void weigh(const Params& params, const Own& own, int lane, u32 (&
         weights[k] = quant::pack_pair<T::kFormat>(low, high);
     }
     if (own.codes != nullptr && lane % 4 == 0) {
-        params.pool_mass[own.place] = count > 0.0f ? make_float2(logf(fmaxf(total, 1e-30f)), logf(count))
-                                                   : make_float2(-ptx::infinity(), -ptx::infinity());
+        params.pool_mass[own.place] = count > 0.0f
+                                          ? make_float2(logf(fmaxf(total, 1e-30f)), logf(count))
+                                          : make_float2(-ptx::infinity(), -ptx::infinity());
     }
 }
 
 // Weighted averages of one array: 16 slots x dim.
 template <class T>
-ADAATTN_DEVICE void average(u32 rows, const u32 (&first)[8], const u32 (&second)[8], const Own (&own)[2], u16* to, int dim,
-                            int lane) {
+ADAATTN_DEVICE void average(u32 rows, const u32 (&first)[8], const u32 (&second)[8],
+                            const Own (&own)[2], u16* to, int dim, int lane) {
 #pragma unroll 2
     for (int column = 0; column < T::kDim / 16; ++column) {
         float sums[2][4] = {};
@@ -144,7 +151,8 @@ ADAATTN_DEVICE void average(u32 rows, const u32 (&first)[8], const u32 (&second)
             const int key = 16 * k + lane % 16;
             const int piece = 2 * column + lane / 16;
             u32 b[4];
-            ptx::load_matrices_transposed(b, rows + key * T::kRowBytes + ((piece ^ (key & 7)) << 4));
+            ptx::load_matrices_transposed(b,
+                                          rows + key * T::kRowBytes + ((piece ^ (key & 7)) << 4));
             const u32 a[4] = {first[2 * k], second[2 * k], first[2 * k + 1], second[2 * k + 1]};
             if constexpr (T::kFormat == Format::bf16) {
                 ptx::mma_bf16(sums[0], a, b[0], b[1]);
@@ -190,7 +198,8 @@ ADAATTN_DEVICE void run(const Params& params) {
     bool mine = false;
     for (int number = static_cast<int>(threadIdx.x); number < slots; number += T::kThreads) {
         const far_gather::Slot slot = params.slots[first_head * params.slots_per_head + number];
-        mine |= slot.head >= 0 && params.groups[slot.group].far_keys > stretch * T::kBlocks * far::kPoolKeys;
+        mine |= slot.head >= 0 &&
+                params.groups[slot.group].far_keys > stretch * T::kBlocks * far::kPoolKeys;
     }
     if (mine) wanted = 1;
     __syncthreads();
@@ -215,7 +224,8 @@ ADAATTN_DEVICE void run(const Params& params) {
         weigh<T>(params, own[0], lane, weights[0]);
         weigh<T>(params, own[1], lane, weights[1]);
         average<T>(keys + offset, weights[0], weights[1], own, params.pool_key, sizes.dim_qk, lane);
-        average<T>(values + offset, weights[0], weights[1], own, params.pool_value, sizes.dim_v, lane);
+        average<T>(values + offset, weights[0], weights[1], own, params.pool_value, sizes.dim_v,
+                   lane);
     }
 }
 

@@ -26,16 +26,16 @@ struct Params {
     u32* norms;             // (2, batch, heads_kv): bits of the largest |v| and |k|
     u32* query_norms;       // (batch, heads_q): of the drawn rows
     i32 drawn;
-    i32 copy_blocks;    // blocks that copy; the rest measure
-    i32 stretches;      // measuring blocks of one key head
+    i32 copy_blocks;  // blocks that copy; the rest measure
+    i32 stretches;    // measuring blocks of one key head
     i32 stretch_rows;
 };
 
 template <Format kFormatT, int kDimT, int kThreadsT>
 struct Traits {
     static constexpr Format kFormat = kFormatT;
-    static constexpr int kDim = kDimT;            // the larger of both, padded to 64, 128 or 256
-    static constexpr int kRowLanes = kDim / 8;    // lanes that hold a row
+    static constexpr int kDim = kDimT;          // the larger of both, padded to 64, 128 or 256
+    static constexpr int kRowLanes = kDim / 8;  // lanes that hold a row
     static constexpr int kWarpRows = kWarpThreads / kRowLanes;
     static constexpr int kThreads = kThreadsT;
     static constexpr int kWarps = kThreads / kWarpThreads;
@@ -54,7 +54,8 @@ ADAATTN_DEVICE float norm_of(const uint4& words) {
         sum = fmaf(own[i], own[i], sum);
     }
 #pragma unroll
-    for (int step = T::kRowLanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kFullWarp, sum, step);
+    for (int step = T::kRowLanes / 2; step > 0; step /= 2)
+        sum += __shfl_xor_sync(kFullWarp, sum, step);
     constexpr float kRoundUp = 1.0f + 9.5367432e-7f;
     if (!__any_sync(kFullWarp, !(sum > 1e-30f && sum < 1e30f))) return sqrtf(sum) * kRoundUp;
     // Squares under- or overflow: once more, scaled by the largest element.
@@ -73,12 +74,15 @@ ADAATTN_DEVICE float norm_of(const uint4& words) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) sum = fmaf(own[i] * inverse, own[i] * inverse, sum);
 #pragma unroll
-    for (int step = T::kRowLanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kFullWarp, sum, step);
+    for (int step = T::kRowLanes / 2; step > 0; step /= 2)
+        sum += __shfl_xor_sync(kFullWarp, sum, step);
     return scalable ? largest * sqrtf(sum) * kRoundUp : top;
 }
 
 // Bits of non-negative floats are ordered as the floats are; a positive NaN lies above infinity.
-ADAATTN_DEVICE void raise(u32* to, float norm) { atomicMax(to, static_cast<u32>(__float_as_int(fabsf(norm)))); }
+ADAATTN_DEVICE void raise(u32* to, float norm) {
+    atomicMax(to, static_cast<u32>(__float_as_int(fabsf(norm))));
+}
 
 template <class T>
 ADAATTN_DEVICE void run(const Params& params) {
@@ -92,15 +96,18 @@ ADAATTN_DEVICE void run(const Params& params) {
     constexpr int kBlockRows = T::kWarps * T::kWarpRows;
     if (block < params.copy_blocks) {
         const int rows = sizes.batch * sizes.heads_q * params.drawn;
-        for (int first = block * kBlockRows; first < rows; first += params.copy_blocks * kBlockRows) {
+        for (int first = block * kBlockRows; first < rows;
+             first += params.copy_blocks * kBlockRows) {
             const int i = first + own_row;
             const bool valid = i < rows && 8 * piece < sizes.dim_qk;
             const int head = smaller(i, rows - 1) / params.drawn;
             uint4 words = nothing;
             if (valid) {
-                const u16* from = params.query.at(head / sizes.heads_q, head % sizes.heads_q, params.drawn_rows[i]);
+                const u16* from = params.query.at(head / sizes.heads_q, head % sizes.heads_q,
+                                                  params.drawn_rows[i]);
                 words = __ldg(reinterpret_cast<const uint4*>(from) + piece);
-                reinterpret_cast<uint4*>(params.drawn_query + static_cast<i64>(i) * sizes.dim_qk)[piece] = words;
+                reinterpret_cast<uint4*>(params.drawn_query +
+                                         static_cast<i64>(i) * sizes.dim_qk)[piece] = words;
             }
             const float norm = norm_of<T>(words);
             if (i < rows && piece == 0) raise(params.query_norms + head, norm);
@@ -123,7 +130,8 @@ ADAATTN_DEVICE void run(const Params& params) {
             const int own = row + i * kBlockRows + own_row;
             words[i] = nothing;
             if (own < stop && 8 * piece < dim) {
-                words[i] = __ldg(reinterpret_cast<const uint4*>(array.at(head / sizes.heads_kv, head % sizes.heads_kv, own)) +
+                words[i] = __ldg(reinterpret_cast<const uint4*>(
+                                     array.at(head / sizes.heads_kv, head % sizes.heads_kv, own)) +
                                  piece);
             }
         }

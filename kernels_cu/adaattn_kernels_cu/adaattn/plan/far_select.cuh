@@ -23,7 +23,8 @@ struct Params {
     const i32* decision;         // heads below 0 are passed over; null: none is
     const unsigned char* codes;  // (batch, heads_q, groups, code_stride)
     far::Selection* selections;  // (batch, heads_q, groups, kLevelsMax)
-    i32* tile_counts;            // (batch, heads_q, groups, kLevelsMax, tile_stride): landmarks before a tile's near field
+    i32*
+        tile_counts;  // (batch, heads_q, groups, kLevelsMax, tile_stride): landmarks before a tile's near field
     float tau[far::kLevelsMax];  // descending
     i32 listed;
     i32 tile_stride;
@@ -39,7 +40,7 @@ struct Traits {
 // The thresholds of every level, by one warp.
 template <class T>
 ADAATTN_DEVICE void choose(const Params& params, const int (&total)[256], float (&below)[257],
-                                       far::Selection* chosen, far::Selection* out) {
+                           far::Selection* chosen, far::Selection* out) {
     const far::Sizes& sizes = params.sizes;
     // Each lane sums eight codes, then the lanes meet: always in the same order.
     const int lane = static_cast<int>(threadIdx.x);
@@ -60,8 +61,8 @@ ADAATTN_DEVICE void choose(const Params& params, const int (&total)[256], float 
         if (lane >= step) before += other;
         if (lane + step < 32) after += other_count;
     }
-    before -= own;          // mass of the lanes before this one
-    after -= own_count;     // keys of the lanes after it
+    before -= own;       // mass of the lanes before this one
+    after -= own_count;  // keys of the lanes after it
     for (int i = 0; i < 8; ++i) below[8 * lane + i] += before;
     if (lane == 31) below[256] = before + own;
     __syncwarp();
@@ -74,7 +75,8 @@ ADAATTN_DEVICE void choose(const Params& params, const int (&total)[256], float 
             if (below[candidate] <= allowed) threshold = candidate;
         }
 #pragma unroll
-        for (int step = 16; step > 0; step /= 2) threshold = larger(threshold, __shfl_xor_sync(kFullWarp, threshold, step));
+        for (int step = 16; step > 0; step /= 2)
+            threshold = larger(threshold, __shfl_xor_sync(kFullWarp, threshold, step));
         int kept = 0;
         for (int i = 0; i < 8; ++i) {
             if (8 * lane + i >= threshold) kept += total[8 * lane + i];
@@ -90,20 +92,23 @@ ADAATTN_DEVICE void choose(const Params& params, const int (&total)[256], float 
 // How many landmarks lie before each tile's near field: all, less those from there on. A warp takes a level at a time.
 template <class T>
 ADAATTN_DEVICE void count_before_tiles(const Params& params, i64 row, const far::Group& own,
-                                                   const far::Selection* chosen) {
+                                       const far::Selection* chosen) {
     const far::Sizes& sizes = params.sizes;
     const unsigned char* codes = params.codes + row * sizes.code_stride;
     const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
-    for (int level = static_cast<int>(threadIdx.x) / kWarpThreads; level < sizes.levels; level += T::kWarps) {
+    for (int level = static_cast<int>(threadIdx.x) / kWarpThreads; level < sizes.levels;
+         level += T::kWarps) {
         int count = chosen[level].count;
         int stop = own.far_keys;
         i32* out = params.tile_counts + (row * far::kLevelsMax + level) * params.tile_stride;
         for (int tile = own.tiles - 1; tile >= 0; --tile) {
             const int first = smaller(sizes.near_first(own.tile_first + tile), own.far_keys);
             int later = 0;
-            for (int key = first + lane; key < stop; key += kWarpThreads) later += codes[key] >= chosen[level].threshold;
+            for (int key = first + lane; key < stop; key += kWarpThreads)
+                later += codes[key] >= chosen[level].threshold;
 #pragma unroll
-            for (int step = 16; step > 0; step /= 2) later += __shfl_xor_sync(kFullWarp, later, step);
+            for (int step = 16; step > 0; step /= 2)
+                later += __shfl_xor_sync(kFullWarp, later, step);
             count -= later;
             stop = first;
             if (lane == 0) out[tile] = count;
@@ -122,7 +127,8 @@ ADAATTN_DEVICE void run(const Params& params) {
     if (params.decision != nullptr && params.decision[head] < 0) return;
     const int far_keys = params.groups[group].far_keys;
     const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
-    for (int i = static_cast<int>(threadIdx.x); i < T::kWarps * 256; i += T::kThreads) counts[0][i] = 0;
+    for (int i = static_cast<int>(threadIdx.x); i < T::kWarps * 256; i += T::kThreads)
+        counts[0][i] = 0;
     __syncthreads();
     const i64 row = static_cast<i64>(head) * sizes.groups + group;
     const uint4* codes = reinterpret_cast<const uint4*>(params.codes + row * sizes.code_stride);
@@ -143,7 +149,8 @@ ADAATTN_DEVICE void run(const Params& params) {
     }
     __syncthreads();
     __shared__ far::Selection chosen[far::kLevelsMax];
-    if (warp == 0) choose<T>(params, total, below, chosen, params.selections + row * far::kLevelsMax);
+    if (warp == 0)
+        choose<T>(params, total, below, chosen, params.selections + row * far::kLevelsMax);
     __syncthreads();
     count_before_tiles<T>(params, row, params.groups[group], chosen);
 }

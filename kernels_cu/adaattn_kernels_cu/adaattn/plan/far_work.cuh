@@ -38,18 +38,19 @@ struct Params {
     const i32* judge_groups;
     const far::Selection* selections;
     const i32* tile_counts;
-    i32* decision;               // (batch, heads_q)
-    const i32* failed;           // (batch, heads_q): kEscalate takes the heads that are not 0
-    far_gather::Slot* slots;     // kJudge: (batch, heads_q, judges, levels); kAttend: (batch, heads_q, groups)
-    const i32* pool_first;       // of the same shape
+    i32* decision;      // (batch, heads_q)
+    const i32* failed;  // (batch, heads_q): kEscalate takes the heads that are not 0
+    far_gather::Slot*
+        slots;  // kJudge: (batch, heads_q, judges, levels); kAttend: (batch, heads_q, groups)
+    const i32* pool_first;  // of the same shape
     work::WorkItem* items;
-    work::Source* sources;       // three places an item
+    work::Source* sources;  // three places an item
     Queue* queue;
-    u64* kept;                   // (batch, heads_q): scores computed
+    u64* kept;  // (batch, heads_q): scores computed
     i32 tile_stride;
-    i32 tile_n;                  // keys of a tile of the forward kernel
-    float most_share;            // landmarks of a level over the far keys, above which it is not judged
-    i32 tail;                    // last tiles of a head that are exact
+    i32 tile_n;        // keys of a tile of the forward kernel
+    float most_share;  // landmarks of a level over the far keys, above which it is not judged
+    i32 tail;          // last tiles of a head that are exact
 };
 
 template <int kModeT>
@@ -61,12 +62,12 @@ struct Traits {
 
 // What one item will be.
 struct Draft {
-    i32 head;    // of batch * heads_q
-    i32 tile;    // query tile
-    i32 slot;    // kNoSlot: exact
+    i32 head;  // of batch * heads_q
+    i32 tile;  // query tile
+    i32 slot;  // kNoSlot: exact
     i32 landmarks;
     i32 partial;
-    i32 tiles;   // key tiles; 0: no item
+    i32 tiles;  // key tiles; 0: no item
 };
 constexpr i32 kNoSlot = -1;
 
@@ -146,7 +147,9 @@ struct Block {
                     slot.head = -1;
                 } else {
                     wanted = selection(slot).count;
-                    if (T::kMode == kJudge && static_cast<float>(wanted) > params.most_share * static_cast<float>(far_keys)) {
+                    if (T::kMode == kJudge &&
+                        static_cast<float>(wanted) >
+                            params.most_share * static_cast<float>(far_keys)) {
                         wanted = 0;
                         slot.head = -1;
                     }
@@ -222,8 +225,10 @@ struct Block {
         const far::Sizes& sizes = params.sizes;
         if (!sizes.causal) return static_cast<u64>(rows) * static_cast<u64>(sizes.len_kv - first);
         u64 sum = 0;
-        const int low = sizes.visible(tile * sizes.tile) - first;  // of the first row; each further row sees one more
-        sum = static_cast<u64>(rows) * static_cast<u64>(larger(low, 0)) + static_cast<u64>(rows) * static_cast<u64>(rows - 1) / 2;
+        const int low = sizes.visible(tile * sizes.tile) -
+                        first;  // of the first row; each further row sees one more
+        sum = static_cast<u64>(rows) * static_cast<u64>(larger(low, 0)) +
+              static_cast<u64>(rows) * static_cast<u64>(rows - 1) / 2;
         return sum;
     }
 
@@ -278,9 +283,10 @@ struct Block {
         item.sources = sources;
         params.items[place] = item;
         if constexpr (T::kMode != kJudge) {
-            const u64 far_scores = own.slot == kNoSlot ? 0
-                                                       : static_cast<u64>(item.rows) *
-                                                             static_cast<u64>(own.landmarks + first / far::kPoolKeys);
+            const u64 far_scores =
+                own.slot == kNoSlot ? 0
+                                    : static_cast<u64>(item.rows) *
+                                          static_cast<u64>(own.landmarks + first / far::kPoolKeys);
             atomicAdd(params.kept + own.head, far_scores + scores_from(own.tile, item.rows, first));
         }
     }

@@ -25,11 +25,11 @@
 #pragma once
 
 #include "adaattn/plan/far_field.cuh"
-#include "adaattn/quant/convert.cuh"
 #include "adaattn/ptx/mbarrier.cuh"
 #include "adaattn/ptx/tma.cuh"
 #include "adaattn/ptx/wgmma.cuh"
 #include "adaattn/ptx/wgmma_f16.cuh"
+#include "adaattn/quant/convert.cuh"
 
 namespace adaattn::sm90_probe {
 
@@ -40,14 +40,15 @@ struct Params {
     const far::Group* groups;
     const i32* sample_rows;  // (groups, samples)
     const i32* group_list;   // groups to probe
-    const i32* decision;     // (batch, heads_q): heads below 0 are passed over; null: all are probed
-    float2* partial;         // (units, groups, splits, columns): c r and sum
-    float* partial_weighted; // the same shape: sum of 2^(c s - c r) c s
-    float* lse_log2;         // (units, groups, columns)
-    float4* stats;           // (units, groups, columns): entropy in bits, largest weight, largest score in bits, 0
-    i32* finished;           // (units, groups): blocks done; 0 between launches
-    unsigned char* codes;    // (batch, heads_q, groups, code_stride)
-    i32 listed;              // groups in the list
+    const i32* decision;  // (batch, heads_q): heads below 0 are passed over; null: all are probed
+    float2* partial;      // (units, groups, splits, columns): c r and sum
+    float* partial_weighted;  // the same shape: sum of 2^(c s - c r) c s
+    float* lse_log2;          // (units, groups, columns)
+    float4*
+        stats;  // (units, groups, columns): entropy in bits, largest weight, largest score in bits, 0
+    i32* finished;         // (units, groups): blocks done; 0 between launches
+    unsigned char* codes;  // (batch, heads_q, groups, code_stride)
+    i32 listed;            // groups in the list
     i32 padding;
 };
 
@@ -63,7 +64,8 @@ struct Traits {
     static constexpr int kTileKeys = 128;
     static constexpr int kStages = kDimQk <= 64 ? 4 : 2;
     static constexpr int kConsumerWarps = 8;
-    static constexpr int kAhead = kStages == 4 ? 2 : 1;  // copies in flight; the spare buffer lets warps drift apart
+    static constexpr int kAhead =
+        kStages == 4 ? 2 : 1;  // copies in flight; the spare buffer lets warps drift apart
     static constexpr int kThreads = kConsumerWarps * kWarpThreads;
     static constexpr int kPanels = kDimQk / ptx::kPanelColumns;
     static constexpr int kSampleBytes = round_up(kPanels * kColumns * ptx::kPanelRowBytes, 1024);
@@ -73,13 +75,14 @@ struct Traits {
     static constexpr int kLimitOffset = kBarrierOffset + round_up(16 * kStages, 128);
     static constexpr int kMergeOffset = kLimitOffset + 3 * 4 * kColumns;
     static constexpr int kMergeFloats = kPass == 0 ? (kStats ? 3 : 2) : 0;
-    static constexpr int kSmemBytes = round_up(kMergeOffset + 4 * kConsumerWarps * kColumns * kMergeFloats + 16, 128);
+    static constexpr int kSmemBytes =
+        round_up(kMergeOffset + 4 * kConsumerWarps * kColumns * kMergeFloats + 16, 128);
     static_assert(kColumns % 32 == 0 && kColumns <= 128, "columns of one wgmma");
 };
 
 // Merges (reference, sum) pairs in units of 2: the reference is the larger, the sum follows it.
-ADAATTN_DEVICE void merge(float& reference, float& sum, float& weighted, float other, float other_sum,
-                                      float other_weighted) {
+ADAATTN_DEVICE void merge(float& reference, float& sum, float& weighted, float other,
+                          float other_sum, float other_weighted) {
     const float next = fmaxf(reference, other);
     const float mine = reference == next ? 1.0f : ptx::exp2_approx(reference - next);
     const float theirs = other == next ? 1.0f : ptx::exp2_approx(other - next);
@@ -93,10 +96,10 @@ struct Block {
     const Params& params;
     const u32 smem;
     char* const shared;
-    int unit;         // (batch, key head, chunk of heads)
+    int unit;  // (batch, key head, chunk of heads)
     int batch;
     int head_kv;
-    int head_first;   // first query head
+    int head_first;  // first query head
     int group;
     int split;
     int key_first;
@@ -106,8 +109,12 @@ struct Block {
     ADAATTN_DEVICE u32 empty(int stage) const { return full(T::kStages + stage); }
     ADAATTN_DEVICE int* stops() const { return reinterpret_cast<int*>(shared + T::kLimitOffset); }
     ADAATTN_DEVICE float* lse() const { return reinterpret_cast<float*>(stops() + T::kColumns); }
-    ADAATTN_DEVICE float* merge_space() const { return reinterpret_cast<float*>(shared + T::kMergeOffset); }
-    ADAATTN_DEVICE i64 group_index() const { return static_cast<i64>(unit) * params.sizes.groups + group; }
+    ADAATTN_DEVICE float* merge_space() const {
+        return reinterpret_cast<float*>(shared + T::kMergeOffset);
+    }
+    ADAATTN_DEVICE i64 group_index() const {
+        return static_cast<i64>(unit) * params.sizes.groups + group;
+    }
 
     // Works out what this block does; false if there is nothing to do.
     ADAATTN_DEVICE bool open() {
@@ -125,7 +132,8 @@ struct Block {
         if (own.far_keys == 0) return false;
         if (params.decision != nullptr) {
             bool wanted = false;
-            for (int h = 0; h < T::kHeads; ++h) wanted |= params.decision[batch * sizes.heads_q + head_first + h] >= 0;
+            for (int h = 0; h < T::kHeads; ++h)
+                wanted |= params.decision[batch * sizes.heads_q + head_first + h] >= 0;
             if (!wanted) return false;
         }
         const int last_row = smaller((own.tile_first + own.tiles) * sizes.tile, sizes.len_q) - 1;
@@ -154,18 +162,22 @@ struct Block {
             const int chunk = i % kChunks;
             uint4 words = make_uint4(0, 0, 0, 0);
             if (8 * chunk < sizes.dim_qk) {
-                const u16* row = params.query.at(batch, head_first + column / T::kSamples, rows[column % T::kSamples]);
+                const u16* row = params.query.at(batch, head_first + column / T::kSamples,
+                                                 rows[column % T::kSamples]);
                 words = *reinterpret_cast<const uint4*>(row + 8 * chunk);
             }
             const int panel = chunk / 8;
-            const int place = panel * T::kColumns * ptx::kPanelRowBytes + column * ptx::kPanelRowBytes +
-                              ((chunk % 8) ^ (column % 8)) * 16;
+            const int place = panel * T::kColumns * ptx::kPanelRowBytes +
+                              column * ptx::kPanelRowBytes + ((chunk % 8) ^ (column % 8)) * 16;
             *reinterpret_cast<uint4*>(shared + place) = words;
         }
-        for (int column = static_cast<int>(threadIdx.x); column < T::kColumns; column += T::kThreads) {
+        for (int column = static_cast<int>(threadIdx.x); column < T::kColumns;
+             column += T::kThreads) {
             const int row = rows[column % T::kSamples];
-            stops()[column] = T::kPass == 0 ? sizes.visible(row) : sizes.near_first(row / sizes.tile);
-            if constexpr (T::kPass == 1) lse()[column] = params.lse_log2[group_index() * T::kColumns + column];
+            stops()[column] =
+                T::kPass == 0 ? sizes.visible(row) : sizes.near_first(row / sizes.tile);
+            if constexpr (T::kPass == 1)
+                lse()[column] = params.lse_log2[group_index() * T::kColumns + column];
         }
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
@@ -177,7 +189,8 @@ struct Block {
         ptx::mbarrier_wait(empty(stage), (static_cast<u32>(tile / T::kStages) & 1u) ^ 1u);
         ptx::mbarrier_arrive_expect(full(stage), T::kKeyBytes);
         for (int panel = 0; panel < T::kPanels; ++panel) {
-            ptx::tma_load(smem + T::kKeyOffset + stage * T::kKeyBytes + panel * T::kTileKeys * ptx::kPanelRowBytes,
+            ptx::tma_load(smem + T::kKeyOffset + stage * T::kKeyBytes +
+                              panel * T::kTileKeys * ptx::kPanelRowBytes,
                           &params.key_map, full(stage), ptx::kEvictLast, panel * ptx::kPanelColumns,
                           key_first + tile * T::kTileKeys, head_kv, batch);
         }
@@ -198,9 +211,9 @@ struct Block {
         ptx::wgmma_fence();
 #pragma unroll
         for (int k = 0; k < T::kDimQk / 16; ++k) {
-            ptx::Wgmma<T::kFormat, T::kColumns>::ss(scores, ptx::advance(keys, ptx::k_slice_bytes(k, T::kTileKeys)),
-                                                             ptx::advance(samples, ptx::k_slice_bytes(k, T::kColumns)),
-                                                             k != 0);
+            ptx::Wgmma<T::kFormat, T::kColumns>::ss(
+                scores, ptx::advance(keys, ptx::k_slice_bytes(k, T::kTileKeys)),
+                ptx::advance(samples, ptx::k_slice_bytes(k, T::kColumns)), k != 0);
         }
         ptx::wgmma_commit();
         ptx::wgmma_wait<0>();
@@ -244,7 +257,8 @@ struct Block {
             sum[i] = 0.0f;
             if constexpr (T::kStats) weighted[i] = 0.0f;
         }
-        constexpr float kSlack = T::kStats ? 0.0f : 8.0f;  // without slack the reference is the largest score
+        constexpr float kSlack =
+            T::kStats ? 0.0f : 8.0f;  // without slack the reference is the largest score
         for (int tile = 0; tile < tiles; ++tile) {
             float scores[T::kColumns / 2];
             scores_of(tile, scores);
@@ -264,7 +278,8 @@ struct Block {
                 for (int i = 0; i < kOwn; ++i) {
                     const int at = 4 * (i / 2) + i % 2;
                     const float next = fmaxf(reference[i], fmaxf(scores[at], scores[at + 2]));
-                    const float factor = next == reference[i] ? 1.0f : ptx::exp2_approx(reference[i] - next);
+                    const float factor =
+                        next == reference[i] ? 1.0f : ptx::exp2_approx(reference[i] - next);
                     reference[i] = next;
                     sum[i] *= factor;
                     if constexpr (T::kStats) weighted[i] *= factor;
@@ -279,7 +294,8 @@ struct Block {
                 sum[i] += first + second;
                 if constexpr (T::kStats) {
                     // A hidden score is -inf and weighs nothing: keep 0 * inf out of the sum.
-                    weighted[i] += (first > 0.0f ? first * scores[at] : 0.0f) + (second > 0.0f ? second * scores[at + 2] : 0.0f);
+                    weighted[i] += (first > 0.0f ? first * scores[at] : 0.0f) +
+                                   (second > 0.0f ? second * scores[at + 2] : 0.0f);
                 }
             }
         }
@@ -317,7 +333,8 @@ struct Block {
             float weighted = 0.0f;
             if (tiles > 0) {
                 for (int warp = 0; warp < T::kConsumerWarps; ++warp) {
-                    const float* own = merge_space() + (warp * T::kColumns + column) * T::kMergeFloats;
+                    const float* own =
+                        merge_space() + (warp * T::kColumns + column) * T::kMergeFloats;
                     merge(reference, sum, weighted, own[0], own[1], T::kStats ? own[2] : 0.0f);
                 }
             }
@@ -345,7 +362,8 @@ struct Block {
             for (int s = 0; s < live; ++s) {
                 const i64 place = (group_index() * params.sizes.splits + s) * T::kColumns + column;
                 const float2 part = __ldcg(params.partial + place);
-                merge(reference, sum, weighted, part.x, part.y, T::kStats ? __ldcg(params.partial_weighted + place) : 0.0f);
+                merge(reference, sum, weighted, part.x, part.y,
+                      T::kStats ? __ldcg(params.partial_weighted + place) : 0.0f);
             }
             const float lse = sum > 0.0f ? reference + log2f(sum) : -ptx::infinity();
             const i64 place = group_index() * T::kColumns + column;
@@ -373,7 +391,8 @@ struct Block {
             float highest = -ptx::infinity();
 #pragma unroll
             for (int j = 0; j < T::kColumns / 8; ++j) {
-                const float2 shift = *reinterpret_cast<const float2*>(lse() + 8 * j + 2 * (lane % 4));
+                const float2 shift =
+                    *reinterpret_cast<const float2*>(lse() + 8 * j + 2 * (lane % 4));
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
                     float& low = scores[4 * j + 2 * r];
@@ -383,7 +402,8 @@ struct Block {
                     highest = fmaxf(highest, fmaxf(low, high));
                 }
             }
-            constexpr float kNothing = far::kSmallestMassLog2 - 6.0f;  // 64 such weights make the smallest mass
+            constexpr float kNothing =
+                far::kSmallestMassLog2 - 6.0f;  // 64 such weights make the smallest mass
             const bool something = __any_sync(kFullWarp, highest > kNothing);
 #pragma unroll
             for (int h = 0; h < T::kHeads; ++h) {
@@ -405,8 +425,11 @@ struct Block {
                     mass[r] += __shfl_xor_sync(kFullWarp, mass[r], 2);
                     const int own = key + 8 * r;
                     if (lane % 4 == 0 && own < far_keys) {
-                        const i64 row = (static_cast<i64>(batch) * sizes.heads_q + head_first + h) * sizes.groups + group;
-                        params.codes[row * sizes.code_stride + own] = static_cast<unsigned char>(far::code_of(mass[r]));
+                        const i64 row = (static_cast<i64>(batch) * sizes.heads_q + head_first + h) *
+                                            sizes.groups +
+                                        group;
+                        params.codes[row * sizes.code_stride + own] =
+                            static_cast<unsigned char>(far::code_of(mass[r]));
                     }
                 }
             }

@@ -63,7 +63,7 @@ static_assert(sizeof(WorkItem) == 64 && sizeof(Source) == 32, "mirrored by the h
 // Where the blocks of a launch take their items from, one after the other, if a planning kernel wrote
 // the list: behind the last item stands one without rows.
 struct alignas(16) Queue {
-    i32 next;   // 0 before a launch
+    i32 next;  // 0 before a launch
     i32 items;
     i32 reserved[2];
 };
