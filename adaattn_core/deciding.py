@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, Protocol, runtime_checkable
 
+from adaattn_core.backend import Backend
 from adaattn_core.budget import ErrorBudget
-from adaattn_core.certificate import HeadCertificate
+from adaattn_core.certificate import Certificate, HeadCertificate
+from adaattn_core.costs import CostModel
 from adaattn_core.facts import RawResult
+from adaattn_core.lazy import LazyHeads
 from adaattn_core.plan import HeadPlan
+from adaattn_core.policies.base import Policy, PolicyContext
+from adaattn_core.policies.compiling import compile_policy
 from adaattn_core.policies.table import DecisionTable
 from adaattn_core.problem import AttentionProblem, HeadIndex
-from adaattn_core.stats import HeadStats
+from adaattn_core.stats import HeadStats, problem_shapes
 
-__all__ = ["Adapted", "Decides"]
+__all__ = ["Adapted", "Decides", "certificate_later", "compiled_for"]
+
+_TABLES_REMEMBERED = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,3 +82,90 @@ class Decides(Protocol):
             A reason: the call is then made step by step on the host.
         """
         ...
+
+
+_tables: OrderedDict[Hashable, DecisionTable | str] = OrderedDict()
+_lock = Lock()
+
+
+def compiled_for(
+    problem: AttentionProblem,
+    backend: Backend,
+    policy: Policy,
+    budget: ErrorBudget,
+    costs: CostModel,
+    layer: str,
+) -> DecisionTable | str:
+    """Return the policy's table for a problem's heads, or why there is none.
+
+    Tables depend on sizes, not on numbers: they are remembered, as compiling one takes longer
+    than starting a call.
+    """
+    capabilities = backend.capabilities()
+    spans = tuple((span.len_q, span.len_kv) for span in problem.sequences)
+    key: Hashable = (
+        policy, budget, capabilities, costs.name, problem.dtype, problem.scale, spans,
+        (problem.heads_q, problem.heads_kv, problem.dim_qk, problem.dim_v), problem.mask.left,
+        problem.mask.right, problem.mask.alignment, problem.mask.is_structural,
+    )  # fmt: skip
+    try:
+        with _lock:
+            found = _tables.get(key)
+            if found is not None:
+                _tables.move_to_end(key)
+                return found
+    except TypeError:  # a policy of mutable parts has no hash: it is compiled every time
+        return _compiled(problem, capabilities, policy, budget, costs, layer)
+    found = _compiled(problem, capabilities, policy, budget, costs, layer)
+    with _lock:
+        _tables[key] = found
+        while len(_tables) > _TABLES_REMEMBERED:
+            _tables.popitem(last=False)
+    return found
+
+
+def _compiled(
+    problem: AttentionProblem,
+    capabilities: Any,
+    policy: Policy,
+    budget: ErrorBudget,
+    costs: CostModel,
+    layer: str,
+) -> DecisionTable | str:
+    if budget.guarantee != "sampled":
+        return f"guarantee {budget.guarantee}: only sampled ones are kept on the device"
+    context = PolicyContext(
+        budget=budget, capabilities=capabilities, costs=costs, dtype=problem.dtype,
+        structural=problem.mask.is_structural, shapes=problem_shapes(problem),
+        scale=problem.scale, seed=0, layer=layer, prefix=problem.prefix_sequences(),
+    )  # fmt: skip
+    compiled = compile_policy(policy, context)
+    if compiled is None:
+        return f"policy {policy.name} does not compile to a table"
+    if len(compiled.tables) != 1:
+        return f"{len(compiled.tables)} sizes of heads in one problem"
+    return compiled.tables[0]
+
+
+def certificate_later(
+    problem: AttentionProblem,
+    adapted: Adapted,
+    budget: ErrorBudget,
+    check: Callable[..., None],
+) -> Certificate:
+    """Return the certificate of a device's call.
+
+    It is read, and `check` raises for heads that miss the budget, when somebody looks; at once
+    only where the caller asked to be stopped (``on_violation="raise"``).
+    """
+    shape = (len(problem.sequences), problem.heads_q)
+
+    def checked() -> Mapping[HeadIndex, HeadCertificate]:
+        found = Certificate(adapted.certificates, shape)
+        check(found, budget, found.violations(budget), None, None)
+        return adapted.certificates
+
+    certificate = Certificate(LazyHeads(checked), shape)
+    if budget.on_violation == "raise":
+        certificate.holds(budget)
+    return certificate

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
 from adaattn_core.backend import Backend
 from adaattn_core.budget import ErrorBudget
-from adaattn_core.certificate import Certificate, HeadCertificate
+from adaattn_core.certificate import Certificate
 from adaattn_core.certifier import Certifier
 from adaattn_core.costs import CostModel
-from adaattn_core.deciding import Adapted, Decides
+from adaattn_core.deciding import Adapted, Decides, certificate_later, compiled_for
 from adaattn_core.errors import BudgetInfeasibleError, CertificateViolation
 from adaattn_core.facts import RawResult
-from adaattn_core.lazy import LazyHeads
 from adaattn_core.plan import Plan
 from adaattn_core.policies.base import Policy, PolicyContext
-from adaattn_core.policies.compiling import compile_policy
 from adaattn_core.policies.fixed import ExactPolicy
 from adaattn_core.problem import AttentionProblem, HeadIndex
-from adaattn_core.stats import HeadStats, ProblemStats
+from adaattn_core.stats import ProblemStats, problem_shapes
 from adaattn_core.structure import Dense
 
 Notes = dict[str, Any]
@@ -50,6 +48,26 @@ def run_pipeline(
     A backend that `Decides` makes them on its device in one call; any other policy, budget or
     problem takes them one by one. `drawn` says that the seed was drawn, not given.
     """
+    clock = _Clock()
+    reason = ""
+    if plan is None and policy and budget and isinstance(backend, Decides):
+        rules = compiled_for(problem, backend, policy, budget, costs, layer)
+        given = None if drawn else seed
+        adapted = (
+            rules
+            if isinstance(rules, str)
+            else backend.adapt(problem, rules, budget, seed=given, profile=profile)
+        )
+        if isinstance(adapted, Adapted):
+            certificate = certificate_later(problem, adapted, budget, _check_outcome)
+            plan = Plan(
+                adapted.plans, seed=adapted.seed, policy=policy.name, target=costs.name,
+                layer=layer,
+            )  # fmt: skip
+            clock.stop("host_seconds")
+            notes: Notes = {**clock.seconds, **adapted.notes}
+            return adapted.raw, plan, certificate, ProblemStats(adapted.stats), notes
+        reason = adapted
     capabilities = backend.capabilities()
     context = PolicyContext(
         budget=budget,
@@ -57,27 +75,12 @@ def run_pipeline(
         costs=costs,
         dtype=problem.dtype,
         structural=problem.mask.is_structural,
-        shapes=_shapes(problem),
+        shapes=problem_shapes(problem),
         scale=problem.scale,
         seed=seed,
         layer=layer,
         prefix=problem.prefix_sequences(),
     )
-    clock = _Clock()
-    reason = ""
-    if (
-        plan is None
-        and policy is not None
-        and budget is not None
-        and isinstance(backend, Decides)
-    ):
-        adapted = _on_device(
-            problem, backend, policy, context, None if drawn else seed, profile
-        )
-        if isinstance(adapted, Adapted):
-            clock.stop("host_seconds")
-            return _outcome(problem, adapted, policy, context, clock.seconds)
-        reason = adapted
     stats: ProblemStats | None = None
     workspace = None
     if plan is None:
@@ -128,64 +131,12 @@ def run_pipeline(
         clock.stop("escalate_seconds")
         blamed = certifier.mask_to_blame(raw, plan, failing)
         _check_outcome(certificate, budget, failing, backend, blamed)
-    notes: Notes = {**clock.seconds, "escalated": escalated}
+    notes = {**clock.seconds, "escalated": escalated}
     if reason:
         notes["planned_on_host"] = reason
     if ran_dense:
         notes["ran_dense"] = [f"{sequence},{head}" for sequence, head in ran_dense]
     return raw, plan, certificate, stats, notes
-
-
-def _on_device(
-    problem: AttentionProblem,
-    backend: Decides,
-    policy: Policy,
-    context: PolicyContext,
-    seed: int | None,
-    profile: bool,
-) -> Adapted | str:
-    """Let the backend do everything by the policy's table, or say why it does not."""
-    budget = context.budget
-    assert budget is not None
-    if budget.guarantee != "sampled":
-        return f"guarantee {budget.guarantee}: only sampled ones are kept on the device"
-    compiled = compile_policy(policy, context)
-    if compiled is None:
-        return f"policy {policy.name} does not compile to a table"
-    if len(compiled.tables) != 1:
-        return f"{len(compiled.tables)} sizes of heads in one problem"
-    return backend.adapt(problem, compiled.tables[0], budget, seed=seed, profile=profile)
-
-
-def _outcome(
-    problem: AttentionProblem,
-    adapted: Adapted,
-    policy: Policy,
-    context: PolicyContext,
-    seconds: Mapping[str, float],
-) -> tuple[RawResult, Plan, Certificate, ProblemStats | None, Notes]:
-    """Name what a device did; it is waited for only where the caller wants to be stopped."""
-    budget = context.budget
-    assert budget is not None
-    shape = (len(problem.sequences), problem.heads_q)
-
-    def checked() -> Mapping[HeadIndex, HeadCertificate]:
-        found = Certificate(adapted.certificates, shape)
-        _check_outcome(found, budget, found.violations(budget), None, None)
-        return adapted.certificates
-
-    certificate = Certificate(LazyHeads(checked), shape)
-    if budget.on_violation == "raise":
-        certificate.holds(budget)
-    plan = Plan(
-        adapted.plans,
-        seed=adapted.seed,
-        policy=policy.name,
-        target=context.costs.name,
-        layer=context.layer,
-    )
-    notes = {**seconds, **adapted.notes}
-    return adapted.raw, plan, certificate, ProblemStats(adapted.stats), notes
 
 
 def _check_outcome(
@@ -232,21 +183,6 @@ def _check_outcome(
         do=do,
         **facts,
     )
-
-
-def _shapes(problem: AttentionProblem) -> dict[HeadIndex, HeadStats]:
-    """Sizes of every head, as stats without measurements."""
-    out = {}
-    for sequence in problem.sequences:
-        shape = HeadStats(
-            len_q=sequence.len_q,
-            len_kv=sequence.len_kv,
-            dim_qk=problem.dim_qk,
-            dim_v=problem.dim_v,
-            visible=problem.visible_scores(sequence.index),
-        )
-        out.update({(sequence.index, head): shape for head in range(problem.heads_q)})
-    return out
 
 
 class _Clock:

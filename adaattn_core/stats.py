@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from adaattn_core.problem import HeadIndex
+from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_core.structure import Structure
 
 
@@ -136,3 +136,18 @@ class MeasureRequest:
     spectrum: bool
     seed: int
     enough_share: float = 1.0
+
+
+def problem_shapes(problem: AttentionProblem) -> dict[HeadIndex, HeadStats]:
+    """Sizes of every head of a problem, as stats without measurements."""
+    out = {}
+    for sequence in problem.sequences:
+        shape = HeadStats(
+            len_q=sequence.len_q,
+            len_kv=sequence.len_kv,
+            dim_qk=problem.dim_qk,
+            dim_v=problem.dim_v,
+            visible=problem.visible_scores(sequence.index),
+        )
+        out.update({(sequence.index, head): shape for head in range(problem.heads_q)})
+    return out
