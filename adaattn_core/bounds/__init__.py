@@ -20,6 +20,14 @@ from adaattn_core.bounds.mass import (
     pooled_log_mass_lower,
     skipped_mass,
 )
+from adaattn_core.bounds.norms import (
+    largest_norm_upper,
+    rms_estimate,
+    rms_norm_estimate,
+    rms_norm_lower,
+    row_norms_estimate,
+    row_norms_upper,
+)
 from adaattn_core.bounds.probabilistic import deviation_factor, stochastic_score_error
 from adaattn_core.bounds.quantise import (
     WeightRounding,
@@ -46,6 +54,7 @@ __all__ = [
     "exp_score_error",
     "gamma_nearest",
     "gamma_toward_zero",
+    "largest_norm_upper",
     "minimal_sample_size",
     "order_statistic",
     "output_error",
@@ -55,8 +64,13 @@ __all__ = [
     "projected_score_error",
     "relative_terms",
     "residual_norm",
+    "rms_estimate",
+    "rms_norm_estimate",
+    "rms_norm_lower",
     "rounded_values_error",
     "rounded_weights_error",
+    "row_norms_estimate",
+    "row_norms_upper",
     "sample_size",
     "score_error",
     "score_rounding",
