@@ -20,6 +20,8 @@ from adaattn_core.structure import Landmark, ScoreSkip
 CHUNK_KEYS_LEAST = 64
 """Fewest keys per step of an executor's streaming softmax (a score-skip tile may be
 smaller)."""
+_NORM_ROUNDING = 1.0 + 2.0**-36
+"""Covers the rounding of an error's norm in float64, up to a dimension of 2^16."""
 SPARE_ROUNDINGS = 12
 """Roundings per path besides the sum itself: casts of both operands to the working precision,
 the mean key, scaling and unscaling of both 8-bit operands, the softmax scale, the division by
@@ -222,7 +224,7 @@ def sampled_certificate(
     upper = math.inf
     if k is not None and not facts.nonfinite:
         ordered = np.sort(np.where(np.isnan(errors.error), np.inf, errors.error))
-        reached = add_up(float(ordered[k - 1]), errors.oracle_upper)
+        reached = add_up(mul_up(float(ordered[k - 1]), _NORM_ROUNDING), errors.oracle_upper)
         upper = bounds.relative_terms({"sampled": float(reached)}, facts.output_rms)["sampled"]
     return HeadCertificate(
         "sampled",
@@ -369,9 +371,5 @@ def _output_error(arithmetic: _Arithmetic, dtype: str, dim_v: int, row_norm: flo
 def _frobenius_estimate(errors: RowErrors) -> float:
     if errors.error.size == 0:
         return math.nan
-    with np.errstate(all="ignore"):
-        error = float(np.mean(np.square(errors.error)))
-        exact = float(np.mean(np.square(errors.exact_norm)))
-    if error == 0:
-        return 0.0
-    return math.sqrt(error / exact) if exact > 0 else math.inf
+    error, exact = (bounds.rms_estimate(x) for x in (errors.error, errors.exact_norm))
+    return bounds.relative_terms({"error": error}, exact)["error"]

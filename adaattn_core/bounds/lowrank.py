@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from adaattn_core.bounds.rounding import Real, mul_up
+from adaattn_core.bounds.norms import row_norms_upper
+from adaattn_core.bounds.rounding import Real, add_up, mul_up
 
 
 def projected_score_error(
@@ -55,6 +56,5 @@ def residual_norm(vectors: NDArray[np.floating], basis: NDArray[np.floating]) ->
     residual = x - (x @ b) @ b.T
     units = 4.0 * (sum(b.shape) + 1) * 2.0**-53
     growth = 1.0 + float(np.sum(b * b))
-    norms = np.linalg.norm(residual, axis=1) * (1.0 + units)
-    rounding = mul_up(units * growth, np.linalg.norm(x, axis=1))
-    return float(np.max(norms + rounding)) * (1.0 + 2.0**-50)
+    rounding = mul_up(units * growth, row_norms_upper(x))
+    return float(np.max(add_up(row_norms_upper(residual), rounding)))

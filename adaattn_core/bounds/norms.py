@@ -43,7 +43,7 @@ def row_norms_upper(x: NDArray[Any]) -> Float64:
     if unit is None:
         return np.asarray(raised)
     with np.errstate(over="ignore", invalid="ignore"):
-        upper = np.asarray(up(raised * unit))
+        upper = np.where(unit == 1, raised, up(raised * unit))
     return np.where(np.isnan(norms), np.inf, np.where(norms == 0, 0.0, upper))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,8 @@ import scipy
 from numpy.typing import NDArray
 
 from adaattn_core.backend import Capabilities
+from adaattn_core.bounds import largest_norm_upper, rms_norm_lower
+from adaattn_core.bounds.rounding import add_up
 from adaattn_core.errors import UnsupportedError
 from adaattn_core.facts import RawResult, RowErrors, RunFacts
 from adaattn_core.formats import FORMATS
@@ -24,7 +27,7 @@ from adaattn_reference.exact import errors_against
 from adaattn_reference.farfield import GroupProbe
 from adaattn_reference.landmark import landmark
 from adaattn_reference.measure import HeadProbe, measure_head
-from adaattn_reference.operands import Operands, max_norm, prepare_operands
+from adaattn_reference.operands import Operands, prepare_operands
 from adaattn_reference.score_skip import score_skip
 from adaattn_reference.svd import score_factors
 from adaattn_reference.threads import map_heads, thread_count
@@ -241,7 +244,7 @@ def _input_facts(view: HeadView) -> RunFacts:
         query_norm_upper=view.query_norm_upper,
         key_norm_upper=float(view.seen(view.kv.key_norm).max(initial=0.0)),
         value_norm_upper=float(view.seen(view.kv.value_norm).max(initial=0.0)),
-        value_diameter_upper=view.kv.value_diameter_upper,
+        value_diameter_upper=view.value_diameter_upper,
         bias_max_abs=bias_max,
         keys_max=widest if view.seen_keys.any() else 0,
     )
@@ -252,7 +255,8 @@ def _with_run_facts(
 ) -> RunFacts:
     key_norm = facts.key_norm_upper
     if operands.lse_shift is not None:  # the keys as multiplied: smoothed
-        key_norm = max_norm(operands.key[view.seen_keys]) + operands.key_residual_upper
+        size = largest_norm_upper(operands.key[view.seen_keys])
+        key_norm = float(add_up(size, operands.key_residual_upper))
     return replace(
         facts,
         share=output.computed / view.visible if view.visible else 1.0,
@@ -269,19 +273,10 @@ def _with_run_facts(
 
 
 def _with_output_facts(facts: RunFacts, out: NDArray[Any]) -> RunFacts:
-    """Add what only the returned rows tell; the rms is rounded down."""
-    rows = out if out.dtype in (np.float32, np.float64) else out.astype(np.float32)
-    squares = np.einsum("ij,ij->i", rows, rows)
-    largest = float(squares.max(initial=0.0))
-    if not 1e-30 < largest < 1e30 and rows.size:
-        squares = np.einsum("ij,ij->i", rows, rows, dtype=np.float64)
-    mean_square = float(np.mean(squares, dtype=np.float64)) if rows.size else 0.0
-    return replace(
-        facts,
-        output_rms=np.sqrt(mean_square) * (1 - 1e-4 if rows.dtype == np.float32 else 1 - 1e-10),
-        nonfinite=bool(rows.size)
-        and not (np.isfinite(mean_square) or bool(np.isfinite(rows).all())),
-    )
+    """Add what only the returned rows tell."""
+    size = rms_norm_lower(out)
+    finite = math.isfinite(size)
+    return replace(facts, output_rms=size if finite else 0.0, nonfinite=not finite)
 
 
 def _narrow(lse: Float) -> Float:

@@ -7,11 +7,18 @@ after the plan is fixed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from adaattn_core.bounds import (
+    relative_terms,
+    rms_estimate,
+    rms_norm_estimate,
+    row_norms_estimate,
+)
 from adaattn_core.plan import HeadPlan
 from adaattn_core.stats import HeadStats, MeasureRequest, StructureEstimate
 from adaattn_core.structure import BlockSparse, Landmark, LowRank, ScoreSkip, Structure
@@ -157,9 +164,9 @@ class _Judge:
             self.weights.append(weights)
             self.lse.append(lse)
         self.exact = exact
-        squares = np.concatenate([(e**2).sum(axis=1) for e in exact])
         # The unit of certificates counts the rows that see nothing, as rows of zeros.
-        self.rms = float(np.sqrt(np.mean(squares) * np.mean(view.live)))
+        live_share = float(np.mean(view.live))
+        self.rms = rms_norm_estimate(np.concatenate(exact)) * live_share**0.5
         self.score_max = float(max(tops))
         self.entropy = np.concatenate(entropies)
         self.largest = np.concatenate(largest)
@@ -178,18 +185,24 @@ class _Judge:
         }
 
     def _estimate(
-        self, structure: Structure, share: float, rank: int, errors: list[Float]
+        self, structure: Structure, share: float, rank: int, errors: Sequence[Float]
     ) -> StructureEstimate:
         """Summarise the error norms of the held-out rows."""
-        error = np.concatenate(errors)
-        scale = max(self.rms, TINY)
         return StructureEstimate(
             structure=structure,
             share=min(share, 1.0),
             rank=rank,
-            row_error_estimate=float(np.quantile(error, self.request.rows)) / scale,
-            frobenius_estimate=float(np.sqrt(np.mean(error**2))) / scale,
+            row_error_estimate=self._row_error(errors),
+            frobenius_estimate=self._in_units(rms_estimate(np.concatenate(errors))),
         )
+
+    def _row_error(self, errors: Sequence[Float]) -> float:
+        """Error at the budget's row quantile; inf where it is not a number."""
+        return self._in_units(float(np.quantile(np.concatenate(errors), self.request.rows)))
+
+    def _in_units(self, error: float) -> float:
+        """Relative to the rms output row: 0/0 is 0, what is not a number is inf."""
+        return relative_terms({"error": error}, self.rms)["error"]
 
     def landmarks(
         self, structures: list[Landmark], probes: list[GroupProbe]
@@ -238,7 +251,7 @@ class _Judge:
             sums += np.matmul(pooled[:, None], far.pool_value[cluster])[:, 0]
             total += pooled.sum(axis=1)
         approximate = sums / np.maximum(total, TINY)[:, None]
-        return np.asarray(np.linalg.norm(approximate - self.exact[part], axis=1))
+        return row_norms_estimate(approximate - self.exact[part])
 
     def _landmark_share(self, counts: list[int]) -> float:
         """Share of visible scores that near field, landmarks and pools come to."""
@@ -265,7 +278,7 @@ class _Judge:
             part = weights[:, keys]
             sums = part @ self.operands.value[keys]
             total = np.maximum(part.sum(axis=1), TINY)
-            errors.append(np.linalg.norm(sums / total[:, None] - exact, axis=1))
+            errors.append(row_norms_estimate(sums / total[:, None] - exact))
         return self._estimate(structure, kept / max(seen, 1), 0, errors)
 
     def _skip_tiles(self, size: int) -> list[tuple[slice, Float, Float]]:
@@ -300,7 +313,7 @@ class _Judge:
             kept_scores += int((keep & (weights > 0)).sum())
             total = np.maximum(part_weights.sum(axis=1), TINY)
             out = part_weights @ self.operands.value[: weights.shape[1]] / total[:, None]
-            errors.append(np.linalg.norm(out - self.exact[part], axis=1))
+            errors.append(row_norms_estimate(out - self.exact[part]))
         seen = int((self.view.stop - self.view.start)[self.rows].sum())
         return self._estimate(structure, kept_scores / max(seen, 1), 0, errors)
 
@@ -319,9 +332,8 @@ class _Judge:
                 weights = np.exp(scores - np.where(top == -np.inf, 0, top)[:, None])
                 total = np.maximum(weights.sum(axis=1), TINY)
                 sums = operands.weighted_sum(weights, operands.value[:keys])
-                errors.append(np.linalg.norm(sums / total[:, None] - self.exact[part], axis=1))
-            error = np.concatenate(errors)
-            out[qk, pv] = float(np.quantile(error, self.request.rows)) / max(self.rms, TINY)
+                errors.append(row_norms_estimate(sums / total[:, None] - self.exact[part]))
+            out[qk, pv] = self._row_error(errors)
         return out
 
 

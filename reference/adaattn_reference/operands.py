@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from adaattn_core.bounds import largest_norm_upper
 from adaattn_core.formats import (
     format_spacing,
     get_format,
@@ -22,7 +23,7 @@ from adaattn_core.formats import (
 )
 from adaattn_core.plan import HeadPlan
 from adaattn_reference.scratch import scratch
-from adaattn_reference.view import HeadView, row_norms, transposed
+from adaattn_reference.view import HeadView, transposed
 
 Float = NDArray[np.floating[Any]]
 
@@ -116,27 +117,30 @@ def prepare_operands(view: HeadView, plan: HeadPlan, seed: int) -> Operands:
                 lse_shift = (query @ mean) * view.scale
             key = key - mean
         rng = np.random.default_rng((seed, 2)) if plan.rounding == "stochastic" else None
+        key = _blanked(key, view)
         exact_query, exact_key = query, key
         query, query_step = _quantise(query, plan, QUERY_BLOCK, rng)
         key, key_step = _quantise(key, plan, KEY_BLOCK, rng)
         residuals.update(
-            query_residual_upper=max_norm(exact_query - query),
-            key_residual_upper=max_norm((exact_key - key)[view.seen_keys]),
+            query_residual_upper=largest_norm_upper(exact_query - query),
+            key_residual_upper=largest_norm_upper(exact_key - key),
             query_step_upper=query_step,
             key_step_upper=key_step,
         )
     elif plan.qk not in ("f32", "f64"):
+        key = _blanked(key, view)
         exact_query, exact_key = query, key
         query, key = round_to_format(query, plan.qk), round_to_format(key, plan.qk)
         residuals.update(
-            query_residual_upper=max_norm(exact_query - query),
-            key_residual_upper=max_norm((exact_key - key)[view.seen_keys]),
+            query_residual_upper=largest_norm_upper(exact_query - query),
+            key_residual_upper=largest_norm_upper(exact_key - key),
         )
     value = view.kv.clean_value
     value_residual = 0.0
     if plan.pv not in ("f32", "f64"):
-        value = _round_values(view.kv.clean_value, plan)
-        value_residual = max_norm((view.kv.clean_value - value)[view.seen_keys])
+        exact_value = _blanked(value, view)
+        value = _round_values(exact_value, plan)
+        value_residual = largest_norm_upper(exact_value - value)
     dtype = view.query.dtype  # wider than the formats where float32 products would overflow
     operands = Operands(
         query=query.astype(dtype, copy=False) * dtype.type(view.scale),
@@ -150,6 +154,12 @@ def prepare_operands(view: HeadView, plan: HeadPlan, seed: int) -> Operands:
     if key is view.key:
         operands.key_t = view.kv.key_t  # shared by the heads of the group
     return operands
+
+
+def _blanked(x: Float, view: HeadView) -> Float:
+    """Keys or values of which those that no row sees are 0, and set no scale."""
+    seen = view.seen_keys
+    return x if seen.all() else np.where(seen[:, None], x, x.dtype.type(0))
 
 
 def _quantise(
@@ -212,8 +222,3 @@ def _finite_mean(key: Float, seen: NDArray[np.bool_]) -> Float:
     if not usable.any():
         return np.zeros(key.shape[1], key.dtype)
     return np.asarray(key[usable].mean(axis=0, dtype=np.float64).astype(key.dtype))
-
-
-def max_norm(x: Float) -> float:
-    """Largest Euclidean norm of a row, rounded up; Inf or NaN rows give inf."""
-    return float(row_norms(x).max(initial=0.0))

@@ -14,7 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adaattn_core.bounds import gamma_nearest, projected_score_error
+from adaattn_core.bounds import (
+    gamma_nearest,
+    largest_norm_upper,
+    projected_score_error,
+    row_norms_estimate,
+)
 from adaattn_core.bounds.rounding import add_up, mul_up
 from adaattn_core.errors import ArgumentError
 from adaattn_reference.linalg import singular_values, solve, svd
@@ -86,7 +91,7 @@ def best_score_error(query: NDArray[Any], key: NDArray[Any], rank: int) -> tuple
     tail = score_singular_values(query, key)[rank:]
     if tail.size == 0:
         return 0.0, 0.0
-    return float(np.linalg.norm(tail)), float(tail[0])
+    return float(row_norms_estimate(tail)), float(tail[0])
 
 
 def score_factors(query: NDArray[Any], key: NDArray[Any], rank: int) -> ScoreFactors:
@@ -126,10 +131,13 @@ def score_factors(query: NDArray[Any], key: NDArray[Any], rank: int) -> ScoreFac
         return ScoreFactors(q_kept, k_kept, math.inf, math.inf, math.inf)
     to_query, to_key = _balancing_basis(q, k)
     q_basis, k_basis = q @ to_query, k @ to_key
-    q_left, k_left = _norm_upper(q_basis[:, rank:]), _norm_upper(k_basis[:, rank:])
+    q_left, k_left = (
+        largest_norm_upper(q_basis[:, rank:]),
+        largest_norm_upper(k_basis[:, rank:]),
+    )
 
     # Rounding: the computed coordinates, and a change of basis that is inverse only nearly.
-    q_norm, k_norm = _norm_upper(q), _norm_upper(k)
+    q_norm, k_norm = largest_norm_upper(q), largest_norm_upper(k)
     gamma = gamma_nearest(dim + 2, F64_UNIT)
     q_slip = mul_up(gamma, q_norm, _frobenius_upper(to_query))
     k_slip = mul_up(gamma, k_norm, _frobenius_upper(to_key))
@@ -139,8 +147,8 @@ def score_factors(query: NDArray[Any], key: NDArray[Any], rank: int) -> ScoreFac
         2.0 * gamma,
     )
     kept = add_up(
-        mul_up(q_slip, add_up(_norm_upper(k_basis[:, :rank]), k_slip)),
-        mul_up(_norm_upper(q_basis[:, :rank]), k_slip),
+        mul_up(q_slip, add_up(largest_norm_upper(k_basis[:, :rank]), k_slip)),
+        mul_up(largest_norm_upper(q_basis[:, :rank]), k_slip),
     )
     q_residual, k_residual = add_up(q_left, q_slip), add_up(k_left, k_slip)
     left = projected_score_error(1.0, q_residual, k_residual)
@@ -186,7 +194,7 @@ def epsilon_rank(matrix: NDArray[Any], epsilon: float, norm: str = "frobenius") 
     values = values / values[0]
     if norm == "spectral":
         return int(np.sum(values > epsilon))
-    tails = np.sqrt(np.append(np.cumsum(values[::-1] ** 2)[::-1], 0.0))
+    tails = np.append(np.hypot.accumulate(values[::-1])[::-1], 0.0)
     return int(np.argmax(tails <= epsilon * tails[0]))
 
 
@@ -240,13 +248,5 @@ def _normalised(x: NDArray[Any]) -> tuple[NDArray[np.float64], float]:
     return wide / unit, unit
 
 
-def _norm_upper(rows: NDArray[np.float64]) -> float:
-    """Upper bound of the largest row norm."""
-    if rows.size == 0:
-        return 0.0
-    largest = float(np.max(np.linalg.norm(rows, axis=1)))
-    return float(mul_up(largest, 1.0 + (rows.shape[1] + 4) * F64_UNIT))
-
-
 def _frobenius_upper(x: NDArray[np.float64]) -> float:
-    return float(mul_up(np.linalg.norm(x), 1.0 + (x.size + 4) * F64_UNIT))
+    return largest_norm_upper(x.reshape(1, -1))

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaattn_core.arrays import to_numpy
+from adaattn_core.bounds import largest_norm_upper, row_norms_upper
 from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_reference.masking import HeadMask, MaskScan, WeighedMask
 
@@ -43,22 +44,19 @@ class KeyValues:
         return transposed(self.key)
 
     @cached_property
-    def key_norm(self) -> Float:
+    def key_norm(self) -> NDArray[np.float64]:
         """Euclidean norm of every key, rounded up."""
-        return row_norms(self.key)
+        return row_norms_upper(self.key)
 
     @cached_property
-    def value_norm(self) -> Float:
+    def value_norm(self) -> NDArray[np.float64]:
         """Euclidean norm of every value, rounded up."""
-        return row_norms(self.value)
+        return row_norms_upper(self.value)
 
     @cached_property
     def value_diameter_upper(self) -> float:
-        """Upper bound of the distance between two values (masked ones may loosen it)."""
-        if not len(self.value):
-            return 0.0
-        centre = self.clean_value.mean(axis=0)
-        return 2 * float(row_norms(self.value - centre).max()) * (1 + 1e-6)
+        """Upper bound of the distance between two values, seen or not."""
+        return diameter_upper(self.clean_value)
 
     @cached_property
     def bad_values(self) -> NDArray[np.int64]:
@@ -149,14 +147,21 @@ class HeadView:
         return int((self.stop - self.start).sum())
 
     @cached_property
-    def query_norm(self) -> Float:
+    def query_norm(self) -> NDArray[np.float64]:
         """Euclidean norm of every query, rounded up."""
-        return row_norms(self.query)
+        return row_norms_upper(self.query)
 
     @cached_property
     def query_norm_upper(self) -> float:
         """Largest Euclidean norm of a query row."""
         return float(self.query_norm.max(initial=0.0))
+
+    @property
+    def value_diameter_upper(self) -> float:
+        """Upper bound of the distance between two values that rows see."""
+        if self.seen_keys.all():
+            return self.kv.value_diameter_upper
+        return diameter_upper(self.kv.clean_value[self.seen_keys])
 
     @cached_property
     def nonfinite(self) -> bool:
@@ -236,7 +241,7 @@ class HeadView:
         """Boolean and additive masks, as `adaattn_reference.masking` reads them."""
         return WeighedMask(
             mask=HeadMask(self.start, self.stop, self.allowed, self.bias),
-            query_reach=self.query_norm.astype(np.float64) * self.scale,
+            query_reach=self.query_norm * self.scale,
             key_norm=self.kv.key_norm,
             value_norm=self.kv.value_norm,
             dtype=self.query.dtype,
@@ -410,14 +415,12 @@ def transposed(x: Float) -> Float:
     return out
 
 
-def row_norms(x: Float) -> Float:
-    """Euclidean norms of rows, rounded up; Inf or NaN in a row gives inf.
-
-    Squares are taken in the working dtype where they neither overflow nor underflow.
-    """
-    norms = np.sqrt(np.einsum("ij,ij->i", x, x))
-    largest = norms.max(initial=0.0)
-    if not 1e-15 < largest < 1e15:
-        norms = np.sqrt(np.einsum("ij,ij->i", x, x, dtype=np.float64))
-        norms[np.isnan(norms)] = np.inf
-    return np.asarray(norms * (1 + 1e-4 if norms.dtype == np.float32 else 1 + 1e-10))
+def diameter_upper(x: Float) -> float:
+    """Upper bound of the distance between two rows: twice the largest from their mean."""
+    if not len(x):
+        return 0.0
+    with np.errstate(over="ignore", invalid="ignore"):
+        centre = x.mean(axis=0)
+        if not np.isfinite(centre).all():
+            centre = np.zeros_like(centre)
+        return 2 * largest_norm_upper(x - centre)

@@ -13,7 +13,7 @@ from adaattn_core.plan import HeadPlan
 from adaattn_core.problem import AttentionProblem
 from adaattn_core.structure import BlockSparse, Landmark, LowRank, ScoreSkip, block_mask
 from adaattn_core.testing.kit import Kit, assert_certificate_holds, assert_same_result
-from adaattn_core.testing.oracles import exact_attention
+from adaattn_core.testing.oracles import exact_attention, row_errors
 from adaattn_core.testing.strategies import MaskSpec, ProblemSpec
 
 STRUCTURAL = st.sampled_from(
@@ -97,7 +97,7 @@ def test_given_blocks_equal_a_boolean_mask(kit: Kit, data: st.DataObject) -> Non
         if not np.isfinite(upper):
             continue
         where = (host.sequences[index[0]].batch, index[1])
-        error = np.linalg.norm(outcome.out[where] - exact.out[where], axis=-1).max(initial=0.0)
+        error = row_errors(outcome.out[where], exact.out[where]).max(initial=0.0)
         size = dense.facts[index].output_rms * (1 + 1e-4)
         assert error <= 2 * upper * size + exact.error_upper[index]
 

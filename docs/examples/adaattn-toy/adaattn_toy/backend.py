@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from adaattn_core.arrays import to_numpy
 from adaattn_core.backend import Capabilities
+from adaattn_core.bounds import largest_norm_upper, rms_norm_lower
 from adaattn_core.errors import UnsupportedError
 from adaattn_core.facts import RawResult, RowErrors, RunFacts
 from adaattn_core.plan import HeadPlan, Plan
@@ -147,29 +148,16 @@ def _attend(
         out = out.astype(query.dtype)
         lse = np.where(sees, (top + np.log(total))[:, 0], -np.inf).astype(np.float32)
         facts = RunFacts(
-            query_norm_upper=_norm_upper(q),
-            key_norm_upper=_norm_upper(k),
-            value_norm_upper=_norm_upper(v),
-            query_residual_upper=_norm_upper(query.astype(np.float64) - q),
-            key_residual_upper=_norm_upper(key.astype(np.float64) - k),
-            value_residual_upper=_norm_upper(value.astype(np.float64) - v),
-            value_diameter_upper=2 * _norm_upper(v),
+            query_norm_upper=largest_norm_upper(q),
+            key_norm_upper=largest_norm_upper(k),
+            value_norm_upper=largest_norm_upper(v),
+            query_residual_upper=largest_norm_upper(query.astype(np.float64) - q),
+            key_residual_upper=largest_norm_upper(key.astype(np.float64) - k),
+            value_residual_upper=largest_norm_upper(value.astype(np.float64) - v),
+            value_diameter_upper=2 * largest_norm_upper(v),
             bias_max_abs=float(np.abs(bias[visible]).max(initial=0.0)),
             keys_max=int(visible.sum(axis=1).max(initial=0)),
-            output_rms=float(np.sqrt(np.mean(_norms(out) ** 2))) if len(out) else 0.0,
+            output_rms=rms_norm_lower(out),
             nonfinite=not bool(np.isfinite(out.astype(np.float64)).all()),
         )
     return out, lse, facts
-
-
-def _norms(x: NDArray[Any]) -> NDArray[np.float64]:
-    """Row norms; scaled, because the square of a denormal number is zero."""
-    wide = x.astype(np.float64)
-    peak = np.abs(wide).max(axis=1, initial=0.0, keepdims=True)
-    unit = np.where((peak > 0) & np.isfinite(peak), peak, 1.0)
-    return unit[:, 0] * np.linalg.norm(wide / unit, axis=1)
-
-
-def _norm_upper(x: NDArray[Any]) -> float:
-    """Largest row norm; the factor covers the rounding of the norm itself."""
-    return float(_norms(x).max(initial=0.0)) * (1 + 1e-12)
