@@ -20,8 +20,8 @@ from adaattn_core.structure import Landmark, ScoreSkip
 CHUNK_KEYS_LEAST = 64
 """Fewest keys per step of an executor's streaming softmax (a score-skip tile may be
 smaller)."""
-_NORM_ROUNDING = 1.0 + 2.0**-36
-"""Covers the rounding of an error's norm in float64, up to a dimension of 2^16."""
+_NORM_ROUNDING = 1.0 + 2.0**-40
+"""Covers the rounding of an error's norm in float64, up to a dimension of 2^12."""
 SPARE_ROUNDINGS = 12
 """Roundings per path besides the sum itself: casts of both operands to the working precision,
 the mean key, scaling and unscaling of both 8-bit operands, the softmax scale, the division by
