@@ -109,9 +109,8 @@ def safer(
 ) -> HeadPlan | None:
     """Return the next safer plan: first the structure, then the formats, one rung at a time."""
     rel = context.budget.rel if context.budget is not None else 0.0
-    structure = _safer_structure(
-        plan.structure, min(rel / upper, 1.0) if upper > 0 else 0.0, stats
-    )
+    allowed = min(rel / upper, 1.0) if upper > 0 else 0.0
+    structure = _safer_structure(plan.structure, allowed, stats)
     if structure is not None and structure.kind in context.capabilities.structures:
         return replace(plan, structure=structure, reason="escalated: safer structure")
     formats = _wider(plan.qk, plan.pv, context)

@@ -58,3 +58,13 @@ def test_nothing_tried_nothing_fitted():
     assert 0 < share_of(Landmark(), stats_of()) < 1
     with pytest.raises(TypeError, match="dense has no knob"):
         knob(Dense())
+
+
+@pytest.mark.parametrize("aim", [5e-324, 1e-300, 1e300, 1.7e308])
+@pytest.mark.parametrize("kind", [Landmark, ScoreSkip])
+def test_budgets_at_the_ends_of_float64_are_fitted(aim, kind):
+    name = "lam" if kind is ScoreSkip else "tau"
+    stats = stats_of(*(estimate(kind(**{name: x}), 0.1, 0.3 * x) for x in (0.2, 0.1)))
+    structure, share = fitted(stats, kind, aim)
+    assert 0 < knob(structure) <= 0.9
+    assert 0 < share <= 1
