@@ -257,6 +257,18 @@ def test_array_masks(emulator: Emulator, dtype: str) -> None:
     check(emulator, problem(dtype, (40, 70), heads=(2, 1), mask=both), dtype)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+@pytest.mark.parametrize("lowest", [-3.4028235e38, -3.3895e38])
+def test_finite_mask_entries_hide_no_row(emulator: Emulator, dtype: str, lowest: float) -> None:
+    """A row of nothing but the lowest finite number is the mean of its values."""
+    bias = np.zeros((1, 1, 40, 70), np.float32)
+    bias[..., 3, :] = bias[..., 20:, 50:] = lowest
+    p = problem(dtype, (40, 70), heads=(2, 1), mask=Mask.additive(bias))
+    out, lse, _ = emulator.run(p, dtype, dtype)
+    assert_close(out, exact_attention(p).out, 2 * UNIT[dtype] + UNIT[p.dtype])
+    assert np.isfinite(lse).all()
+
+
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_86"])
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])
 def test_nonfinite_values_reach_the_rows_that_see_them(

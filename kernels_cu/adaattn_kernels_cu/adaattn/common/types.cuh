@@ -21,6 +21,7 @@ constexpr int kWarpgroupThreads = 128;
 constexpr u32 kFullWarp = 0xffffffffu;
 
 constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLargestF32 = 3.402823466e+38f;
 constexpr float kLn2 = 0.6931471805599453f;
 
 __host__ __device__ constexpr int ceil_div(int numerator, int denominator) {

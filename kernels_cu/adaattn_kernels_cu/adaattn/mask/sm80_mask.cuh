@@ -34,7 +34,10 @@ ADAATTN_DEVICE void mask_scores(mma::Scores<T>& scores, const WorkItem& item,
                                                 ? arrays.added(row, lane_key + 8 * n + e)
                                                 : -ptx::infinity();
                         sees = added != -ptx::infinity();
-                        score = ptx::fma_rn(score, scale_log2, added * kLog2E);
+                        // A finite number hides no key, not even the lowest one.
+                        const float base_2 = added * kLog2E;
+                        const float kept = base_2 < -kLargestF32 ? -kLargestF32 : base_2;
+                        score = ptx::fma_rn(score, scale_log2, kept);
                     }
                     score = sees ? score : -ptx::infinity();
                 }
