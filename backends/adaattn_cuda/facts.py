@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, MutableMapping
-from typing import Any, Protocol
+from typing import Protocol
 
-import array_api_compat
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,6 +27,7 @@ from adaattn_core.facts import RunFacts
 from adaattn_core.plan import HeadPlan
 from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_cuda.kernels.smxx_operand_norms import SLOTS
+from adaattn_cuda.mask_sizes import MaskSizes
 
 __all__ = ["LazyFacts", "Records"]
 
@@ -54,7 +54,7 @@ class LazyFacts(MutableMapping[HeadIndex, RunFacts]):
     Parameters
     ----------
     problem : AttentionProblem
-        Only its sizes are kept, and the largest magnitude of an additive mask.
+        Only its sizes are kept, and the magnitudes of an additive mask.
     records : Records
         What was enqueued behind the run.
     plans : mapping of (sequence, head) to HeadPlan
@@ -71,7 +71,7 @@ class LazyFacts(MutableMapping[HeadIndex, RunFacts]):
         self._len_q = [span.len_q for span in problem.sequences]
         extent = problem.mask.extent
         self._keys_max = [extent(span.len_q, span.len_kv)[1] for span in problem.sequences]
-        self._bias = _bias_max_abs(problem.mask.bias)
+        self._mask_sizes = MaskSizes(problem.mask, problem.scale)
         self._read: list[NDArray[np.float64]] | None = None
 
     def replan(self, records: Records, plans: Mapping[HeadIndex, HeadPlan]) -> None:
@@ -126,7 +126,7 @@ class LazyFacts(MutableMapping[HeadIndex, RunFacts]):
             value_residual_upper=_residual(value, plan.pv, dim_v) + value_norm * value_error,
             value_diameter_upper=2 * _root(value, "distance"),
             score_residual_upper=_EXPONENTIAL,
-            bias_max_abs=float(self._bias),
+            bias_max_abs=self._mask_sizes.largest(_root(query, "norm"), key_norm, value_norm),
             keys_max=keys_max,
             output_rms=math.sqrt(mean) / _SLACK**2,
             nonfinite=not finite,
@@ -152,12 +152,3 @@ def _sum_error(keys: int, pv: str) -> float:
     if pv in ("bf16", "f16"):
         return (keys / 8 + 16) * _TRUNCATION
     return (32 + keys / 256) * _TRUNCATION + (_SPLIT if pv == "f32" else 0.0)
-
-
-def _bias_max_abs(bias: Any) -> Any:
-    """Largest finite magnitude of an additive mask: a number, or an array that will hold it."""
-    if bias is None or 0 in bias.shape:
-        return 0.0
-    xp = array_api_compat.array_namespace(bias)
-    wide = xp.astype(bias, xp.float32)
-    return xp.max(xp.abs(xp.where(xp.isfinite(wide), wide, xp.zeros_like(wide))))
