@@ -50,6 +50,7 @@ COMPILED = [
     (candidates(256, 192)[0][1], "f16"),
     (Tile(128, 128, 2, 128, ping_pong=True), "f16"),
     (Tile(128, 128, 2, 128, role=1, max_sources=3), "bf16"),
+    (Tile(64, 64, 2, 128, query_stages=2, role=1, max_sources=3, skip=True), "f16"),
 ]
 
 

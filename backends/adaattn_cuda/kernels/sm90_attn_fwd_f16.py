@@ -93,7 +93,7 @@ class Matrix(ctypes.Structure):
 
 
 class Params(ctypes.Structure):
-    """The twin of ``AttentionParams`` in sm90_params.cuh: 1,280 bytes, passed by value."""
+    """The twin of ``AttentionParams`` in sm90_params.cuh: 1,344 bytes, passed by value."""
 
     _fields_ = (
         ("query_map", ctypes.c_ubyte * tensor_maps.MAP_BYTES),
@@ -119,6 +119,9 @@ class Params(ctypes.Structure):
         ("dim_v", ctypes.c_int32),
         ("squares_head", ctypes.c_int32),
         ("squares_batch", ctypes.c_int32),
+        ("skipped", ctypes.c_uint64),
+        ("skipped_most", ctypes.c_uint64),
+        ("padding", ctypes.c_ubyte * 48),
     )
 
 
@@ -184,7 +187,7 @@ def pack_params(
     scale: float,
     work: DeviceWork,
 ) -> Params:
-    """Pack the kernel's parameter block, 1,280 bytes, to be passed by value.
+    """Pack the kernel's parameter block, 1,344 bytes, to be passed by value.
 
     Parameters
     ----------
