@@ -16,8 +16,9 @@ from adaattn_core.testing.hostile.__main__ import main
 from adaattn_core.testing.hostile.calls import HostileCall
 from adaattn_core.testing.hostile.definition import HAS_EXTENDED_RANGE
 from adaattn_core.testing.hostile.laws import Lie, Trial, binomial_excess
-from adaattn_core.testing.hostile.problems import EXPONENTS, Fill, HostileProblem
+from adaattn_core.testing.hostile.problems import HostileProblem
 from adaattn_core.testing.hostile.suite import LAWS, Ledger, Run
+from adaattn_core.testing.hostile.values import EXPONENTS, Fill
 from adaattn_core.testing.sabotage import SABOTAGES, sabotage
 from adaattn_reference.backend import NumpyBackend
 

@@ -27,11 +27,12 @@ from adaattn_core.policies.fixed import ExactPolicy, FixedPolicy
 from adaattn_core.problem import AttentionProblem
 from adaattn_core.result import AttentionResult
 from adaattn_core.structure import structure_from_json
+from adaattn_core.testing.hostile.choices import choices
 from adaattn_core.testing.hostile.problems import HostileArrays, HostileProblem
 
 Fields = dict[str, Any]
 
-FORMATS_8BIT, FORMATS_WIDE = ("i8", "e4m3"), ("f32", "f64", "f16", "bf16", "tf32")
+FORMATS_8BIT = ("i8", "e4m3")
 GUARANTEES = ("sampled", "worst_case", "probabilistic")
 
 
@@ -45,7 +46,8 @@ class HostileCall:
         Which policy decides; "frozen" hands in a plan.
     head : dict
         Fields of the head plan of "fixed", "calibrated" and "frozen", its structure as the
-        dictionary that ``Structure.to_json`` writes.
+        dictionary that ``Structure.to_json`` writes. Blocks may be given as ``{"seed": s,
+        "share": x}``: of every query tile of the problem, that share of the key blocks.
     options : dict
         Fields of the policy.
     budget : dict or None
@@ -75,21 +77,25 @@ class HostileCall:
         checked = AttentionProblem.from_arrays(
             arrays.query, arrays.key, arrays.value, mask=arrays.mask, scale=problem.scale
         )
-        plan = Plan.uniform(checked, self._head_plan(), seed=self.seed(problem))
+        plan = Plan.uniform(checked, self._head_plan(problem), seed=self.seed(problem))
         return Plan.from_json(json.loads(json.dumps(plan.to_json()))) if self.saved else plan
 
-    def _head_plan(self) -> HeadPlan:
-        fields = dict(self.head)
-        structure = structure_from_json(dict(fields.pop("structure", {"kind": "dense"})))
-        return HeadPlan(structure=structure, **fields)
+    def _head_plan(self, problem: HostileProblem) -> HeadPlan:
+        fields = self._head_fields(problem)
+        return HeadPlan(**fields)
+
+    def _head_fields(self, problem: HostileProblem) -> Fields:
+        """Fields of the head plan, with the structure itself."""
+        body = dict(self.head.get("structure", {"kind": "dense"}))
+        if isinstance(body.get("blocks"), dict):
+            body["blocks"] = _some_blocks(problem, body)
+        return self.head | {"structure": structure_from_json(body, partial=True)}
 
     def _policy(self, problem: HostileProblem) -> Policy | None:
         if self.how == "fixed":
-            fields = dict(self.head)
-            structure = structure_from_json(dict(fields.pop("structure", {"kind": "dense"})))
-            return FixedPolicy(structure, **fields)
+            return FixedPolicy(**self._head_fields(problem))
         if self.how == "calibrated":
-            head = self._head_plan()
+            head = self._head_plan(problem)
             heads = {(0, h): head for h in range(problem.heads_q)}
             return CalibratedPolicy(plans={"": Plan(heads=heads)})
         if self.how == "budget":
@@ -132,6 +138,14 @@ class HostileCall:
         return attention(*qkv, **(arguments | replaced))
 
 
+def _some_blocks(problem: HostileProblem, body: Fields) -> list[list[int]]:
+    wish = body["blocks"]
+    rng = np.random.default_rng(wish["seed"])
+    sizes = (problem.len_q, body["tile_q"]), (problem.len_kv, body["tile_kv"])
+    keep = rng.random([-(-length // tile) for length, tile in sizes]) < wish["share"]
+    return [np.flatnonzero(row).tolist() for row in keep]
+
+
 def out_of(result: AttentionResult, problem: HostileProblem) -> Any:
     """Output of a call in (batch, heads, len, dim) order."""
     out = np.asarray(result.out)
@@ -139,71 +153,98 @@ def out_of(result: AttentionResult, problem: HostileProblem) -> Any:
 
 
 # -- strategies -------------------------------------------------------------------------------
+_SIZES = (1, 2, 3, 4, 8, 16, 64, 128)
+_STRUCTURES: dict[str, st.SearchStrategy[Fields]] = {
+    "dense": st.just({}),
+    "score_skip": choices(
+        lam=(1e-3, 0.1, 0.9, 1e-6, 1e-300, 5e-324, 1 - 2**-53), tile_q=_SIZES, tile_kv=_SIZES
+    ),
+    "low_rank": choices(rank=(1, 2, 3, 4, 8, 16, 10**6)),
+    "block_sparse": choices(
+        tau=(0.0, 0.05, 0.5, 0.99),
+        band=(0, 1, 4, 16, 10**9),
+        tile_q=_SIZES,
+        tile_kv=_SIZES,
+        samples=(1, 4, 64),
+        group=(1, 2, 16),
+        given=("", "some", "", "some", "some", "odd"),
+        share=(0.5, 0.0, 0.9, 1.0),
+        seed=tuple(range(10)),
+    ),
+    "landmark": choices(
+        tau=(0.05, 0.0, 0.3, 0.9),
+        pool=(0, 1, 2, 4, 8),
+        tile=(1, 2, 4),
+        band=(0, 1, 2, 8),
+        group=(1, 2, 4, 64),
+        clusters=(1, 2, 4),
+        samples=(1, 2, 4, 16),
+        screen_rank=(0, 1, 4, 16, 64),
+        screen_theta=(0.02, 0.5, 1e-6),
+        tail=(0, 1, 4, 10**9),
+    ),
+}
+_FORMATS = (
+    ("f32", "f32"),
+    ("f64", "f64"),
+    ("f32", "f32"),
+    ("f16", "f16"),
+    ("bf16", "bf16"),
+    ("tf32", "tf32"),
+    ("i8", "f16"),
+    ("i8", "e4m3"),
+    ("e4m3", "e4m3"),
+    ("i8", "i8"),
+    ("i8", "bf16"),
+    ("f32", "e4m3"),
+    ("f16", "i8"),
+)
+_HEADS = choices(
+    kind=tuple(_STRUCTURES),
+    formats=_FORMATS,
+    scales=("token", "block"),
+    smooth_k=(True, False),
+    rounding=("nearest", "stochastic"),
+    p_scale=(448.0, 1.0, 2.0**-10),
+    flush_keys=(128, 1, 32, 0),
+    odd=(False,) * 19 + (True,),
+)
+
+
 @st.composite
-def structures(draw: st.DrawFn, *, odd: bool = False) -> Fields:
+def structures(draw: st.DrawFn, kind: str, *, odd: bool = False) -> Fields:
     """Draw a structure of small sizes, as the dictionary that a saved plan holds.
 
     Parameters
     ----------
+    kind : str
+        Of the structure.
     odd : bool
-        Whether block lists may be out of order, doubled, out of range or too few, and sizes
-        may be such that the plan is refused.
+        Whether block lists may be out of order, doubled, out of range or too few.
     """
-    kind = draw(
-        st.sampled_from(("dense", "score_skip", "low_rank", "block_sparse", "landmark"))
-    )
-    if kind == "score_skip":
-        return {
-            "kind": kind,
-            "lam": draw(st.sampled_from((1e-3, 0.1, 0.9, 1e-6, 1e-300, 5e-324, 1 - 2**-53))),
-            "tile_q": draw(_SIZES),
-            "tile_kv": draw(_SIZES),
-        }
-    if kind == "low_rank":
-        return {"kind": kind, "rank": draw(st.sampled_from((1, 2, 3, 4, 8, 16, 10**6)))}
+    body: Fields = {"kind": kind} | draw(_STRUCTURES[kind])
     if kind == "block_sparse":
-        tile_q = draw(_SIZES)
-        body = {
-            "kind": kind,
-            "tau": draw(st.sampled_from((0.0, 0.05, 0.5, 0.99))),
-            "band": draw(st.sampled_from((0, 1, 4, 16, 10**12))),
-            "tile_q": tile_q,
-            "tile_kv": draw(_SIZES),
-            "samples": draw(st.sampled_from((1, 4, 64))),
-            "group": tile_q * draw(st.sampled_from((1, 2, 16))),
-        }
-        if draw(st.booleans()):
-            body["blocks"] = draw(_blocks(odd))
-        return body
-    if kind == "landmark":
-        pool = draw(st.sampled_from((0, 1, 2, 4, 8)))
-        tile = (pool or 1) * draw(st.sampled_from((1, 2, 4)))
-        clusters = draw(st.sampled_from((1, 2, 4)))
-        return {
-            "kind": kind,
-            "tau": draw(st.sampled_from((0.05, 0.0, 0.3, 0.9))),
-            "band": (pool or 1) * draw(st.sampled_from((0, 1, 2, 8))),
-            "group": tile * draw(st.sampled_from((1, 2, 4, 64))),
-            "clusters": clusters,
-            "samples": clusters * draw(st.sampled_from((1, 2, 4, 16))),
-            "pool": pool,
-            "tile": tile,
-            "screen_rank": draw(st.sampled_from((0, 1, 4, 16, 64))),
-            "screen_theta": draw(st.sampled_from((0.02, 0.5, 1e-6))),
-            "tail": draw(st.sampled_from((0, 1, 4, 10**9))),
-        }
-    return {"kind": kind}
-
-
-_SIZES = st.sampled_from((1, 2, 3, 4, 8, 16, 64, 128))
+        body["group"] *= body["tile_q"]
+        given, share, seed = (body.pop(name) for name in ("given", "share", "seed"))
+        if given == "odd" and odd:
+            body["blocks"] = draw(_odd_blocks())
+        elif given:
+            body["blocks"] = {"seed": seed, "share": share}
+    elif kind == "landmark":
+        step = body["pool"] or 1
+        body["tile"] *= step
+        body["band"] *= step
+        body["group"] *= body["tile"]
+        body["samples"] *= body["clusters"]
+    return body
 
 
 @st.composite
-def _blocks(draw: st.DrawFn, odd: bool) -> list[list[int]]:
+def _odd_blocks(draw: st.DrawFn) -> list[list[int]]:
     rows = []
     for _ in range(draw(st.integers(0, 6))):
         row = draw(st.lists(st.integers(0, 12), max_size=6))
-        if not odd or draw(st.booleans()):
+        if draw(st.booleans()):
             row = sorted(set(row))
         elif draw(st.booleans()):
             row += draw(st.sampled_from(((-1,), (2**31,), (2**63,), (10**30,), (0, 0))))
@@ -214,98 +255,41 @@ def _blocks(draw: st.DrawFn, odd: bool) -> list[list[int]]:
 @st.composite
 def head_plans(draw: st.DrawFn, *, odd: bool = False) -> Fields:
     """Draw the fields of a head plan; see `structures`."""
-    qk, pv = draw(_FORMATS)
-    head = {"structure": draw(structures(odd=odd)), "qk": qk, "pv": pv}
+    chosen = draw(_HEADS)
+    qk, pv = chosen["formats"]
+    structure = draw(structures(chosen["kind"], odd=odd))
+    head: Fields = {"structure": structure, "qk": qk, "pv": pv}
+    names: tuple[str, ...] = ()
     if qk in FORMATS_8BIT:
-        head["scales"] = draw(st.sampled_from(("token", "block")))
-        head["smooth_k"] = draw(st.sampled_from((True, False)))
-        head["rounding"] = draw(st.sampled_from(("nearest", "stochastic")))
+        names += ("scales", "smooth_k", "rounding")
     if pv in FORMATS_8BIT:
-        top = 448.0 if pv == "e4m3" else 127.0
-        head["p_scale"] = draw(st.sampled_from((top, 1.0, 2.0**-10, *((1e30,) if odd else ()))))
-        head["flush_keys"] = draw(st.sampled_from((128, 1, 32, 0) if odd else (128, 1, 32)))
+        names += ("p_scale", "flush_keys")
+    head |= {name: chosen[name] for name in names}
+    if odd and chosen["odd"]:
+        head["p_scale"] = 1e30
     return head
 
 
-_FORMATS = st.sampled_from(
-    (
-        ("f32", "f32"),
-        ("f64", "f64"),
-        ("f32", "f32"),
-        ("f16", "f16"),
-        ("bf16", "bf16"),
-        ("tf32", "tf32"),
-        ("i8", "f16"),
-        ("i8", "e4m3"),
-        ("e4m3", "e4m3"),
-        ("i8", "i8"),
-        ("i8", "bf16"),
-        ("f32", "e4m3"),
-        ("f16", "i8"),
-    )
-)
-
-
-@st.composite
-def budgets(draw: st.DrawFn, guarantees: Sequence[str] = GUARANTEES) -> Fields:
+def budgets(guarantees: Sequence[str] = GUARANTEES) -> st.SearchStrategy[Fields]:
     """Draw a budget; shares and confidences low enough for samples of a few rows too."""
-    guarantee = draw(st.sampled_from(guarantees))
-    sampled = guarantee == "sampled"
-    whole = not sampled and draw(st.booleans())
-    sure = guarantee == "worst_case" and draw(st.booleans())
-    return {
-        "rel": draw(st.sampled_from((0.1, 1e-3, 1.0, 1e-6, 1e-12, 100.0, 1e300))),
-        "rows": 1.0 if whole else draw(st.sampled_from((0.5, 0.95, 0.2, 0.8))),
-        "confidence": 1.0 if sure else draw(st.sampled_from((0.5, 0.95, 0.8))),
-        "guarantee": guarantee,
-        "on_violation": draw(st.sampled_from(("escalate", "report", "report", "raise"))),
-    }
 
+    def allowed(chosen: Fields) -> Fields:
+        whole, sure = (chosen.pop(name) for name in ("whole", "sure"))
+        if whole and chosen["guarantee"] != "sampled":
+            chosen["rows"] = 1.0
+        if sure and chosen["guarantee"] == "worst_case":
+            chosen["confidence"] = 1.0
+        return chosen
 
-@st.composite
-def hostile_calls(
-    draw: st.DrawFn,
-    *,
-    hows: Sequence[str] = ("exact", "budget", "entropy", "fixed", "calibrated", "frozen"),
-    guarantees: Sequence[str] = GUARANTEES,
-    odd: bool = True,
-    no_budget: bool = True,
-) -> HostileCall:
-    """Draw a call.
-
-    Parameters
-    ----------
-    hows : sequence of str
-        Who decides; see `HostileCall`.
-    guarantees : sequence of str
-        Guarantees to choose from.
-    odd : bool
-        Whether plans may be such that they must be refused.
-    no_budget : bool
-        Whether there may be no budget.
-    """
-    how = draw(st.sampled_from(hows))
-    head: Fields = {}
-    options: Fields = {}
-    if how in ("fixed", "calibrated", "frozen"):
-        head = draw(head_plans(odd=odd))
-    elif how == "budget":
-        options = draw(st.sampled_from(_BUDGET_OPTIONS))
-    elif how == "entropy":
-        options = draw(st.sampled_from(_ENTROPY_OPTIONS))
-    elif how == "exact":
-        options = {"named": draw(st.booleans())}
-    budget = draw(budgets(guarantees))
-    if no_budget and draw(st.integers(0, 3 if how != "exact" else 1)) == 0:
-        budget = {}
-    return HostileCall(
-        how=how,
-        head=head,
-        options=options,
-        budget=budget or None,
-        target=draw(st.sampled_from((None, None, "sm90", "sm80"))),
-        saved=how == "frozen" and draw(st.booleans()),
-    )
+    return choices(
+        guarantee=guarantees,
+        rel=(0.1, 1e-3, 1.0, 1e-6, 1e-12, 100.0, 1e300),
+        rows=(0.5, 0.95, 0.2, 0.8),
+        confidence=(0.5, 0.95, 0.8),
+        on_violation=("escalate", "report", "report", "raise"),
+        whole=(False, True),
+        sure=(False, True),
+    ).map(allowed)
 
 
 _BUDGET_OPTIONS: tuple[Fields, ...] = (
@@ -321,3 +305,51 @@ _ENTROPY_OPTIONS: tuple[Fields, ...] = (
     {"least_len": 1, "entropy_diffuse": 2.0, "rank_participation": 9.0, "score_8bit": 1e30},
     {"least_len": 1, "entropy_diffuse": 9.0, "landmark_share": 0.0, "rank_participation": 0.0},
 )
+
+
+def hostile_calls(
+    *,
+    hows: Sequence[str] = ("exact", "budget", "entropy", "fixed", "calibrated", "frozen"),
+    guarantees: Sequence[str] = GUARANTEES,
+    odd: bool = True,
+    no_budget: bool = True,
+) -> st.SearchStrategy[HostileCall]:
+    """Draw a call.
+
+    Parameters
+    ----------
+    hows : sequence of str
+        Who decides; see `HostileCall`.
+    guarantees : sequence of str
+        Guarantees to choose from.
+    odd : bool
+        Whether plans may be such that they must be refused.
+    no_budget : bool
+        Whether there may be no budget.
+    """
+    plain = choices(
+        how=hows,
+        target=(None, None, "sm90", "sm80"),
+        saved=(False, True),
+        named=(False, True),
+        free=(False, False, False, True) if no_budget else (False,),
+        budget=_BUDGET_OPTIONS,
+        entropy=_ENTROPY_OPTIONS,
+    )
+    heads, kept = head_plans(odd=odd), budgets(guarantees)
+
+    @st.composite
+    def calls(draw: st.DrawFn) -> HostileCall:
+        chosen = draw(plain)
+        how = chosen["how"]
+        options = {"named": chosen["named"]} if how == "exact" else chosen.get(how, {})
+        return HostileCall(
+            how=how,
+            head=draw(heads) if how in ("fixed", "calibrated", "frozen") else {},
+            options=options,
+            budget=None if chosen["free"] else draw(kept),
+            target=chosen["target"],
+            saved=how == "frozen" and chosen["saved"],
+        )
+
+    return calls()
