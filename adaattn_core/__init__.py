@@ -2,7 +2,7 @@
 
 from adaattn_core.api import attention
 from adaattn_core.budget import ErrorBudget
-from adaattn_core.certificate import Certificate, HeadCertificate
+from adaattn_core.certificates.data import Certificate, HeadCertificate
 from adaattn_core.errors import AdaAttnError
 from adaattn_core.mask import Mask
 from adaattn_core.plan import HeadPlan, Plan

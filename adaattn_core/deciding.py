@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from adaattn_core.backend import Backend
 from adaattn_core.budget import ErrorBudget
-from adaattn_core.certificate import Certificate, HeadCertificate
+from adaattn_core.certificates.data import Certificate, HeadCertificate
 from adaattn_core.costs import CostModel
 from adaattn_core.facts import RawResult
 from adaattn_core.lazy import LazyHeads

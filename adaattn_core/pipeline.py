@@ -9,8 +9,8 @@ from typing import Any
 
 from adaattn_core.backend import Backend
 from adaattn_core.budget import ErrorBudget
-from adaattn_core.certificate import Certificate
-from adaattn_core.certifier import Certifier
+from adaattn_core.certificates.certifier import Certifier
+from adaattn_core.certificates.data import Certificate
 from adaattn_core.costs import CostModel
 from adaattn_core.deciding import Adapted, Decides, certificate_later, compiled_for
 from adaattn_core.errors import BudgetInfeasibleError, CertificateViolation

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from adaattn_core.certificate import Certificate
+from adaattn_core.certificates.data import Certificate
 from adaattn_core.facts import RunFacts
 from adaattn_core.plan import Plan
 from adaattn_core.problem import HeadIndex

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from adaattn_core.arrays import to_numpy
-from adaattn_core.certificate import HeadCertificate
+from adaattn_core.certificates.data import HeadCertificate
 from adaattn_core.plan import HeadPlan
 from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_core.result import AttentionResult

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from adaattn_core.certify import theorem_certificate
+from adaattn_core.certificates.theorem import theorem_certificate
 from adaattn_core.plan import HeadPlan
 from adaattn_core.policies import compiling, fitting
 from adaattn_core.policies.base import (

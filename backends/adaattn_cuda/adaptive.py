@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaattn_core.budget import ErrorBudget
-from adaattn_core.certificate import HeadCertificate
+from adaattn_core.certificates.data import HeadCertificate
 from adaattn_core.deciding import Adapted
 from adaattn_core.facts import RawResult, RunFacts
 from adaattn_core.lazy import Later, LazyHeads

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from adaattn_core.certificate import Certificate
+from adaattn_core.certificates.data import Certificate
 from adaattn_core.errors import UnsupportedError
 from adaattn_core.facts import RunFacts
 from adaattn_core.plan import Plan

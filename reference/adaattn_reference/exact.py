@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaattn_core.bounds import row_norms_estimate
-from adaattn_core.certify import theorem_certificate
+from adaattn_core.certificates.theorem import theorem_certificate
 from adaattn_core.facts import RowErrors, RunFacts
 from adaattn_core.plan import HeadPlan
 from adaattn_core.problem import AttentionProblem

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaattn_core.budget import ErrorBudget
-from adaattn_core.certificate import HeadCertificate
+from adaattn_core.certificates.data import HeadCertificate
 from adaattn_core.errors import ArgumentError
 
 SHARES = st.floats(0.0, 1.0, exclude_min=True, exclude_max=True)

@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import binom
 
 from adaattn_core import AttentionProblem, ErrorBudget, HeadPlan, Landmark, Mask, Plan
-from adaattn_core.certifier import HOPELESS, LOOKS, ROUNDS, Certifier
+from adaattn_core.certificates.certifier import HOPELESS, LOOKS, ROUNDS, Certifier
 from adaattn_core.facts import RawResult, RowErrors, RunFacts
 
 ROWS = 4096

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from adaattn_core import ErrorBudget, Mask, attention, get_backend
-from adaattn_core.certificate import HeadCertificate
+from adaattn_core.certificates.data import HeadCertificate
 from adaattn_core.deciding import Adapted, Decides
 from adaattn_core.errors import BudgetInfeasibleError, CertificateViolation
 from adaattn_core.lazy import Later, LazyHeads, LazyNotes

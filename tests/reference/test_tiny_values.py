@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from adaattn_core import AttentionProblem, HeadPlan, Plan
-from adaattn_core.certify import theorem_certificate
+from adaattn_core.certificates.theorem import theorem_certificate
 from adaattn_core.testing.oracles import exact_attention, row_errors
 from adaattn_reference.backend import NumpyBackend
 

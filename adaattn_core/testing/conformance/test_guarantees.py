@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 from adaattn_core.budget import ErrorBudget
-from adaattn_core.certificate import GUARANTEE_STRENGTH
+from adaattn_core.certificates.data import GUARANTEE_STRENGTH
 from adaattn_core.errors import BudgetInfeasibleError, CertificateViolation
 from adaattn_core.plan import Plan
 from adaattn_core.structure import Landmark

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaattn_core.budget import ErrorBudget
-from adaattn_core.certificate import HeadCertificate
+from adaattn_core.certificates.data import HeadCertificate
 from adaattn_core.errors import AdaAttnError, BudgetInfeasibleError, CertificateViolation
 from adaattn_core.formats import get_format
 from adaattn_core.plan import HeadPlan

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaattn_core.certify import sampled_certificate, theorem_certificate
+from adaattn_core.certificates.sample import sampled_certificate
+from adaattn_core.certificates.theorem import theorem_certificate
 from adaattn_core.errors import ArgumentError
 from adaattn_core.facts import RowErrors, RunFacts
 from adaattn_core.formats import get_format

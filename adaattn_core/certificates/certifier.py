@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from adaattn_core.backend import Backend
 from adaattn_core.bounds import minimal_sample_size
 from adaattn_core.budget import ErrorBudget
-from adaattn_core.certificate import Certificate, HeadCertificate
-from adaattn_core.certify import sampled_certificate, theorem_certificate
+from adaattn_core.certificates.data import Certificate, HeadCertificate
+from adaattn_core.certificates.sample import sampled_certificate
+from adaattn_core.certificates.theorem import theorem_certificate
 from adaattn_core.facts import RawResult, RunFacts
 from adaattn_core.lazy import LazyHeads
 from adaattn_core.liverows import LiveRows
