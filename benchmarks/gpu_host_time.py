@@ -1,20 +1,25 @@
 """Host time of one eager call at 128 tokens, beside torch's SDPA, and of a cold process.
 
     python benchmarks/gpu_host_time.py [--calls-only]
+    python benchmarks/gpu_host_time.py --against CHECKOUT [--rounds 5]
 
 A call is timed from its start to its return; the device works behind it. The cold process
-imports the backend, loads a kernel that the disk cache has, runs it and waits.
+imports the backend, loads a kernel that the disk cache has, runs it and waits. With --against,
+another checkout of this repository takes turns with this one, a process each.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,8 +72,8 @@ def microseconds(
     return {name: round(1e6 * statistics.median(found), 2) for name, found in times.items()}
 
 
-def main() -> None:
-    """Print one JSON object."""
+def measure(calls_only: bool) -> dict[str, Any]:
+    """Figures of this process, and of cold ones."""
     q, k, v = torch.randn((3, 1, 8, 128, 128), device="cuda", dtype=torch.bfloat16)
     backend = CudaBackend()
     problem = AttentionProblem.from_arrays(q, k, v)
@@ -117,9 +122,8 @@ def main() -> None:
         "kernel of bf16": backend.provenance()["kernels"],
         "microseconds": forward | certified,
     }
-    if "--calls-only" in sys.argv:
-        print(json.dumps(found, indent=1))
-        return
+    if calls_only:
+        return found
     for library, parts in (("torch", TORCH), ("cupy", CUPY)):
         for _ in range(3):  # the first fills the kernel cache, the second the page cache
             done = subprocess.run(
@@ -131,6 +135,61 @@ def main() -> None:
                 "importing adaattn_core": round(core, 3),
                 "backend, cached kernel, first result": round(rest, 3),
             }
+    return found
+
+
+def in_turn(other: Path, rounds: int) -> dict[str, Any]:
+    """Medians of both checkouts, whose processes take turns; the host's pace varies."""
+    here = Path(__file__).resolve().parents[1]
+    roots = {"this": here, "other": other.resolve()}
+    calls: dict[str, dict[str, list[float]]] = {}
+    cold: dict[str, dict[str, list[float]]] = {}
+    for turn in range(rounds + 1):
+        for name, root in roots.items():
+            parts = (".", "reference", "backends", "kernels_cu")
+            paths = os.pathsep.join(str(root / part) for part in parts)
+            env = {**os.environ, "PYTHONPATH": paths}
+            script = root / "benchmarks" / "gpu_host_time.py"
+            answer = run([sys.executable, str(script), "--calls-only"], env)
+            start = run([sys.executable, "-c", COLD.format(**TORCH)], env)
+            if turn == 0:
+                continue  # fills the kernel cache and the page cache
+            for what, us in json.loads(answer)["microseconds"].items():
+                calls.setdefault(what, {}).setdefault(name, []).append(us)
+            core, rest = (float(x) for x in start.split())
+            for what, seconds in (("importing adaattn_core", core), ("first result", rest)):
+                cold.setdefault(what, {}).setdefault(name, []).append(seconds)
+    return {
+        "microseconds": {w: _medians(found, 2) for w, found in calls.items()},
+        "cold process, seconds above importing torch": {
+            w: _medians(found, 3) for w, found in cold.items()
+        },
+    }
+
+
+def _medians(found: dict[str, list[float]], digits: int) -> dict[str, float]:
+    return {name: round(statistics.median(times), digits) for name, times in found.items()}
+
+
+def run(command: list[str], env: dict[str, str]) -> str:
+    """Output of a process."""
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, check=True, timeout=300
+    )
+    return done.stdout
+
+
+def main() -> None:
+    """Print one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--calls-only", action="store_true")
+    parser.add_argument("--against", type=Path, help="another checkout, measured in turn")
+    parser.add_argument("--rounds", type=int, default=5)
+    chosen = parser.parse_args()
+    if chosen.against:
+        found = in_turn(chosen.against, chosen.rounds)
+    else:
+        found = measure(chosen.calls_only)
     print(json.dumps(found, indent=1))
 
 

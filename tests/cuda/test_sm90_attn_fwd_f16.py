@@ -50,6 +50,7 @@ COMPILED = [
     (candidates(256, 192)[0][1], "f16"),
     (Tile(128, 128, 2, 128, ping_pong=True), "f16"),
     (Tile(128, 128, 2, 128, role=1, max_sources=3), "bf16"),
+    (Tile(64, 64, 2, 128, query_stages=2, role=1, max_sources=3, skip=True), "f16"),
 ]
 
 
@@ -336,10 +337,10 @@ ARRAYS = (view(), view(), view(), view(), contiguous(256, (2, 2, 4), "f32", 0))
 @pytest.mark.usefixtures("loaded")
 def test_a_launch_takes_any_work_list_and_further_keys() -> None:
     """One that a kernel writes too: only addresses and the table's shape are known."""
-    tile = dataclasses.replace(TILE, role=1, max_sources=3)
+    tile = dataclasses.replace(TILE, max_sources=3)
     work = dataclasses.replace(WORK, max_sources=3)
     pooled = (matrix(4096), matrix(8192))
-    launch = sm90.Sm90Launch(tile, ARRAYS, 0.5, work, 7, further=[pooled], bias_pointer=64)
+    launch = sm90.Sm90Launch(tile, ARRAYS, 0.5, work, 7, further=[pooled])
     assert launch.workspace_bytes == 4096
     for base in (16, 1 << 20, 16):
         launch.start((base, 32, 48, 64, 80, 0, 0), 0, 7)

@@ -217,6 +217,14 @@ def pointer_slots(params: Params) -> Any:
 class Sm80Launch:
     """A task on the sm80 family: whatever no other kernel takes, or an error that says why.
 
+    Parameters
+    ----------
+    task : Task
+    stream : int
+        Where it will be started first.
+    chosen : Specialisation, optional
+        Overrules the choice, for measurements.
+
     Raises
     ------
     UnsupportedError
@@ -225,10 +233,12 @@ class Sm80Launch:
 
     workspace_bytes = 0
 
-    def __init__(self, task: Task, stream: int) -> None:
+    def __init__(
+        self, task: Task, stream: int, chosen: tuning.Specialisation | None = None
+    ) -> None:
         device = task.query.device
         arch = driver.device_facts(device).arch
-        chosen = specialisation(task, arch)
+        chosen = chosen or specialisation(task, arch)
         spec = chosen.spec(arch)
         self.name = spec.name
         self._kernel = kernel_of(spec, chosen.threads, stream)

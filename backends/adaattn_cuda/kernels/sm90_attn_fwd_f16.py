@@ -93,7 +93,7 @@ class Matrix(ctypes.Structure):
 
 
 class Params(ctypes.Structure):
-    """The twin of ``AttentionParams`` in sm90_params.cuh: 1,280 bytes, passed by value."""
+    """The twin of ``AttentionParams`` in sm90_params.cuh: 1,344 bytes, passed by value."""
 
     _fields_ = (
         ("query_map", ctypes.c_ubyte * tensor_maps.MAP_BYTES),
@@ -119,6 +119,9 @@ class Params(ctypes.Structure):
         ("dim_v", ctypes.c_int32),
         ("squares_head", ctypes.c_int32),
         ("squares_batch", ctypes.c_int32),
+        ("skipped", ctypes.c_uint64),
+        ("skipped_most", ctypes.c_uint64),
+        ("padding", ctypes.c_ubyte * 48),
     )
 
 
@@ -183,9 +186,8 @@ def pack_params(
     lse: DeviceMatrix,
     scale: float,
     work: DeviceWork,
-    bias_pointer: int = 0,
 ) -> Params:
-    """Pack the kernel's parameter block, 1,280 bytes, to be passed by value.
+    """Pack the kernel's parameter block, 1,344 bytes, to be passed by value.
 
     Parameters
     ----------
@@ -200,8 +202,6 @@ def pack_params(
     scale : float
         Factor on the scores, > 0.
     work : DeviceWork
-    bias_pointer : int
-        Device address of float32 biases, for a tile of role 1; added to the scaled scores.
 
     Raises
     ------
@@ -210,7 +210,6 @@ def pack_params(
     """
     params = pack_arrays(tile, dtype, query, keys, values, out, lse, scale)
     params.items, params.sources, params.rounds = work.items, work.sources, work.rounds
-    params.bias = bias_pointer
     return params
 
 
@@ -308,9 +307,7 @@ class Sm90Launch:
     stream : int
         Where it will be started first.
     further : sequence of (DeviceMatrix, DeviceMatrix)
-        Pairs of keys and values that stay where they are: gathered ones, pooled ones.
-    bias_pointer : int
-        Device address of float32 biases, for a tile of role 1.
+        Pairs of keys and values that stay where they are, for sources of another ``tensor``.
 
     Raises
     ------
@@ -328,7 +325,6 @@ class Sm90Launch:
         work: DeviceWork,
         stream: int,
         further: Sequence[tuple[DeviceMatrix, DeviceMatrix]] = (),
-        bias_pointer: int = 0,
     ) -> None:
         if work.max_sources > tile.max_sources:
             raise ArgumentError(
@@ -339,7 +335,7 @@ class Sm90Launch:
         self._tile, self._dtype = tile, arrays[0].dtype
         self._matrices = tuple(DeviceMatrix.of(array) for array in arrays[:5])
         self._further = tuple(further)
-        self._scale, self._work, self._bias_pointer = scale, work, bias_pointer
+        self._scale, self._work = scale, work
         self._calls: Recent[driver.Call] = Recent(_ADDRESSES_REMEMBERED)
         self._packed: Params | None = None
         self._lock = threading.Lock()
@@ -373,13 +369,22 @@ class Sm90Launch:
             keys, values = zip((key, value), *self._further, strict=True)
             self._packed = pack_params(
                 self._tile, self._dtype, query, keys, values, out, lse, self._scale,
-                self._work, self._bias_pointer,
+                self._work,
             )  # fmt: skip
             return self._packed
 
 
-def launch(task: Task, stream: int) -> Sm90Launch:
+def launch(task: Task, stream: int, tile: Tile | None = None) -> Sm90Launch:
     """Choose the tile, deal the work, copy it to the device.
+
+    Parameters
+    ----------
+    task : Task
+        One that `refusal` has nothing against.
+    stream : int
+        Where it will be started first.
+    tile : Tile, optional
+        Overrules the choice, for measurements.
 
     Raises
     ------
@@ -389,7 +394,7 @@ def launch(task: Task, stream: int) -> Sm90Launch:
     device = task.query.device
     geometry = task.geometry
     blocks = driver.device_facts(device).multiprocessors
-    tile = choose(geometry, blocks)
+    tile = choose(geometry, blocks) if tile is None else tile
     work = upload(work_list(geometry, tile.tile_m, tile.tile_n, blocks), device, stream)
     arrays = (task.query, task.key, task.value, task.out, task.lse)
     return Sm90Launch(tile, arrays, task.scale, work, stream)

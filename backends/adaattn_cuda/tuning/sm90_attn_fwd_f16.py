@@ -64,6 +64,8 @@ class Tile:
         ``Role`` of sm90_params.cuh: 0 dense, 1 work lists of planning kernels, 2 exact rows.
     max_sources : int
         Most sources of an item.
+    skip : bool
+        Items may ask for score-then-skip.
     """
 
     dim_qk: int
@@ -75,6 +77,7 @@ class Tile:
     ping_pong: bool = False
     role: int = 0
     max_sources: int = 1
+    skip: bool = False
 
     @property
     def tile_m(self) -> int:
@@ -127,6 +130,7 @@ class Tile:
             int(self.ping_pong),
             self.role,
             self.max_sources,
+            int(self.skip),
         )
 
 

@@ -35,11 +35,11 @@ __all__ = [
 
 ITEM = np.dtype(
     [
-        (name, "<i4")
+        (name, "<f4" if name == "skip_log2" else "<i4")
         for name in (
             "batch", "head", "row_first", "rows", "first_source", "sources", "tiles", "partial",
             "key_start", "key_stop", "start_offset", "stop_offset", "heads",
-            "row_stops", "reserved_0", "reserved_1",
+            "row_stops", "skip_log2", "reserved",
         )
     ]
 )  # fmt: skip

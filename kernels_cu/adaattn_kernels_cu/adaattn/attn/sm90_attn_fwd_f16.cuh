@@ -65,11 +65,12 @@ namespace adaattn::sm90_attn_fwd_f16 {
 using Params = AttentionParams;
 
 enum NamedBarrier : u32 {
-    kTurnOfFirstConsumer = 1
+    kTurnOfFirstConsumer = 1,
+    kVoteOfFirstConsumer = 5
 };  // 0 is __syncthreads; one id per consumer warpgroup from here on
 
 template <Format kFormatT, int kDimQkT, int kDimVT, int kConsumersT, int kTileNT, int kStagesT,
-          int kQueryStagesT, int kPingPongT, int kRoleT, int kMaxSourcesT>
+          int kQueryStagesT, int kPingPongT, int kRoleT, int kMaxSourcesT, int kSkipT>
 struct Traits {
     static constexpr Format kFormat = kFormatT;
     static constexpr int kDimQk = kDimQkT;  // 64, 128, 192 or 256: the arrays' dims padded
@@ -82,6 +83,7 @@ struct Traits {
         kQueryStagesT;  // 2: the next item's queries arrive during this item
     static constexpr bool kPingPong = kPingPongT != 0;  // consumers take turns at the matrix unit
     static constexpr int kRole = kRoleT;                // a Role
+    static constexpr bool kSkip = kSkipT != 0;          // items may ask for score-then-skip
     static constexpr int kMaxSources = kMaxSourcesT;
 
     static constexpr int kThreads = kWarpgroupThreads * (kConsumers + 1);
@@ -134,8 +136,9 @@ struct Consumer {
     int tiles;  // score tiles finished so far, over all items; one more than output tiles
     work::TileCursor<T::kTileN, T::kMaxSources> cursor;
     softmax::Online state;
-    int stops[2];    // kExactRows: where this thread's two rows end
-    int first_stop;  // the least in the warpgroup
+    int stops[2];      // kExactRows: where this thread's two rows end
+    int skipped_keys;  // of this item
+    int first_stop;    // the least in the warpgroup
 
     // Read anew where needed: the main loop has no register to keep them in.
     ADAATTN_DEVICE int lane() const { return static_cast<int>(threadIdx.x) % kWarpThreads; }
@@ -171,6 +174,7 @@ struct Consumer {
         ptx::mbarrier_wait(barriers.query_full(QueryRing::index(items)), QueryRing::parity(items));
         cursor.open(record(items));
         state.reset();
+        if constexpr (T::kSkip) skipped_keys = 0;
         if constexpr (T::kRole == kExactRows) {
             // Rows are in ascending order of their limits.
             const i32* limits = params.row_stops + record(items).item.row_stops;
@@ -290,19 +294,70 @@ struct Consumer {
                             T::kTileN, 64 * warpgroup, 64 * warpgroup + 63);
     }
 
+    ADAATTN_DEVICE void hide(float (&scores)[T::kTileN / 2]) const {
+        if (!mask_needed()) return;
+        if constexpr (T::kRole == kExactRows) {
+            const int left = cursor.keys_left();
+            mask::apply_stops(scores, smaller(stops[0] - cursor.position(), left),
+                              smaller(stops[1] - cursor.position(), left), lane());
+        } else {
+            mask::apply(scores, cursor.item(), cursor.current(), cursor.position(),
+                        cursor.keys_left(), row() + lane() / 4, lane());
+        }
+    }
+
     // Scores to probabilities. Returns whether the accumulators must be multiplied by `factor`.
     ADAATTN_DEVICE bool soften(float (&scores)[T::kTileN / 2], bool fresh, float (&factor)[2]) {
-        if (mask_needed()) {
-            if constexpr (T::kRole == kExactRows) {
-                const int left = cursor.keys_left();
-                mask::apply_stops(scores, smaller(stops[0] - cursor.position(), left),
-                                  smaller(stops[1] - cursor.position(), left), lane());
-            } else {
-                mask::apply(scores, cursor.item(), cursor.current(), cursor.position(),
-                            cursor.keys_left(), row() + lane() / 4, lane());
-            }
-        }
+        hide(scores);
         return state.exponentiate(scores, params.scale_log2, params.slack, fresh, factor);
+    }
+
+    // Whether the tile's values count: alike for the whole warpgroup, which multiplies together.
+    ADAATTN_DEVICE bool vote(const float (&scores)[T::kTileN / 2]) {
+        const float skip_log2 = cursor.item().skip_log2;
+        if (skip_log2 == 0.0f) return true;
+        const bool mine = state.matters(scores, params.scale_log2, skip_log2);
+        const bool kept =
+            ptx::named_barrier_any(kVoteOfFirstConsumer + warpgroup, kWarpgroupThreads, mine);
+        if (!kept) skipped_keys += smaller(cursor.keys_left(), T::kTileN);
+        return ptx::warp_uniform(kept) != 0;
+    }
+
+    // From a tile that was skipped on to the next one that counts, with the scores' products alone;
+    // where the item ends first, weights of 0 stand for its last tile. Nothing else is in flight.
+    ADAATTN_DEVICE void scan(float (&acc)[T::kDimV / 2], float (&scores)[T::kTileN / 2],
+                             float (&factor)[2]) {
+        bool kept = false;
+#pragma unroll 1
+        while (!kept && !cursor.at_last()) {
+            const int stage = TileRing::index(tiles - 1);
+            ptx::mbarrier_wait(barriers.value_full(stage), TileRing::parity(tiles - 1));
+            release(barriers.value_empty(stage));
+            cursor.next();
+            start_scores(scores);
+            pass_turn();
+            ptx::wgmma_wait<0>();
+            finish_scores(scores);
+            hide(scores);
+            kept = vote(scores);
+        }
+        if (!kept) {
+            softmax::clear(scores);
+        } else if (state.exponentiate(scores, params.scale_log2, params.slack, false, factor)) {
+            softmax::rescale_rows(acc, factor);
+        }
+    }
+
+    ADAATTN_DEVICE void count_skipped() const {
+        if (skipped_keys == 0 || threadIdx.x % kWarpgroupThreads != 0) return;
+        const work::WorkItem& item = cursor.item();
+        const int rows = smaller(larger(item.rows - 64 * warpgroup, 0), 64);
+        if (rows == 0) return;
+        const i64 head = (static_cast<i64>(item.batch) * params.squares_batch +
+                          static_cast<i64>(item.head) * params.squares_head) /
+                         params.squares_head;
+        atomicAdd(params.skipped + head, static_cast<u64>(rows) * static_cast<u64>(skipped_keys));
+        atomicMax(params.skipped_most + head, static_cast<u32>(skipped_keys));
     }
 
     // One loop over the tiles of all items: the scores of a tile and the output of the tile before
@@ -328,6 +383,7 @@ struct Consumer {
         while (true) {
             const bool boundary = cursor.at_last();
             if (boundary) {
+                if constexpr (T::kSkip) count_skipped();
                 write_lse<T::kRole, T::kTileM>(params, *cursor.record, state, row(), lane(),
                                                factor);
                 if (!open_item()) break;
@@ -339,7 +395,13 @@ struct Consumer {
             pass_turn();
             ptx::wgmma_wait<1>();
             finish_scores(scores);
-            const bool moved = soften(scores, boundary, factor);
+            hide(scores);
+            const bool kept = T::kSkip ? boundary || vote(scores) : true;
+            bool moved = false;
+            if (kept) {
+                moved =
+                    state.exponentiate(scores, params.scale_log2, params.slack, boundary, factor);
+            }
             // Each arm waits for itself: a wait above the branch would be scheduled before the
             // exponentials that should hide it. The warps of a warpgroup agree on `boundary`, as a
             // wait demands, but not on `moved`.
@@ -354,6 +416,9 @@ struct Consumer {
                 ptx::wgmma_wait<0>();
                 finish_output(acc, weights, tiles - 2);
                 if (moved) softmax::rescale_rows(acc, factor);
+            }
+            if constexpr (T::kSkip) {
+                if (!kept) scan(acc, scores, factor);
             }
             round_weights(scores, weights, rest);
         }

@@ -56,8 +56,11 @@ struct AttentionParams {
     i32 dim_v;
     i32 squares_head;  // places from one head's squares to the next, and from one batch entry's
     i32 squares_batch;
+    // kAdaptive, one a head: scores whose tiles were skipped, and most keys that a row skipped.
+    u64* skipped;
+    u32* skipped_most;
 };
 
-static_assert(sizeof(AttentionParams) == 1280, "mirrored by the host");
+static_assert(sizeof(AttentionParams) == 1344, "mirrored by the host");
 
 }  // namespace adaattn

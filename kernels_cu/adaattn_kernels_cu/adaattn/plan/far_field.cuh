@@ -11,8 +11,9 @@
 
 namespace adaattn::far {
 
-constexpr int kPoolKeys = 64;       // keys of a pool
-constexpr int kSlotRows = 128;      // slots of landmarks and of pools are whole key tiles: what fills them up is zero
+constexpr int kPoolKeys = 64;  // keys of a pool
+constexpr int kSlotRows =
+    128;  // slots of landmarks and of pools are whole key tiles: what fills them up is zero
 constexpr int kLevelsMax = 8;       // landmark masses of the ladder
 constexpr int kJudgesMax = 2;       // tiles of a head that judge the ladder
 constexpr int kCodesPerOctave = 8;  // resolution of a mass code

@@ -29,7 +29,7 @@ struct Params {
     const far_gather::Slot* slots;
     const i32* pool_first;
     const u16* pool_key;
-    u16* pool_value;                // its rows behind a slot's pools are made zero
+    u16* pool_value;  // its rows behind a slot's pools are made zero
     const float2* pool_mass;
     float* pool_bias;  // (rows)
     i32 chunk_heads;
@@ -61,7 +61,8 @@ ADAATTN_DEVICE void run(const Params& params) {
         uint4* values = reinterpret_cast<uint4*>(params.pool_value);
         const i64 pieces = sizes.dim_v / 8;
         const i64 row = params.pool_first[index];
-        for (i64 i = (row + pools) * pieces + threadIdx.x; i < (row + round_up(pools, far::kSlotRows)) * pieces; i += T::kThreads) {
+        for (i64 i = (row + pools) * pieces + threadIdx.x;
+             i < (row + round_up(pools, far::kSlotRows)) * pieces; i += T::kThreads) {
             values[i] = make_uint4(0, 0, 0, 0);
         }
     }

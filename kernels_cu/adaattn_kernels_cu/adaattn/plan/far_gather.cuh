@@ -113,7 +113,8 @@ ADAATTN_DEVICE void run(const Params& params) {
     const uint4 zero = make_uint4(0, 0, 0, 0);
     uint4* values = reinterpret_cast<uint4*>(params.landmark_value);
     const i64 first_piece = (static_cast<i64>(slot.row_first) + done) * (sizes.dim_v / 8);
-    const i64 stop_piece = (static_cast<i64>(slot.row_first) + round_up(done, far::kSlotRows)) * (sizes.dim_v / 8);
+    const i64 stop_piece =
+        (static_cast<i64>(slot.row_first) + round_up(done, far::kSlotRows)) * (sizes.dim_v / 8);
     for (i64 i = first_piece + thread; i < stop_piece; i += T::kThreads) values[i] = zero;
 }
 

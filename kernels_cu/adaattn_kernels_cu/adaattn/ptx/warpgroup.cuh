@@ -28,6 +28,22 @@ ADAATTN_DEVICE void named_barrier_arrive(u32 id, u32 threads) {
     asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Whether any of `threads` threads says so; they all wait for each other. PTX ISA, "barrier.red".
+ADAATTN_DEVICE bool named_barrier_any(u32 id, u32 threads, bool mine) {
+    u32 found;
+    asm volatile(
+        "{\n"
+        ".reg .pred own, all;\n"
+        "setp.ne.u32 own, %1, 0;\n"
+        "barrier.red.or.pred all, %2, %3, own;\n"
+        "selp.u32 %0, 1, 0, all;\n"
+        "}\n"
+        : "=r"(found)
+        : "r"(static_cast<u32>(mine)), "r"(id), "r"(threads)
+        : "memory");
+    return found != 0;
+}
+
 // A value that the compiler may take as the same in all lanes of a warp.
 ADAATTN_DEVICE int warp_uniform(int value) { return __shfl_sync(kFullWarp, value, 0); }
 

@@ -94,6 +94,32 @@ struct Online {
         return moved;
     }
 
+    // Whether one of the thread's two rows may hold a weight of at least 2^skip_log2 of all that it
+    // has seen, the scores' own tile left out: scores at or below the running log-sum-exp plus
+    // skip_log2 weigh at most that in the end, since the log-sum-exp only grows. Alike in a quad.
+    template <int kCount>
+    ADAATTN_DEVICE bool matters(const float (&scores)[kCount], float scale_log2,
+                                float skip_log2) const {
+        bool any = false;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float even = fmaxf(scores[2 * r], scores[2 * r + 1]);
+            float odd = fmaxf(scores[2 * r + 4], scores[2 * r + 5]);
+#pragma unroll
+            for (int i = 8; i < kCount; i += 8) {
+                even = fmaxf(even, fmaxf(scores[i + 2 * r], scores[i + 2 * r + 1]));
+                odd = fmaxf(odd, fmaxf(scores[i + 2 * r + 4], scores[i + 2 * r + 5]));
+            }
+            const float total = quad_sum(sum[r]);
+            // A row that has seen nothing keeps every tile in which it sees a key.
+            const float seen =
+                total > 0.0f ? reference[r] * scale_log2 + __log2f(total) : -ptx::infinity();
+            const float least = seen + skip_log2;
+            any |= !(fmaxf(even, odd) * scale_log2 <= least);
+        }
+        return any;
+    }
+
     // Natural-logarithm lse of row r; -inf where the row saw no key. Call after the quad's sums
     // were added up.
     ADAATTN_DEVICE float lse(int r, float row_sum, float scale_log2) const {

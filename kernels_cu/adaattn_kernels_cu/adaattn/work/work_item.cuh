@@ -36,7 +36,9 @@ struct alignas(16) WorkItem {
     i32 stop_offset;
     i32 heads;  // query heads packed into the tile, row r being that of head + r % heads; 1: none
     i32 row_stops;  // kernels of exact rows: where the rows' own limits begin in their table
-    i32 reserved[2];
+    float
+        skip_log2;  // score-then-skip: log2 of the least weight that keeps a tile, below 0; 0: keep all
+    i32 reserved;
 };
 
 // Which pair of key and value arrays a source reads.

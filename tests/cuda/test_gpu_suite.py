@@ -1,0 +1,53 @@
+"""What runs in processes of its own on a device: compute-sanitizer, and the conformance kit."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.gpu
+LIMIT_S = 580
+SMALL = Path(__file__).parent / "small_launches.py"
+KIT = (
+    "-m", "pytest", "-q", "-p", "adaattn_core.testing.pytest_plugin",
+    "--pyargs", "adaattn_core.testing.conformance",
+    "--adaattn-backend", "cuda", "--adaattn-arrays", "torch:cuda",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """One kernel cache for all processes."""
+    return {**os.environ, "ADAATTN_CACHE_DIR": str(tmp_path_factory.mktemp("kernels"))}
+
+
+def run(command: list[str], environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_sanitizer(tool: str, environment: dict[str, str]) -> None:
+    """Of the kernels alone: the array library may ask the driver in vain."""
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("no compute-sanitizer on this machine (it comes with the CUDA toolkit)")
+    options = ["--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9"]
+    run([sanitizer, *options, sys.executable, str(SMALL)], environment)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_conformance_kit(environment: dict[str, str]) -> None:
+    side_by_side = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    run([sys.executable, *KIT, *side_by_side], environment)
