@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Any, Protocol, runtime_checkable
 
-from adaattn_core.backend import Backend
+from adaattn_core.backend import Capabilities
 from adaattn_core.budget import ErrorBudget
 from adaattn_core.certificates.data import Certificate, HeadCertificate
 from adaattn_core.costs import CostModel
@@ -53,6 +53,10 @@ class Adapted:
 class Decides(Protocol):
     """A backend that measures, decides, runs, certifies and escalates without the host."""
 
+    def decides(self) -> Capabilities:
+        """Return what it chooses from; `Backend.capabilities` says what it runs by a plan."""
+        ...
+
     def adapt(
         self,
         problem: AttentionProblem,
@@ -90,7 +94,7 @@ _lock = Lock()
 
 def compiled_for(
     problem: AttentionProblem,
-    backend: Backend,
+    backend: Decides,
     policy: Policy,
     budget: ErrorBudget,
     costs: CostModel,
@@ -101,7 +105,7 @@ def compiled_for(
     Tables depend on sizes, not on numbers: they are remembered, as compiling one takes longer
     than starting a call.
     """
-    capabilities = backend.capabilities()
+    capabilities = backend.decides()
     spans = tuple((span.len_q, span.len_kv) for span in problem.sequences)
     key: Hashable = (
         policy, budget, capabilities, costs.name, problem.dtype, problem.scale, spans,
@@ -126,7 +130,7 @@ def compiled_for(
 
 def _compiled(
     problem: AttentionProblem,
-    capabilities: Any,
+    capabilities: Capabilities,
     policy: Policy,
     budget: ErrorBudget,
     costs: CostModel,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Hashable, Mapping
+from dataclasses import replace
 from typing import Any, NoReturn, cast
 
 from numpy.typing import NDArray
@@ -61,18 +62,24 @@ class CudaBackend:
         self._adaptive = AdaptiveCalls()
 
     def capabilities(self) -> Capabilities:
-        """Dense in four formats; on Hopper landmarks as well, planned on the device."""
+        """Dense in four formats; nothing is measured or sampled on the host's behalf."""
         device = max(driver.current_device(), 0)
         hopper = driver.device_facts(device).arch == "sm_90a"
         return Capabilities(
             qk_formats=sm80.OPERAND_FORMATS,
             pv_formats=sm80.OPERAND_FORMATS,
-            structures=("dense", "landmark") if hopper else ("dense",),
+            structures=("dense",),
             array_devices=("cuda",),
             measures=False,
             target="sm90" if hopper else "sm80",
-            sizes=SIZES if hopper else (),
         )
+
+    def decides(self) -> Capabilities:
+        """Landmarks besides, on Hopper; see `adaattn_core.deciding.Decides.decides`."""
+        can = self.capabilities()
+        if can.target != "sm90":
+            return can
+        return replace(can, structures=("dense", "landmark"), sizes=SIZES)
 
     def adapt(
         self,

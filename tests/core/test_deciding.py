@@ -31,6 +31,9 @@ class OnDevice:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
+    def decides(self) -> Any:
+        return self.inner.capabilities()
+
     def adapt(
         self, problem: Any, table: Any, budget: Any, *, seed: int | None, profile: bool = False
     ) -> Adapted | str:
