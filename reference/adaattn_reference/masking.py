@@ -6,7 +6,7 @@ and no finite entry can overflow. The row's log-sum-exp gets it back.
 
 A key is hidden where a mask says False or -inf, and where its weight is *certainly* 0 beside
 the row's largest, whatever the scores. With ``r`` the largest ``scale |q| |k|`` and ``V`` the
-largest ``|v|`` over the keys of a row, an entry (after the shift) below
+largest ``|v|``, over the keys that the row or one near it sees, an entry (shifted) below
 
     -(2 r + 750 + ln max(V, 1))
 
@@ -35,6 +35,8 @@ UNDERFLOW = 750.0
 ABSORBING = 2.0**70
 """A mask entry this many times larger than a score swallows it: their sum is the entry, in
 float64 and in wider formats. (From 2^53 on a part of the score is lost: that is charged.)"""
+FAR = 1e30
+"""Entries this far below the largest are looked at one by one before they are cast."""
 SCAN_ENTRIES = 1 << 18
 """Mask entries that are looked at at once."""
 
@@ -59,6 +61,8 @@ class MaskScan:
         Largest shift of a row that is not absorbed.
     nonfinite : bool
         Whether a row sees an entry that is NaN or +inf.
+    plain : bool
+        Whether the mask may be added as it is: no row is shifted, no finite entry hides a key.
     """
 
     seen_keys: NDArray[np.bool_]
@@ -68,6 +72,7 @@ class MaskScan:
     bias_max_abs: float = 0.0
     shift_max_abs: float = 0.0
     nonfinite: bool = False
+    plain: bool = True
 
 
 @dataclass(eq=False)
@@ -144,35 +149,50 @@ class WeighedMask:
         for rows in self.mask._chunks(len_kv):
             seen = self.mask.visible(rows, len_kv)
             if self.mask.bias is not None:
-                self._look(found, rows, seen, self.mask.bias[rows].astype(np.float64))
-                added = self._addend(found, rows, slice(0, len_kv))
-                seen &= added != -np.inf
-                finite = seen & np.isfinite(added)
-                least = -float(np.min(added, where=finite, initial=0.0))
-                found.bias_max_abs = max(found.bias_max_abs, least)
-                found.nonfinite |= bool((seen & ~finite).any())
+                self._look(found, rows, seen)
             found.seen_keys |= seen.any(axis=0)
         return found
 
-    def _look(
-        self, found: MaskScan, rows: slice, seen: NDArray[np.bool_], bias: NDArray[np.float64]
-    ) -> None:
-        """Find shift, cutoff and absorption of some rows."""
-        top = np.max(bias, axis=1, where=seen & np.isfinite(bias), initial=-np.inf)
+    def _look(self, found: MaskScan, rows: slice, seen: NDArray[np.bool_]) -> None:
+        """Find out about some rows; keys that a cutoff hides are taken out of `seen`."""
+        assert self.mask.bias is not None
+        bias = self.mask.bias[rows]
+        bias = bias if bias.dtype in (np.float32, np.float64) else bias.astype(np.float32)
+        finite = np.isfinite(bias)
+        finite &= seen
+        found.nonfinite |= bool(np.count_nonzero(finite) < np.count_nonzero(seen))
+        top = bias.max(axis=1, where=finite, initial=-np.inf).astype(np.float64)
         top[top == -np.inf] = 0
-        key = np.where(seen, self.key_norm, 0).max(axis=1, initial=0.0).astype(np.float64)
-        value = np.where(seen, self.value_norm, 1).max(axis=1, initial=1.0).astype(np.float64)
+        columns = seen.any(axis=0)
+        key, value = (
+            float(x[columns].max(initial=0.0)) for x in (self.key_norm, self.value_norm)
+        )
         with np.errstate(over="ignore", invalid="ignore"):
             reach = self.query_reach[rows] * key
-            cutoff = -(2 * reach + UNDERFLOW + np.log(value))
+            cutoff = -(2 * reach + UNDERFLOW + np.log(max(value, 1.0)))
             absorbed = np.abs(top) > ABSORBING * reach
+            least = bias.min(axis=1, where=finite, initial=np.inf).astype(np.float64) - top
         cutoff[np.isnan(cutoff)] = -np.inf
         found.shift[rows], found.cutoff[rows], found.absorbed[rows] = top, cutoff, absorbed
         moved = float(np.max(np.abs(top), where=~absorbed, initial=0.0))
         found.shift_max_abs = max(found.shift_max_abs, moved)
+        if (least < np.maximum(cutoff, -FAR)).any():
+            added = self._addend(found, rows, slice(0, len(self.key_norm)))
+            seen &= added != -np.inf
+            finite &= seen
+            lowest = np.min(added, where=finite, initial=0.0)
+            found.plain = False
+        else:
+            lowest = np.min(least, initial=0.0)
+            found.plain &= not top.any()
+        found.bias_max_abs = max(found.bias_max_abs, -float(lowest))
 
     def addend(self, rows: Picked, keys: Picked) -> Float:
         """Return what is added to scores of some rows and keys; -inf at hidden keys."""
+        assert self.mask.bias is not None
+        if self.scan.plain:
+            with np.errstate(over="ignore"):  # of entries that no row sees
+                return self.mask.bias[rows][:, keys].astype(self.dtype, copy=False)
         return self._addend(self.scan, rows, keys)
 
     def _addend(self, found: MaskScan, rows: Picked, keys: Picked) -> Float:

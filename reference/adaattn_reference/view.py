@@ -200,9 +200,14 @@ class HeadView:
         return self.in_range and not self.nonfinite
 
     @cached_property
+    def finite_products(self) -> bool:
+        """Whether no product of query and key can be NaN or Inf, hidden ones included."""
+        return self._in_range(self.kv.key_norm)
+
+    @property
     def finite_scores(self) -> bool:
-        """Whether no score can be NaN or Inf, those of hidden keys included."""
-        return self.bias is None and self._in_range(self.kv.key_norm)
+        """Whether no score can be, with what a mask adds."""
+        return self.bias is None and self.finite_products
 
     def bounded_by(self, exponent: float) -> bool:
         """Whether sums of ``exp(score)``, and of values weighted by it, are in range.
@@ -310,7 +315,7 @@ class HeadView:
             overflown = np.isinf(scores) & self.kv.finite_key[keys]
             overflown &= np.isfinite(self.query[rows]).all(axis=1, keepdims=True)
             np.copyto(scores, np.nan, where=overflown)
-        if bias is not None:
+        if bias is not None and not self.finite_products:
             np.copyto(scores, -np.inf, where=bias == -np.inf)
         if self.allowed is not None:
             np.copyto(scores, -np.inf, where=~self.allowed[rows][:, keys])

@@ -189,3 +189,14 @@ def test_a_row_that_sees_nothing_counts_nowhere(form, qk):
         assert not result.certificate[0, 0].nonfinite
         assert result.certificate[0, 0].upper == same.certificate[0, 0].upper
         np.testing.assert_array_equal(result.out, same.out)
+
+
+def test_entries_that_no_row_sees_may_be_anything():
+    x = normal(1, 1, 8, 16)
+    plain = attention(x, x, x, mask=Mask.causal())
+    for odd in (np.nan, np.inf, 1e300, -1e300):
+        bias = np.where(np.tril(np.ones((8, 8), bool)), 0, odd)
+        result = attention(x, x, x, mask=Mask.causal() & Mask.additive(bias))
+        np.testing.assert_array_equal(result.out, plain.out)
+        np.testing.assert_array_equal(result.lse, plain.lse)
+        np.testing.assert_allclose(result.certificate.upper, plain.certificate.upper)
