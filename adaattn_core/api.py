@@ -9,13 +9,14 @@ from typing import Any
 
 from adaattn_core.arrays import like, move_axis_layout
 from adaattn_core.backend import Backend
-from adaattn_core.budget import ErrorBudget
+from adaattn_core.budget import ErrorBudget, as_budget
+from adaattn_core.checks import shown, truth, whole, word
 from adaattn_core.costs import get_cost_model
 from adaattn_core.errors import ArgumentError
 from adaattn_core.lazy import LazyNotes
 from adaattn_core.mask import Mask
 from adaattn_core.pipeline import run_pipeline
-from adaattn_core.plan import Plan
+from adaattn_core.plan import SEED_MAX, Plan
 from adaattn_core.policies.base import Policy
 from adaattn_core.policies.budget import BudgetPolicy
 from adaattn_core.policies.fixed import ExactPolicy
@@ -111,27 +112,28 @@ def attention(
     problem = AttentionProblem.from_arrays(
         query, key, value, mask=mask, scale=scale, layout=layout
     )
-    if isinstance(budget, int | float):
-        budget = ErrorBudget(rel=float(budget))
+    asked = as_budget(budget)
     if plan is not None and policy is not None:
         raise ArgumentError(
             got="both a plan and a policy",
             needed="one of the two: a plan leaves nothing to decide",
             do="drop one of them",
         )
-    chosen = get_backend(backend, problem.device) if isinstance(backend, str) else backend
-    deciding = _policy(policy, budget, plan)
-    costs = get_cost_model(target or chosen.capabilities().target)
-    if seed is not None and not 0 <= seed < 2**63:
+    if plan is not None and not isinstance(plan, Plan):
         raise ArgumentError(
-            got=f"seed={seed}",
-            needed="a seed of at least 0 and below 2**63",
-            do="leave it out for fresh randomness",
+            got=f"plan={shown(plan)}",
+            needed="a Plan",
+            do="read a saved one with Plan.load(path)",
         )
+    deciding = _policy(policy, asked, plan)
+    word("layer", layer)
+    truth("profile", profile)
     drawn = seed is None
-    seed = secrets.randbits(48) if seed is None else int(seed)
+    seed = secrets.randbits(48) if seed is None else whole("seed", seed, 0, SEED_MAX)
+    chosen = _backend(backend, problem.device)
+    costs = get_cost_model(chosen.capabilities().target if target is None else target)
     raw, final, certificate, stats, notes = run_pipeline(
-        problem, chosen, deciding, budget, costs, plan=plan, seed=seed, layer=layer,
+        problem, chosen, deciding, asked, costs, plan=plan, seed=seed, layer=layer,
         drawn=drawn, profile=profile,
     )  # fmt: skip
     out = raw.out if problem.device != "cpu" else like(raw.out, query)
@@ -155,11 +157,27 @@ def attention(
     )
 
 
-def _policy(
-    policy: Policy | str | None, budget: ErrorBudget | None, plan: Plan | None
-) -> Policy | None:
+def _policy(policy: Any, budget: ErrorBudget | None, plan: Plan | None) -> Policy | None:
     if plan is not None:
         return None
     if policy is None:
         return ExactPolicy() if budget is None else BudgetPolicy()
-    return get_policy(policy) if isinstance(policy, str) else policy
+    chosen = get_policy(policy) if isinstance(policy, str) else policy
+    if isinstance(chosen, type) or not isinstance(chosen, Policy):
+        raise ArgumentError(
+            got=f"policy={shown(policy)}",
+            needed="a policy's name, or an object with request, decide and escalate",
+            do='e.g. policy="entropy" or policy=FixedPolicy(qk="f16", pv="f16")',
+        )
+    return chosen
+
+
+def _backend(backend: Any, device: str) -> Backend:
+    chosen = get_backend(backend, device) if isinstance(backend, str) else backend
+    if isinstance(chosen, type) or not isinstance(chosen, Backend):
+        raise ArgumentError(
+            got=f"backend={shown(backend)}",
+            needed="a backend's name, or what get_backend returns",
+            do='use backend="auto", or see `adaattn backends`',
+        )
+    return chosen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import array_api_compat
@@ -22,6 +23,28 @@ _DTYPE_NAMES = {
     "bfloat16": "bf16",
     "bool": "bool",
 }
+
+
+def require_array(name: str, x: Any) -> None:
+    """Raise unless `x` is an array whose every entry counts.
+
+    Raises
+    ------
+    DTypeError
+        If it is no array, or one with a mask of its own that would be lost.
+    """
+    if isinstance(x, np.ma.MaskedArray):
+        raise DTypeError(
+            got=f"{name} as a masked array",
+            needed="a plain array: entries that are masked out would come back",
+            do="pass x.filled(0), and Mask.boolean for the keys that are not to be seen",
+        )
+    if not isinstance(getattr(x, "shape", None), Sequence) or not hasattr(x, "dtype"):
+        raise DTypeError(
+            got=f"{name} of type {type(x).__name__}",
+            needed="an array (NumPy, or a library that speaks DLPack or the array API)",
+            do="convert it, e.g. numpy.asarray(x, numpy.float32)",
+        )
 
 
 def dtype_name(x: Any) -> str:
@@ -48,7 +71,14 @@ def array_device(x: Any) -> str:
     """Return where an array lives, as text (``cpu``, ``cuda:0``, ...)."""
     if isinstance(x, np.ndarray):
         return "cpu"
-    device = str(array_api_compat.device(x))
+    try:
+        device = str(array_api_compat.device(x))
+    except Exception as error:  # whatever an object does that only looks like an array
+        raise DTypeError(
+            got=f"an array of type {type(x).__name__} on an unknown device",
+            needed="an array of a library that speaks DLPack or the array API",
+            do="convert it first, e.g. with numpy.asarray(x)",
+        ) from error
     if device.startswith("<CUDA Device"):  # CuPy's spelling
         return f"cuda:{device.removeprefix('<CUDA Device ').removesuffix('>')}"
     return device.lower()
@@ -80,7 +110,14 @@ def to_numpy(x: Any) -> NDArray[Any]:
     if dtype_name(x) == "bf16":
         xp = array_api_compat.array_namespace(x)
         return to_numpy(xp.astype(x, xp.float32)).astype(ml_dtypes.bfloat16)
-    return np.from_dlpack(x)
+    try:
+        return np.from_dlpack(x)
+    except Exception as error:  # every library has its own for layouts that it cannot hand over
+        raise UnsupportedError(
+            got=f"an array of type {type(x).__name__}: {error}",
+            needed="a plain strided array in host memory that speaks DLPack",
+            do="convert it first, e.g. to a dense tensor or with numpy.asarray(x)",
+        ) from error
 
 
 def like(values: NDArray[Any], reference: Any, *, keep_dtype: bool = True) -> Any:

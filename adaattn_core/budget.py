@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Real
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+from adaattn_core.checks import real, word
 from adaattn_core.errors import ArgumentError
 
 Guarantee = Literal["worst_case", "probabilistic", "sampled"]
@@ -46,12 +46,7 @@ class ErrorBudget:
 
     def __post_init__(self) -> None:
         for name in ("rel", "rows", "confidence"):
-            if not isinstance(getattr(self, name), Real):
-                raise ArgumentError(
-                    got=f"{name}={getattr(self, name)!r}",
-                    needed="a number",
-                    do="pass a float, e.g. 0.05",
-                )
+            object.__setattr__(self, name, real(name, getattr(self, name)))
         if not 0 < self.rel < float("inf"):
             raise ArgumentError(
                 got=f"rel={self.rel}",
@@ -66,18 +61,8 @@ class ErrorBudget:
                     needed="a number in (0, 1]",
                     do="0.95 is the usual choice for both",
                 )
-        if self.guarantee not in get_args(Guarantee):
-            raise ArgumentError(
-                got=f"guarantee={self.guarantee!r}",
-                needed=f"one of {', '.join(get_args(Guarantee))}",
-                do="sampled is the default; worst_case rests on theorems alone",
-            )
-        if self.on_violation not in get_args(OnViolation):
-            raise ArgumentError(
-                got=f"on_violation={self.on_violation!r}",
-                needed=f"one of {', '.join(get_args(OnViolation))}",
-                do="escalate recomputes the failing heads more accurately",
-            )
+        word("guarantee", self.guarantee, get_args(Guarantee))
+        word("on_violation", self.on_violation, get_args(OnViolation))
         if self.guarantee == "sampled" and (self.rows == 1 or self.confidence == 1):
             raise ArgumentError(
                 got=f"a sampled guarantee with rows={self.rows}, confidence={self.confidence}",
@@ -90,3 +75,17 @@ class ErrorBudget:
                 needed="confidence below 1",
                 do='lower it, or ask for guarantee="worst_case"',
             )
+
+
+def as_budget(budget: Any) -> ErrorBudget | None:
+    """Return what `attention` was given as budget: None, a budget, or the `rel` of one.
+
+    Raises
+    ------
+    ArgumentError
+        If it is anything else; numbers of other libraries are taken, text and booleans not.
+    """
+    if budget is None or isinstance(budget, ErrorBudget):
+        return budget
+    do = "pass an ErrorBudget, a number such as 0.1 (its rel), or None for exact attention"
+    return ErrorBudget(rel=real("budget", budget, do=do))

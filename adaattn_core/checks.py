@@ -6,7 +6,7 @@ import math
 import operator
 from typing import Any
 
-from adaattn_core.errors import AdaAttnError, ArgumentError
+from adaattn_core.errors import AdaAttnError, ArgumentError, printable
 
 INT32_MAX = 2**31 - 1
 """Largest size or position in a plan: products of two fit in 64 bits."""
@@ -52,6 +52,7 @@ def real(
     *,
     open_ends: bool = False,
     error: type[AdaAttnError] = ArgumentError,
+    do: str = "",
 ) -> float:
     """Return `value` as a float; NaN, booleans and text are refused.
 
@@ -66,6 +67,8 @@ def real(
         Whether the ends are outside.
     error : type
         What is raised.
+    do : str
+        Its last line, where there is more to say than to correct it.
     """
     if type(value) is float:
         number: float | None = value
@@ -76,10 +79,11 @@ def real(
     )
     if number is None or not inside:
         ends = "()" if open_ends else "[]"
+        inside_what = f" in {ends[0]}{least:g}, {most:g}{ends[1]}"
         raise error(
             got=f"{name}={shown(value)}",
-            needed=f"a number in {ends[0]}{least:g}, {most:g}{ends[1]}",
-            do=f"correct {name}",
+            needed="a number" + (inside_what if (least, most) != (-math.inf, math.inf) else ""),
+            do=do or f"correct {name}",
         )
     return number
 
@@ -133,5 +137,5 @@ def shown(value: Any) -> str:
         text = repr(value)
     except Exception:
         text = f"a {type(value).__name__}"
-    text = "".join(c if c.isprintable() else " " for c in text)
+    text = printable(text)
     return text if len(text) <= 60 else text[:57] + "..."

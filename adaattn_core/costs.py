@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from adaattn_core.checks import shown
 from adaattn_core.errors import ArgumentError
 from adaattn_core.plan import HeadPlan
 from adaattn_core.stats import HeadStats
@@ -188,11 +189,10 @@ def get_cost_model(name: str) -> CostModel:
     ArgumentError
         If there is no such target.
     """
-    try:
-        return COST_MODELS[name]
-    except KeyError:
+    if not isinstance(name, str) or name not in COST_MODELS:
         raise ArgumentError(
-            got=f"target {name!r}",
+            got=f"target {shown(name)}",
             needed=f"one of {', '.join(COST_MODELS)}",
             do="leave the target out to plan for the machine that runs",
-        ) from None
+        )
+    return COST_MODELS[name]

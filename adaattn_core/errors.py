@@ -5,6 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 
+def printable(text: str) -> str:
+    """Text for a terminal: line breaks become spaces, other control characters are escaped.
+
+    What a message quotes may come from a file: it must not move the cursor, colour the screen
+    or begin a line of its own.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    if character in "\n\r\t":
+        return " "
+    return character.encode("unicode_escape").decode("ascii")
+
+
 class AdaAttnError(Exception):
     """Base class of every error that AdaAttn raises on purpose.
 
@@ -16,12 +33,15 @@ class AdaAttnError(Exception):
         What the operation needs.
     do : str
         What the caller can do about it.
+        Each is one line of the message, made `printable`; the attributes keep what was given.
     **facts
         Machine-readable facts; each becomes an attribute of the exception.
     """
 
     def __init__(self, got: str, needed: str, do: str, **facts: Any) -> None:
-        super().__init__(f"got: {got}\nneeded: {needed}\ndo this: {do}")
+        super().__init__(
+            f"got: {printable(got)}\nneeded: {printable(needed)}\ndo this: {printable(do)}"
+        )
         self.got = got
         self.needed = needed
         self.do = do

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from adaattn_core.checks import shown
 from adaattn_core.errors import ArgumentError, ShapeError
 
 CausalAlignment = Literal["top_left", "bottom_right"]
@@ -79,7 +80,8 @@ class Mask:
     ) -> Mask:
         """Window mask: a row at aligned position p sees keys ``p - left .. p + right``."""
         for name, value in (("left", left), ("right", right)):
-            if value is not None and (not isinstance(value, Integral) or value < 0):
+            is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+            if value is not None and (not is_whole or value < 0):
                 raise ArgumentError(
                     got=f"{name}={value!r}",
                     needed="a whole number of at least 0, or None for unlimited",
@@ -101,7 +103,7 @@ class Mask:
         for name, cu in (("cu_seqlens_q", cu_q), ("cu_seqlens_kv", cu_kv)):
             if len(cu) < 2 or cu[0] != 0 or any(b < a for a, b in itertools.pairwise(cu)):
                 raise ShapeError(
-                    got=f"{name}={cu}",
+                    got=f"{name}={shown(cu)}",
                     needed="a nondecreasing sequence from 0, one entry more than sequences",
                     do="pass the exclusive prefix sum of the sequence lengths",
                 )
@@ -125,6 +127,12 @@ class Mask:
 
     def __and__(self, other: Mask) -> Mask:
         """Combine two masks; each kind may come from one side only."""
+        if not isinstance(other, Mask):
+            raise ArgumentError(
+                got=f"a mask & {shown(other)}",
+                needed="two masks",
+                do="wrap an array: Mask.boolean(x) (True = may attend) or Mask.additive(x)",
+            )
         merged: dict[str, Any] = {}
         groups = (
             ("alignment", "left", "right"),
@@ -238,19 +246,22 @@ def _extent(
 def _whole_numbers(name: str, values: Sequence[int]) -> tuple[int, ...]:
     """Integers of any library as ints; nothing is rounded to become one."""
     try:
+        if any(type(n).__name__ in ("bool", "bool_") for n in values):
+            raise TypeError("a truth value is no number")
         return tuple(operator.index(n) for n in values)
-    except TypeError:
+    except (TypeError, ValueError, RuntimeError):  # of whatever library the numbers are
         raise ArgumentError(
-            got=f"{name}={values!r}",
+            got=f"{name}={shown(values)}",
             needed="a sequence of whole numbers",
             do="pass a list of integers, e.g. lengths.tolist()",
         ) from None
 
 
 def _alignment(alignment: str | None) -> str:
-    if alignment not in (None, "top_left", "bottom_right"):
+    known = alignment is None or isinstance(alignment, str)
+    if not known or alignment not in (None, "top_left", "bottom_right"):
         raise ArgumentError(
-            got=f"alignment={alignment!r}",
+            got=f"alignment={shown(alignment)}",
             needed='"top_left" or "bottom_right"',
             do="top_left is PyTorch's is_causal; bottom_right is FlashAttention's causal",
         )

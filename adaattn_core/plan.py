@@ -15,7 +15,7 @@ import numpy as np
 
 from adaattn_core.checks import real, shown, truth, whole, word
 from adaattn_core.errors import ArgumentError, PlanError
-from adaattn_core.files import atomic_write_text
+from adaattn_core.files import as_path, atomic_write_text, reading
 from adaattn_core.formats import get_format
 from adaattn_core.lazy import LazyHeads
 from adaattn_core.problem import AttentionProblem, HeadIndex, SequenceSpan
@@ -388,7 +388,7 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; the file appears whole or not at all."""
-        atomic_write_text(Path(path), json.dumps(self.to_json(), indent=1) + "\n")
+        atomic_write_text(as_path(path), json.dumps(self.to_json(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -399,14 +399,12 @@ class Plan:
         PlanError
             If the file cannot be read as a plan.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-            body = json.loads(text, object_pairs_hook=_unique)
-        except (OSError, ValueError, RecursionError) as error:
-            raise PlanError(
-                got=f"{path}: {error}",
-                needed="a plan file written by Plan.save or --save-plan",
-                do="check the path, or plan afresh",
-                path=str(path),
-            ) from error
-        return cls.from_json(body)
+        path = as_path(path)
+        with reading(
+            path,
+            needed="a plan file written by Plan.save or --save-plan",
+            do="check the path, or plan afresh",
+            error=PlanError,
+        ):
+            text = path.read_text(encoding="utf-8")
+            return cls.from_json(json.loads(text, object_pairs_hook=_unique))

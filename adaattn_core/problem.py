@@ -10,12 +10,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adaattn_core.arrays import INPUT_FORMATS, array_device, dtype_name, move_axis_layout
+from adaattn_core.arrays import (
+    INPUT_FORMATS,
+    array_device,
+    dtype_name,
+    move_axis_layout,
+    require_array,
+)
+from adaattn_core.checks import real, shown
 from adaattn_core.errors import ArgumentError, DTypeError, ShapeError
 from adaattn_core.mask import Mask
 
 HeadIndex = tuple[int, int]
 """(sequence, head_q): what a plan, a certificate and an escalation speak about."""
+
+
+NO_SCALE = "leave scale out for 1/sqrt(dim_qk); fold a sign into the queries"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,17 +111,18 @@ class AttentionProblem:
         ArgumentError
             If layout or scale is not admissible.
         """
-        if layout not in ("bhsd", "bshd"):
+        if not isinstance(layout, str) or layout not in ("bhsd", "bshd"):
             raise ArgumentError(
-                got=f"layout={layout!r}",
+                got=f"layout={shown(layout)}",
                 needed='"bhsd" (batch, heads, len, dim) or "bshd" (batch, len, heads, dim)',
                 do="name the layout of your arrays",
             )
         named = (("query", query), ("key", key), ("value", value))
         for name, x in named:
-            if getattr(x, "ndim", None) != 4:
+            require_array(name, x)
+            if len(x.shape) != 4:
                 raise ShapeError(
-                    got=f"{name} of shape {tuple(getattr(x, 'shape', ()))}",
+                    got=f"{name} of shape {tuple(x.shape)}",
                     needed="four dimensions: batch, heads, len, dim",
                     do="add the missing dimensions, e.g. x[None] for a single batch entry",
                 )
@@ -132,12 +143,16 @@ class AttentionProblem:
         query, key, value = (move_axis_layout(x, layout) for x in (query, key, value))
         _check_shapes(query.shape, key.shape, value.shape)
         dim_qk = int(query.shape[3])
-        scale = 1.0 / math.sqrt(max(dim_qk, 1)) if scale is None else float(scale)
+        scale = (
+            1.0 / math.sqrt(max(dim_qk, 1))
+            if scale is None
+            else real("scale", scale, do=NO_SCALE)
+        )
         if not (math.isfinite(scale) and scale > 0):
             raise ArgumentError(
                 got=f"scale={scale}",
                 needed="a positive finite number",
-                do="leave scale out for 1/sqrt(dim_qk); fold a sign into the queries",
+                do=NO_SCALE,
             )
         mask = Mask.none() if mask is None else mask
         if not isinstance(mask, Mask):
@@ -255,10 +270,10 @@ def _sequences(mask: Mask, q: Any, k: Any) -> tuple[SequenceSpan, ...]:
             SequenceSpan(i, 0, cu_q[i], cu_q[i + 1], cu_kv[i], cu_kv[i + 1])
             for i in range(len(cu_q) - 1)
         )
-    lengths = mask.lengths or (int(k[2]),) * int(q[0])
+    lengths = (int(k[2]),) * int(q[0]) if mask.lengths is None else mask.lengths
     if len(lengths) != q[0] or any(not 0 <= n <= k[2] for n in lengths):
         raise ShapeError(
-            got=f"key lengths {lengths} for batch {q[0]} and len_kv {k[2]}",
+            got=f"key lengths {shown(lengths)} for batch {q[0]} and len_kv {k[2]}",
             needed="one length per batch entry, each between 0 and len_kv",
             do="pass the number of valid keys of every batch entry",
         )
@@ -288,12 +303,7 @@ def _check_mask(mask: Mask, q: Any, k: Any, sequences: tuple[SequenceSpan, ...])
     for name, array in (("boolean", mask.allowed), ("additive", mask.bias)):
         if array is None:
             continue
-        if not hasattr(array, "shape"):
-            raise DTypeError(
-                got=f"a {name} mask of type {type(array).__name__}",
-                needed="an array",
-                do="convert it, e.g. numpy.asarray(mask)",
-            )
+        require_array(f"{'an' if name == 'additive' else 'a'} {name} mask", array)
         shape = tuple(array.shape)
         try:
             fits = np.broadcast_shapes(shape, full) == full

@@ -14,6 +14,7 @@ import pluggy
 
 from adaattn_core import hookspecs
 from adaattn_core.backend import Backend
+from adaattn_core.checks import shown
 from adaattn_core.errors import (
     AdaAttnError,
     ArgumentError,
@@ -86,11 +87,24 @@ class Registration:
 
 @dataclass(slots=True)
 class Registry:
-    """Everything that plugins brought; build one with `load_registry`."""
+    """Everything that plugins brought; build one with `load_registry`.
+
+    Attributes
+    ----------
+    backends, policies : dict of str to Registration
+    failures : dict of str to str
+        Plugins that did not load, and why.
+    installed : tuple of str
+        Names of all installed plugins, loaded or not.
+    misnamed : tuple of str
+        Names in ``ADAATTN_LOAD_PLUGINS`` that no installed plugin has.
+    """
 
     backends: dict[str, Registration] = field(default_factory=dict)
     policies: dict[str, Registration] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    installed: tuple[str, ...] = ()
+    misnamed: tuple[str, ...] = ()
     manager: pluggy.PluginManager = field(
         default_factory=lambda: pluggy.PluginManager(ENTRY_POINT_GROUP)
     )
@@ -160,8 +174,12 @@ def load_registry(points: list[EntryPoint] | None = None) -> Registry:
     if points is None:
         wanted = os.environ.get(LOAD_PLUGINS_VARIABLE)
         found = sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda p: p.name)
-        names = None if wanted is None else {n.strip() for n in wanted.split(",")}
-        points = [p for p in found if names is None or p.name in names]
+        registry.installed = tuple(p.name for p in found)
+        names = set(registry.installed) if wanted is None else _names(wanted)
+        registry.misnamed = tuple(sorted(names - {*registry.installed}))
+        for name in registry.misnamed:
+            registry.failures[name] = f"named in {LOAD_PLUGINS_VARIABLE}, but not installed"
+        points = [p for p in found if p.name in names]
     for point in points:
         try:
             module = point.load()
@@ -170,6 +188,10 @@ def load_registry(points: list[EntryPoint] | None = None) -> Registry:
             continue
         registry.add_plugin(point.name, module)
     return registry
+
+
+def _names(text: str) -> set[str]:
+    return {name.strip() for name in text.split(",")} - {""}
 
 
 @cache
@@ -214,8 +236,23 @@ def get_backend(name: str = "auto", device: str = "cpu") -> Backend:
     ------
     BackendUnavailableError
         If the name is unknown or the backend cannot run on this machine.
+    PluginError
+        If ``ADAATTN_LOAD_PLUGINS`` names a plugin that is not installed.
     """
     registry = default_registry()
+    if registry.misnamed:
+        raise PluginError(
+            got=f"{LOAD_PLUGINS_VARIABLE} with {', '.join(map(shown, registry.misnamed))}",
+            needed=f"names of installed plugins: {', '.join(registry.installed) or 'none'}",
+            do=f"correct {LOAD_PLUGINS_VARIABLE}, or unset it to load them all",
+            plugin=registry.misnamed[0],
+        )
+    if not isinstance(name, str):
+        raise ArgumentError(
+            got=f"backend {shown(name)}",
+            needed="a name",
+            do='use "auto", or see `adaattn backends`',
+        )
     if name == "auto":
         return _auto(registry, device)
     if name not in registry.backends:
@@ -247,8 +284,8 @@ def _auto(registry: Registry, device: str) -> Backend:
             if kind in backend.capabilities().array_devices:
                 return backend
     raise BackendUnavailableError(
-        got=f"arrays on {device}",
-        needed="an installed backend that takes arrays from there",
+        got=f"arrays on {device}, and backends {', '.join(registry.backends) or 'none'}",
+        needed="an installed backend that runs here and takes arrays from there",
         do=_broken_hint(registry),
         reason=f"no backend for {kind}",
     )
@@ -258,6 +295,8 @@ def _broken_hint(registry: Registry) -> str:
     if registry.failures:
         broken = "; ".join(f"{n}: {why}" for n, why in registry.failures.items())
         return f"repair the plugins that failed to load ({broken})"
+    if LOAD_PLUGINS_VARIABLE in os.environ:
+        return f"unset {LOAD_PLUGINS_VARIABLE}, which restricts what is loaded"
     return "see `adaattn backends` for what is installed"
 
 
@@ -270,10 +309,10 @@ def get_policy(name: str) -> Any:
         If no installed policy has that name.
     """
     registry = default_registry()
-    if name not in registry.policies:
+    if not isinstance(name, str) or name not in registry.policies:
         raise ArgumentError(
-            got=f"policy {name!r}",
+            got=f"policy {shown(name)}",
             needed=f"one of {', '.join(sorted(registry.policies))}",
-            do="build policies that need arguments (fixed, calibrated) in Python or by the CLI",
+            do="use one of these; a calibrated policy also needs the path of its plans",
         )
     return registry.policies[name].load()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -14,6 +16,7 @@ from adaattn_core.cli.backends import backends
 from adaattn_core.cli.demo import demo
 from adaattn_core.cli.doctor import doctor
 from adaattn_core.cli.explain import explain
+from adaattn_core.cli.options import in_flags
 from adaattn_core.cli.run import run
 from adaattn_core.errors import AdaAttnError, ArgumentError, FileError
 from adaattn_core.registry import default_registry
@@ -21,6 +24,8 @@ from adaattn_core.registry import default_registry
 EXIT_BAD_INPUT = 2
 EXIT_BUG = 70
 """EX_SOFTWARE of sysexits.h."""
+EXIT_SIGNAL = 128
+"""Plus the number of the signal that ended the command, as shells count."""
 TRACEBACK_VARIABLE = "ADAATTN_TRACEBACK"
 
 
@@ -52,9 +57,16 @@ def _root(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; a mendable error ends in three lines and exit code 2."""
+    """Run the command line; a mendable error ends in three lines and exit code 2.
+
+    SIGTERM and SIGHUP unwind the command, so that no temporary file stays; a reader that
+    leaves (``| head``) ends it quietly.
+    """
     try:
-        code = build_app()(args=arguments, prog_name="adaattn", standalone_mode=False)
+        with _unwinding_signals():
+            _check_output()
+            code = _run(arguments)
+            sys.stdout.flush()
     except AdaAttnError as error:
         _fail(error)
     except typer.TyperException as error:
@@ -65,6 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 do="see `adaattn --help`, or --help after the command",
             )
         )
+    except (KeyboardInterrupt, typer.Abort):
+        _leave(EXIT_SIGNAL + signal.SIGINT)
+    except BrokenPipeError:
+        _leave(EXIT_SIGNAL + 13)  # SIGPIPE, which not every system has
     except OSError as error:
         _fail(
             FileError(
@@ -94,6 +110,59 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(error: AdaAttnError, code: int = EXIT_BAD_INPUT) -> None:
-    sys.stderr.write(f"{error}\n")
+def _run(arguments: Sequence[str] | None) -> Any:
+    try:
+        return build_app()(args=arguments, prog_name="adaattn", standalone_mode=False)
+    except SystemExit as stop:
+        if stop.code == 1:  # typer's own answer to a pipe that nobody reads
+            raise BrokenPipeError from stop
+        raise
+
+
+@contextmanager
+def _unwinding_signals() -> Iterator[None]:
+    """Let signals that end a process do so by way of every ``finally`` and ``except``."""
+    names = ("SIGTERM", "SIGHUP")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    try:
+        before = {number: signal.signal(number, _unwind) for number in numbers}
+    except ValueError:  # not on the main thread: whoever runs us there handles signals
+        before = {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+def _unwind(number: int, frame: Any) -> NoReturn:
+    raise SystemExit(EXIT_SIGNAL + number)
+
+
+def _check_output() -> None:
+    """Refuse a closed standard output before any work; print every character somehow."""
+    if sys.stdout is None:
+        raise FileError(
+            got="standard output: closed",
+            needed="somewhere to print the result",
+            do="send it to a file, or to /dev/null if nobody reads it",
+        )
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _fail(error: AdaAttnError, code: int = EXIT_BAD_INPUT) -> NoReturn:
+    if sys.stderr is not None:
+        sys.stderr.write(f"{in_flags(str(error))}\n")
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process; what is still buffered for a broken standard output is given up."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)

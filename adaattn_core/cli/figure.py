@@ -14,7 +14,7 @@ import numpy as np
 from adaattn_core.cli.outputs import check_writable
 from adaattn_core.cli.summary import HeadRow
 from adaattn_core.errors import FileError, UnsupportedError
-from adaattn_core.files import atomic_write
+from adaattn_core.files import atomic_write, write_all
 
 SUFFIXES = (".png", ".pdf", ".svg")
 
@@ -58,11 +58,7 @@ def draw_choices(path: Path, rows: Sequence[HeadRow], title: str) -> None:
     figure = _figure(rows, title)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix.lstrip("."), dpi=150)
-    atomic_write(path, lambda stream: _write(stream, buffer.getvalue()))
-
-
-def _write(stream: Any, data: bytes) -> None:
-    stream.write(data)
+    atomic_write(path, lambda stream: write_all(stream, buffer.getvalue()))
 
 
 def _choice(row: HeadRow) -> str:

@@ -1,10 +1,7 @@
-"""Reading query, key and value from .npz and .safetensors files."""
+"""Reading query, key, value and mask from .npz, .safetensors and .npy files."""
 
 from __future__ import annotations
 
-import pickle
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +10,38 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, deserialize
+from safetensors import deserialize
 
 from adaattn_core.errors import DTypeError, FileError, ShapeError
+from adaattn_core.files import reading
+from adaattn_core.mask import Mask
 
-SUFFIXES = (".npz", ".safetensors")
-"""File kinds that are read and written."""
+WRITTEN = (".npz", ".safetensors")
+"""File kinds that outputs are written to."""
+SUFFIXES = (*WRITTEN, ".npy")
+"""File kinds that are read."""
 
 ARRAY_NAMES = ("q", "k", "v")
+OPTIONAL_NAMES = ("scale", "mask")
+
+MISNAMED = (
+    "attn_mask",
+    "attention_mask",
+    "bias",
+    "key_lengths",
+    "lengths",
+    "cu_seqlens",
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "cu_seqlens_kv",
+)
+"""Names that other tools give to what decides which keys a row sees: never overlooked."""
+
+RECIPES = {
+    ".npz": "numpy.savez(path, q=q, k=k, v=v)",
+    ".safetensors": "safetensors.numpy.save_file({'q': q, ...}, path)",
+    ".npy": "numpy.save(path, numpy.stack([q, k, v]))",
+}
 
 _SAFETENSORS_DTYPES: dict[str, Any] = {
     "F64": np.float64,
@@ -28,15 +49,6 @@ _SAFETENSORS_DTYPES: dict[str, Any] = {
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
 }
-
-_UNREADABLE = (
-    OSError,
-    ValueError,
-    EOFError,
-    zipfile.BadZipFile,
-    zlib.error,
-    pickle.PickleError,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +63,8 @@ class Inputs:
         Factor on the scores that the file states, if any.
     batched : bool
         Whether the file's arrays had a batch axis; the output gets the same axes.
+    mask : Mask
+        The file's boolean or additive mask; `Mask.none()` without one.
     """
 
     query: NDArray[Any]
@@ -58,46 +72,46 @@ class Inputs:
     value: NDArray[Any]
     scale: float | None
     batched: bool
+    mask: Mask
 
 
-def check_suffix(path: Path) -> None:
-    """Raise FileError unless the name ends in a known suffix."""
-    if path.suffix not in SUFFIXES:
+def check_suffix(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> None:
+    """Raise FileError unless the name ends in one of the suffixes."""
+    if path.suffix not in suffixes:
         raise FileError(
             got=f"{path}: a file of kind {path.suffix or 'without a suffix'}",
-            needed=f"a name that ends in {' or '.join(SUFFIXES)}",
-            do="save q, k and v together: numpy.savez(path, q=q, k=k, v=v)",
+            needed=f"a name that ends in {' or '.join(suffixes)}",
+            do=f"save q, k and v together: {RECIPES['.npz']}",
             path=str(path),
         )
 
 
 def read_inputs(path: Path) -> Inputs:
-    """Read arrays ``q``, ``k``, ``v`` (and ``scale``) from a file.
+    """Read arrays ``q``, ``k``, ``v`` (and ``scale``, ``mask``) from a file.
 
     Parameters
     ----------
     path : Path
-        An .npz (bf16 as uint16 bit patterns beside an entry ``dtype="bfloat16"``) or a
-        .safetensors file. Arrays are (batch, heads, len, dim) or (heads, len, dim).
+        An .npz (bf16 as uint16 bit patterns beside an entry ``dtype="bfloat16"``), a
+        .safetensors file, or an .npy of the three arrays stacked along a first axis. Arrays
+        are (batch, heads, len, dim) or (heads, len, dim). A mask is boolean (True = may
+        attend) or floating point (added to the scaled scores).
 
     Raises
     ------
     FileError
-        If the file is missing, damaged, of an unknown kind, or lacks an array.
+        If the file is missing, damaged, of an unknown kind, lacks an array, or has a mask
+        under another name.
     DTypeError
         If an array is not of a floating point format that AdaAttn takes.
     ShapeError
         If an array has neither three nor four axes, or the three differ in that.
     """
     check_suffix(path)
-    if not path.is_file():
-        raise FileError(
-            got=f"{path}: {'a folder' if path.is_dir() else 'no such file'}",
-            needed="a readable .npz or .safetensors file",
-            do="check the path",
-            path=str(path),
-        )
-    entries = _read_npz(path) if path.suffix == ".npz" else _read_safetensors(path)
+    readers = {".npz": _read_npz, ".safetensors": _read_safetensors, ".npy": _read_npy}
+    needed = f"an undamaged {path.suffix} file"
+    with reading(path, needed=needed, do=f"write it again: {RECIPES[path.suffix]}"):
+        entries = readers[path.suffix](path)
     query, key, value = (_with_batch_axis(name, entries[name]) for name in ARRAY_NAMES)
     axes = {name: entries[name].ndim for name in ARRAY_NAMES}
     if len(set(axes.values())) != 1:
@@ -106,7 +120,8 @@ def read_inputs(path: Path) -> Inputs:
             needed="the same number of axes in q, k and v",
             do="add a batch axis to all of them or to none",
         )
-    return Inputs(query, key, value, _scale(entries), axes["q"] == 4)
+    scale, mask = _scale(entries.get("scale")), _mask(entries.get("mask"))
+    return Inputs(query, key, value, scale, axes["q"] == 4, mask)
 
 
 def _with_batch_axis(name: str, array: NDArray[Any]) -> NDArray[Any]:
@@ -119,10 +134,9 @@ def _with_batch_axis(name: str, array: NDArray[Any]) -> NDArray[Any]:
     return array if array.ndim == 4 else array[None]
 
 
-def _scale(entries: Mapping[str, NDArray[Any]]) -> float | None:
-    if "scale" not in entries:
+def _scale(scale: NDArray[Any] | None) -> float | None:
+    if scale is None:
         return None
-    scale = entries["scale"]
     if scale.size != 1 or scale.dtype.kind not in "fiu":
         raise ShapeError(
             got=f"scale of shape {scale.shape} and dtype {scale.dtype}",
@@ -132,25 +146,26 @@ def _scale(entries: Mapping[str, NDArray[Any]]) -> float | None:
     return float(scale.reshape(()))
 
 
-# -- npz ---------------------------------------------------------------------------------------
+def _mask(mask: NDArray[Any] | None) -> Mask:
+    if mask is None:
+        return Mask.none()
+    return Mask.boolean(mask) if mask.dtype == bool else Mask.additive(mask)
+
+
+# -- npz and npy -------------------------------------------------------------------------------
 def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
-    try:
-        with (
-            path.open("rb") as stream,
-            _archive(np.load(stream, allow_pickle=False)) as archive,
-        ):
-            names = set(archive.files)
-            wanted = names & {*ARRAY_NAMES, "scale", "dtype"}
-            entries = {name: archive[name] for name in wanted}
-            if not all(isinstance(entry, np.ndarray) for entry in entries.values()):
-                raise ValueError("a zip archive, but not one of arrays")
-    except _UNREADABLE as error:
-        raise _unreadable(path, error, "numpy.savez(path, q=q, k=k, v=v)") from error
-    _require_arrays(path, names)
+    with path.open("rb") as stream, _archive(np.load(stream, allow_pickle=False)) as archive:
+        _check_names(path, set(archive.files))
+        wanted = {*archive.files} & {*ARRAY_NAMES, *OPTIONAL_NAMES, "dtype"}
+        entries = {name: archive[name] for name in wanted}
+    if not all(isinstance(entry, np.ndarray) for entry in entries.values()):
+        raise ValueError("a zip archive, but not one of arrays")
     stored = entries.pop("dtype", None)
     declared = None if stored is None else str(stored.reshape(-1)[0]) if stored.size else ""
     for name in ARRAY_NAMES:
         entries[name] = _decode(name, entries[name], declared)
+    if "mask" in entries:
+        entries["mask"] = _decode_mask(entries["mask"], declared)
     return entries
 
 
@@ -158,6 +173,21 @@ def _archive(loaded: Any) -> Any:
     if not isinstance(loaded, np.lib.npyio.NpzFile):
         raise ValueError("a single array, not an archive")
     return loaded
+
+
+def _read_npy(path: Path) -> dict[str, NDArray[Any]]:
+    with path.open("rb") as stream:
+        stacked = np.load(stream, allow_pickle=False)
+    if not isinstance(stacked, np.ndarray):
+        raise ValueError("an archive, not a single array")
+    if stacked.ndim not in (4, 5) or len(stacked) != len(ARRAY_NAMES):
+        raise FileError(
+            got=f"{path}: one array of shape {stacked.shape}",
+            needed="q, k and v stacked: (3, batch, heads, len, dim) or (3, heads, len, dim)",
+            do=f"where their shapes differ use {RECIPES['.npz']}",
+            path=str(path),
+        )
+    return {name: _decode(name, x, None) for name, x in zip(ARRAY_NAMES, stacked, strict=True)}
 
 
 def _decode(name: str, array: NDArray[Any], declared: str | None) -> NDArray[Any]:
@@ -173,43 +203,56 @@ def _decode(name: str, array: NDArray[Any], declared: str | None) -> NDArray[Any
             do='cast the arrays, or save bf16 as x.view("uint16") beside dtype="bfloat16"',
             dtype=str(array.dtype),
         )
-    if declared not in (None, str(array.dtype)):
+    native = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if declared not in (None, str(native.dtype)):
         raise DTypeError(
             got=f'{name} of dtype {array.dtype} in a file with dtype="{declared}"',
             needed="arrays of the dtype that the file declares",
             do="remove the entry dtype, or store what it says",
             dtype=str(array.dtype),
         )
-    return array
+    return native
+
+
+def _decode_mask(mask: NDArray[Any], declared: str | None) -> NDArray[Any]:
+    """Return a boolean mask as it is, an additive one as numbers (of any float format)."""
+    if mask.dtype == bool:
+        return mask
+    if mask.dtype.kind in "iu" and not (mask.dtype == np.uint16 and declared == "bfloat16"):
+        raise DTypeError(
+            got=f"mask of dtype {mask.dtype}",
+            needed="bool (True = may attend), or floating point (added to the scaled scores)",
+            do="cast it: 0 and 1 could mean either",
+            dtype=str(mask.dtype),
+        )
+    return _decode("mask", mask, declared if mask.dtype.kind in "uV" else None)
 
 
 # -- safetensors -------------------------------------------------------------------------------
 def _read_safetensors(path: Path) -> dict[str, NDArray[Any]]:
-    try:
-        tensors = dict(deserialize(path.read_bytes()))  # type: ignore[no-untyped-call]
-    except (OSError, SafetensorError) as error:
-        raise _unreadable(
-            path, error, "safetensors.numpy.save_file({'q': q, ...}, path)"
-        ) from error
-    _require_arrays(path, set(tensors))
-    wanted = set(tensors) & {*ARRAY_NAMES, "scale"}
+    tensors = dict(deserialize(path.read_bytes()))  # type: ignore[no-untyped-call]
+    _check_names(path, set(tensors))
+    wanted = set(tensors) & {*ARRAY_NAMES, *OPTIONAL_NAMES}
     return {name: _from_safetensors(name, tensors[name]) for name in wanted}
 
 
 def _from_safetensors(name: str, tensor: Mapping[str, Any]) -> NDArray[Any]:
-    if tensor["dtype"] not in _SAFETENSORS_DTYPES:
+    known = _SAFETENSORS_DTYPES | ({"BOOL": np.bool_} if name == "mask" else {})
+    if tensor["dtype"] not in known:
         raise DTypeError(
             got=f"{name} of dtype {tensor['dtype']}",
-            needed=f"one of {', '.join(_SAFETENSORS_DTYPES)}",
+            needed=f"one of {', '.join(known)}",
             do="cast the tensors before saving them",
             dtype=tensor["dtype"],
         )
-    dtype = np.dtype(_SAFETENSORS_DTYPES[tensor["dtype"]])
-    return np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"])
+    is_bool = tensor["dtype"] == "BOOL"
+    dtype = np.dtype(np.uint8 if is_bool else known[tensor["dtype"]])
+    array = np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"])
+    # A byte other than 0 and 1 would be neither true nor false.
+    return np.asarray(array != 0) if is_bool else array
 
 
-# -- errors ------------------------------------------------------------------------------------
-def _require_arrays(path: Path, names: set[str]) -> None:
+def _check_names(path: Path, names: set[str]) -> None:
     missing = [name for name in ARRAY_NAMES if name not in names]
     if missing:
         raise FileError(
@@ -218,13 +261,11 @@ def _require_arrays(path: Path, names: set[str]) -> None:
             do="save the arrays under these names",
             path=str(path),
         )
-
-
-def _unreadable(path: Path, error: Exception, recipe: str) -> FileError:
-    detail = " ".join(str(error).split()) or type(error).__name__
-    return FileError(
-        got=f"{path}: {detail}",
-        needed=f"an undamaged {path.suffix} file",
-        do=f"write it again: {recipe}",
-        path=str(path),
-    )
+    misnamed = sorted(names & {*MISNAMED})
+    if misnamed:
+        raise FileError(
+            got=f"{path} with {', '.join(misnamed)}",
+            needed="one mask, boolean or additive, under the name mask",
+            do="write it out as an array named mask, or remove it",
+            path=str(path),
+        )

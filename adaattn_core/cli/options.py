@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +51,13 @@ def parse_budget(
     try:
         rel = float(text)
     except ValueError:
+        rel = math.nan
+    if not 0 < rel < math.inf:
         raise ArgumentError(
             got=f"--budget {text}",
             needed="a positive number, or the word exact",
             do="e.g. --budget 0.1: rows may err by a tenth of the root-mean-square output row",
-        ) from None
+        )
     return ErrorBudget(rel, **given)
 
 
@@ -138,6 +142,28 @@ def parse_structure(text: str) -> Structure:
                 do="e.g. --structure landmark:tau=0.02,band=128",
             ) from None
     return structure_from_json(body, partial=True)
+
+
+_AS_FLAGS = (
+    (r"budget=None", "--budget exact"),
+    (r"ErrorBudget\(rel=([\d.]+)\)", r"--budget \1"),
+    (r"\brel=", "--budget "),
+    (r"\bon_violation=", "--on-violation "),
+    (
+        r"\b(rows|confidence|guarantee|policy|backend|target|alignment|scale|seed|qk|pv)="
+        r"(?=[\"'\w.+-])",
+        r"--\1 ",
+    ),
+    (r"(--[a-z-]+) ([\"'])([\w.+-]+)\2", r"\1 \3"),
+    (r"\bpass layer=", "name the file after its layer"),
+)
+
+
+def in_flags(text: str) -> str:
+    """Say of options what a message says of the arguments of `attention`."""
+    for pattern, flags in _AS_FLAGS:
+        text = re.sub(pattern, flags, text)
+    return text
 
 
 def _flag(name: str) -> str:

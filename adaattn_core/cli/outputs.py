@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -10,21 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from adaattn_core.cli.inputs import check_suffix
+from adaattn_core.cli.inputs import WRITTEN, check_suffix
 from adaattn_core.errors import FileError
-from adaattn_core.files import atomic_write
+from adaattn_core.files import atomic_write, target, unwritable_reason, write_all
 
 
 def check_writable(path: Path) -> None:
     """Raise FileError if `path` cannot become a file; called before anything is computed."""
-    folder = path.parent
-    if path.is_dir():
-        reason = "is a folder"
-    elif not folder.is_dir():
-        reason = f"there is no folder {folder}"
-    elif not os.access(folder, os.W_OK):
-        reason = f"folder {folder} cannot be written"
-    else:
+    reason = unwritable_reason(path)
+    if reason is None:
         return
     raise FileError(
         got=f"{path}: {reason}",
@@ -36,23 +29,23 @@ def check_writable(path: Path) -> None:
 
 def check_array_output(path: Path) -> None:
     """Raise FileError unless `path` can become an .npz or .safetensors file."""
-    check_suffix(path)
+    check_suffix(path, WRITTEN)
     check_writable(path)
 
 
 def check_writable_apart(source: Path, *outputs: Path) -> None:
     """Raise FileError unless all outputs can be written, none over the input or one another."""
-    taken = {source.resolve()}
+    taken = {target(source)}
     for path in outputs:
         check_writable(path)
-        if path.resolve() in taken:
+        if target(path) in taken:
             raise FileError(
                 got=f"{path} named twice",
                 needed="a file of its own for the input and for every output",
                 do="choose another name for the output",
                 path=str(path),
             )
-        taken.add(path.resolve())
+        taken.add(target(path))
 
 
 def write_output(path: Path, out: NDArray[Any], lse: NDArray[Any]) -> None:
@@ -70,7 +63,7 @@ def write_output(path: Path, out: NDArray[Any], lse: NDArray[Any]) -> None:
     arrays = {"out": np.ascontiguousarray(out), "lse": np.ascontiguousarray(lse)}
     if path.suffix == ".safetensors":
         data = save(arrays)
-        atomic_write(path, lambda stream: _write(stream, data))
+        atomic_write(path, lambda stream: write_all(stream, data))
     else:
         atomic_write(path, lambda stream: _write_npz(stream, arrays))
 
@@ -81,7 +74,3 @@ def _write_npz(stream: BinaryIO, arrays: dict[str, NDArray[Any]]) -> None:
         np.savez(stream, out=out.view(np.uint16), lse=arrays["lse"], dtype=np.str_("bfloat16"))
     else:
         np.savez(stream, out=out, lse=arrays["lse"])
-
-
-def _write(stream: BinaryIO, data: bytes) -> None:
-    stream.write(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +22,9 @@ Option = typer.Option
 
 
 def run(
-    file: Annotated[Path, typer.Argument(help="q, k, v as .npz or .safetensors")],
+    file: Annotated[
+        Path, typer.Argument(help="q, k, v (scale, mask) as .npz, .safetensors or .npy")
+    ],
     budget: Annotated[
         str, Option(help="tolerated row error relative to the rms output row, or 'exact'")
     ] = "0.1",
@@ -51,7 +54,10 @@ def run(
         str | None, Option(help="machine to plan for, e.g. sm90 [default: the backend's own]")
     ] = None,
     backend: Annotated[str, Option(help="backend by name")] = "auto",
-    causal: Annotated[bool, Option("--causal/--full", help="which keys a row sees")] = True,
+    causal: Annotated[
+        bool,
+        Option("--causal/--full", help="which keys a row sees, of those in the file's mask"),
+    ] = True,
     alignment: Annotated[
         str | None, Option(help="top_left or bottom_right, where the lengths differ")
     ] = None,
@@ -81,8 +87,9 @@ def run(
         check_array_output(out)
     check_writable_apart(file, *(path for path in (out, save_plan, report) if path is not None))
     inputs = read_inputs(file)
+    mask = mask & inputs.mask
     if scale is not None:
-        inputs = Inputs(inputs.query, inputs.key, inputs.value, scale, inputs.batched)
+        inputs = replace(inputs, scale=scale)
     with progress() as bar:
         task = bar.add_task("attention and truth" if measure else "attention", total=1)
         outcome = compute(

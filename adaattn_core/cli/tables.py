@@ -12,8 +12,10 @@ from typing import Any
 from rich.console import Console, JustifyMethod
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from adaattn_core.cli.summary import HeadRow, Totals
+from adaattn_core.errors import printable
 
 _LEAST_WIDTH = 132
 """Columns assumed at least: rather lines that wrap than numbers that are cut off."""
@@ -25,11 +27,20 @@ _OPTIONAL = ("layer", "batch")
 _HELD = {None: "-", True: "yes", False: "NO"}
 
 
+class PlainConsole(Console):
+    """A console that prints text of files and plans as text: nothing in it is a command."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Escape every control character but the line break."""
+        lines = (printable(line) for line in text.split("\n"))
+        return super().render_str("\n".join(lines), **options)
+
+
 def console() -> Console:
     """Return a console for results (standard output)."""
     width = max(_LEAST_WIDTH, shutil.get_terminal_size().columns)
     # No markup: a file name may hold brackets.
-    return Console(highlight=False, markup=False, emoji=False, width=width)
+    return PlainConsole(highlight=False, markup=False, emoji=False, width=width)
 
 
 def progress() -> Progress:

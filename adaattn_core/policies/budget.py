@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from adaattn_core.certificates.theorem import theorem_certificate
+from adaattn_core.checks import real, shown
+from adaattn_core.errors import ArgumentError
 from adaattn_core.plan import HeadPlan
 from adaattn_core.policies import compiling, fitting
 from adaattn_core.policies.base import (
@@ -86,6 +89,21 @@ class BudgetPolicy:
     low_rank_participation: float = 0.25
 
     name = "budget"
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(field.default, tuple):
+                if not isinstance(value, list | tuple):
+                    raise ArgumentError(
+                        got=f"{field.name}={shown(value)}",
+                        needed="a tuple of numbers in (0, 1)",
+                        do=f"e.g. {field.name}={field.default}",
+                    )
+                shares = tuple(real(field.name, x, 0, 1, open_ends=True) for x in value)
+                object.__setattr__(self, field.name, shares)
+            else:
+                real(field.name, value, 0)
 
     # -- what to measure ---------------------------------------------------------------------
     def request(self, context: PolicyContext) -> MeasureRequest | None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import quote
 
 from adaattn_core.checks import shown
 from adaattn_core.errors import PlanError
+from adaattn_core.files import as_path
 from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.policies.base import PolicyContext, safer
 from adaattn_core.problem import HeadIndex
@@ -23,7 +25,7 @@ class CalibratedPolicy:
     Parameters
     ----------
     path : str or Path, optional
-        A plan file, or a folder with one ``<layer>.json`` per layer name.
+        A plan file, or a folder of them, one per layer, as `save` writes it.
     plans : mapping of str to Plan, optional
         Plans by layer name, instead of a path.
 
@@ -45,7 +47,7 @@ class CalibratedPolicy:
                 needed="exactly one of path and plans",
                 do="pass the file or folder that Plan.save wrote, or plans by layer name",
             )
-        self.plans = _load(Path(str(path))) if plans is None else _checked(plans)
+        self.plans = _load(as_path(path)) if plans is None else _checked(plans)
 
     @classmethod
     def from_runs(cls, runs: Mapping[str, Iterable[Plan]]) -> CalibratedPolicy:
@@ -63,9 +65,27 @@ class CalibratedPolicy:
         return cls(plans=merged)
 
     def save(self, folder: str | Path) -> None:
-        """Write one plan file per layer into an existing folder."""
+        """Write one plan file per layer into an existing folder.
+
+        What a file system may take for more than a name (``/``, a leading dot, ...) is written
+        as in a URL: layer ``../x`` becomes ``%2E.%2Fx.json``.
+
+        Raises
+        ------
+        PlanError
+            If two layers would share a file.
+        FileError
+            If the folder cannot be written.
+        """
+        names = {layer: _file_name(layer) for layer in self.plans}
+        if len({name.casefold() for name in names.values()}) != len(names):
+            raise PlanError(
+                got=f"layers {shown(sorted(names))}",
+                needed="names that differ in more than upper and lower case",
+                do="rename layers; one without a name is saved as plan.json",
+            )
         for layer, plan in self.plans.items():
-            plan.save(Path(folder) / f"{layer or 'plan'}.json")
+            replace(plan, layer=layer).save(as_path(folder) / names[layer])
 
     def request(self, context: PolicyContext) -> MeasureRequest | None:
         """Nothing needs to be measured."""
@@ -103,6 +123,11 @@ class CalibratedPolicy:
     ) -> HeadPlan | None:
         """Climb the common ladder."""
         return safer(plan, upper, stats, context)
+
+
+def _file_name(layer: str) -> str:
+    name = quote(layer or "plan", safe="", errors="backslashreplace")
+    return ("%2E" + name[1:] if name.startswith(".") else name) + ".json"
 
 
 def _checked(plans: Mapping[str, Plan]) -> dict[str, Plan]:

@@ -6,10 +6,12 @@ that can be read aloud. It predicts no error; what it chooses is certified like 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from adaattn_core.checks import real, whole
 from adaattn_core.plan import HeadPlan
 from adaattn_core.policies import compiling, fitting
 from adaattn_core.policies.base import PolicyContext, safer
@@ -50,6 +52,11 @@ class EntropyPolicy:
     least_len: int = 4096
 
     name = "entropy"
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            real(field.name, getattr(self, field.name), 0)
+        whole("least_len", self.least_len)
 
     def request(self, context: PolicyContext) -> MeasureRequest | None:
         """Ask for row facts, the landmark curve and the spectrum; for no trial."""

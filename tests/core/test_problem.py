@@ -85,7 +85,7 @@ def test_mixed_dtypes_are_named() -> None:
 
 
 def test_lists_are_not_arrays() -> None:
-    with pytest.raises(ShapeError, match="four dimensions"):
+    with pytest.raises(DTypeError, match="query of type list"):
         AttentionProblem.from_arrays([[1.0]], *_arrays()[1:])
 
 
