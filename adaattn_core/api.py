@@ -131,10 +131,11 @@ def attention(
     drawn = seed is None
     seed = secrets.randbits(48) if seed is None else whole("seed", seed, 0, SEED_MAX)
     chosen = _backend(backend, problem.device)
-    costs = get_cost_model(chosen.capabilities().target if target is None else target)
+    capabilities = chosen.capabilities()
+    costs = get_cost_model(capabilities.target if target is None else target)
     raw, final, certificate, stats, notes = run_pipeline(
-        problem, chosen, deciding, asked, costs, plan=plan, seed=seed, layer=layer,
-        drawn=drawn, profile=profile,
+        problem, chosen, capabilities, deciding, asked, costs,
+        plan=plan, seed=seed, layer=layer, drawn=drawn, profile=profile,
     )  # fmt: skip
     out = raw.out if problem.device != "cpu" else like(raw.out, query)
     provenance: Mapping[str, Any] = LazyNotes({

@@ -1,4 +1,10 @@
-"""The backend contract: what a plugin provides (what it hands back: adaattn_core.facts)."""
+"""The backend contract: what a plugin provides (what it hands back: adaattn_core.facts).
+
+Every backend is a `Backend`. Further protocols are optional, and a backend has one by having
+its methods: one that `Measures` serves policies that measure and sampled certificates, one that
+`Forwards` computes exact attention without either. The third, `adaattn_core.deciding.Decides`,
+is for backends that plan on a device.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 from numpy.typing import NDArray
 
 from adaattn_core.facts import RawResult, RowErrors
+from adaattn_core.mask import Mask
 from adaattn_core.plan import Plan
 from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_core.stats import MeasureRequest, ProblemStats
@@ -19,6 +26,8 @@ from adaattn_core.structure import Structure
 class Capabilities:
     """What a backend can do, as data that policies and error messages read.
 
+    Whether it measures is no capability: it is one that `Measures`, or it is not.
+
     Attributes
     ----------
     qk_formats, pv_formats : tuple of str
@@ -27,8 +36,6 @@ class Capabilities:
         Structure kinds it runs.
     array_devices : tuple of str
         Device kinds of the arrays it accepts (``"cpu"``, ``"cuda"``).
-    measures : bool
-        Whether `Backend.measure` and `Backend.row_errors` are provided.
     target : str
         Cost model that describes it (a name in adaattn_core.costs).
     emulated_formats : tuple of str
@@ -45,7 +52,6 @@ class Capabilities:
     pv_formats: tuple[str, ...]
     structures: tuple[str, ...]
     array_devices: tuple[str, ...]
-    measures: bool
     target: str
     emulated_formats: tuple[str, ...] = ()
     masks: tuple[str, ...] = (
@@ -61,26 +67,12 @@ class Capabilities:
 
 @runtime_checkable
 class Backend(Protocol):
-    """A mechanism: it measures and computes, and decides nothing."""
+    """A mechanism: it computes what a plan says, and decides nothing."""
 
     name: str
 
     def capabilities(self) -> Capabilities:
         """Return what this backend can do on this machine."""
-        ...
-
-    def measure(
-        self, problem: AttentionProblem, request: MeasureRequest
-    ) -> tuple[ProblemStats, Any]:
-        """Measure what `request` asks for.
-
-        Returns
-        -------
-        stats : ProblemStats
-        workspace : object
-            Opaque; handed back to `run` so that nothing is measured twice. Running without it
-            must give the same result.
-        """
         ...
 
     def run(
@@ -106,6 +98,29 @@ class Backend(Protocol):
         """
         ...
 
+    def provenance(self) -> dict[str, str]:
+        """Return what computed the result: library versions, device, kernel."""
+        ...
+
+
+@runtime_checkable
+class Measures(Protocol):
+    """A backend that looks at heads before a plan is made, and at rows after it has run."""
+
+    def measure(
+        self, problem: AttentionProblem, request: MeasureRequest
+    ) -> tuple[ProblemStats, Any]:
+        """Measure what `request` asks for.
+
+        Returns
+        -------
+        stats : ProblemStats
+        workspace : object
+            Opaque; handed back to `run` so that nothing is measured twice. Running without it
+            must give the same result.
+        """
+        ...
+
     def row_errors(
         self, problem: AttentionProblem, raw: RawResult, rows: Mapping[HeadIndex, NDArray[Any]]
     ) -> dict[HeadIndex, RowErrors]:
@@ -118,6 +133,44 @@ class Backend(Protocol):
         """
         ...
 
-    def provenance(self) -> dict[str, str]:
-        """Return what computed the result: library versions, device, kernel."""
+
+@runtime_checkable
+class Forwards(Protocol):
+    """A backend with a short way: exact attention, and nothing that anybody could ask about it.
+
+    Callers that hand no certificate on take it (adaattn_torch).
+    """
+
+    def forward(
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        *,
+        mask: Mask | None = None,
+        scale: float | None = None,
+    ) -> tuple[Any, Any]:
+        """Compute what `Backend.run` computes under the plan of `ExactPolicy`, bit for bit.
+
+        Parameters
+        ----------
+        query : array, shape (batch, heads_q, len_q, dim_qk)
+        key : array, shape (batch, heads_kv, len_kv, dim_qk)
+        value : array, shape (batch, heads_kv, len_kv, dim_v)
+            The arrays that `Backend.run` takes.
+        mask : Mask, optional
+            Default: every key is visible.
+        scale : float, optional
+            Factor on the scores; default 1/sqrt(dim_qk).
+
+        Returns
+        -------
+        out : array, shape (batch, heads_q, len_q, dim_v)
+        lse : array of float32, shape (batch, heads_q, len_q)
+
+        Raises
+        ------
+        UnsupportedError
+            For what this way does not take; the caller then goes the ordinary one.
+        """
         ...

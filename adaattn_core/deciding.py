@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any, Protocol, runtime_checkable
@@ -12,6 +12,7 @@ from adaattn_core.backend import Capabilities
 from adaattn_core.budget import ErrorBudget
 from adaattn_core.certificates.data import Certificate, HeadCertificate
 from adaattn_core.costs import CostModel
+from adaattn_core.escalation import check_outcome
 from adaattn_core.facts import RawResult
 from adaattn_core.lazy import LazyHeads
 from adaattn_core.plan import HeadPlan
@@ -19,7 +20,7 @@ from adaattn_core.policies.base import Policy, PolicyContext
 from adaattn_core.policies.compiling import compile_policy
 from adaattn_core.policies.table import DecisionTable
 from adaattn_core.problem import AttentionProblem, HeadIndex
-from adaattn_core.stats import HeadStats, problem_shapes
+from adaattn_core.stats import HeadStats
 
 __all__ = ["Adapted", "Decides", "certificate_later", "compiled_for"]
 
@@ -138,11 +139,9 @@ def _compiled(
 ) -> DecisionTable | str:
     if budget.guarantee != "sampled":
         return f"guarantee {budget.guarantee}: only sampled ones are kept on the device"
-    context = PolicyContext(
-        budget=budget, capabilities=capabilities, costs=costs, dtype=problem.dtype,
-        structural=problem.mask.is_structural, shapes=problem_shapes(problem),
-        scale=problem.scale, seed=0, layer=layer, prefix=problem.prefix_sequences(),
-    )  # fmt: skip
+    context = PolicyContext.of(
+        problem, budget, capabilities, costs, seed=0, layer=layer, measures=True
+    )
     compiled = compile_policy(policy, context)
     if compiled is None:
         return f"policy {policy.name} does not compile to a table"
@@ -152,21 +151,18 @@ def _compiled(
 
 
 def certificate_later(
-    problem: AttentionProblem,
-    adapted: Adapted,
-    budget: ErrorBudget,
-    check: Callable[..., None],
+    problem: AttentionProblem, adapted: Adapted, budget: ErrorBudget
 ) -> Certificate:
     """Return the certificate of a device's call.
 
-    It is read, and `check` raises for heads that miss the budget, when somebody looks; at once
-    only where the caller asked to be stopped (``on_violation="raise"``).
+    It is read, and heads that miss the budget raise, when somebody looks; at once only where
+    the caller asked to be stopped (``on_violation="raise"``).
     """
     shape = (len(problem.sequences), problem.heads_q)
 
     def checked() -> Mapping[HeadIndex, HeadCertificate]:
         found = Certificate(adapted.certificates, shape)
-        check(found, budget, found.violations(budget), None, None)
+        check_outcome(found, budget)
         return adapted.certificates
 
     certificate = Certificate(LazyHeads(checked), shape)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from adaattn_core.backend import Backend
+from adaattn_core.backend import Measures
 from adaattn_core.bounds import minimal_sample_size
 from adaattn_core.budget import ErrorBudget
 from adaattn_core.certificates.data import Certificate, HeadCertificate
@@ -74,28 +74,25 @@ class Certifier:
     """Certificates of a problem's heads; counts the sampling rounds that each head has used.
 
     A theorem is stronger than a sample, so it serves a sampled budget wherever it reaches it;
-    on a backend that does not measure (`measures` false) it is all there is.
+    without a `sampler` (the backend, if it `Measures`) it is all there is.
     """
 
     def __init__(
         self,
         problem: AttentionProblem,
-        backend: Backend,
+        sampler: Measures | None,
         budget: ErrorBudget | None,
         seed: int,
-        *,
-        measures: bool,
     ) -> None:
-        self.problem, self.backend, self.budget, self.seed = problem, backend, budget, seed
+        self.problem, self.sampler, self.budget, self.seed = problem, sampler, budget, seed
         self.sampled = budget is not None and budget.guarantee == "sampled"
-        self.measures = measures
         self.shape = (len(problem.sequences), problem.heads_q)
         self.rounds: dict[HeadIndex, int] = {}
         self.live = LiveRows(problem)
 
     def exhausted(self, index: HeadIndex) -> bool:
         """Whether the head has no sampling round left: only a theorem can certify it then."""
-        if self.sampled and not self.measures:
+        if self.sampled and self.sampler is None:
             return True
         return self.rounds.get(index, 0) >= ROUNDS
 
@@ -173,7 +170,8 @@ class Certifier:
             rng = np.random.default_rng((self.seed, 0, *index, self.rounds[index], look))
             every = len(live) <= most
             rows[index] = live if every else live[rng.integers(0, len(live), count)]
-        errors = self.backend.row_errors(self.problem, raw, rows)
+        assert self.sampler is not None, "exhausted() says so of every head"
+        errors = self.sampler.row_errors(self.problem, raw, rows)
         return {
             index: sampled_certificate(
                 errors[index],

@@ -8,10 +8,13 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from adaattn_core.backend import Capabilities
+from adaattn_core.backend import Capabilities, Forwards, Measures
 from adaattn_core.cli.tables import console, print_json
+from adaattn_core.deciding import Decides
 from adaattn_core.errors import AdaAttnError
 from adaattn_core.registry import BackendInfo, get_backend, list_backends
+
+PROTOCOLS: dict[str, type] = {"measures": Measures, "forwards": Forwards, "decides": Decides}
 
 
 def backends(
@@ -49,8 +52,11 @@ def _describe(info: BackendInfo) -> dict[str, Any]:
     body: dict[str, Any] = dataclasses.asdict(info) | {"capabilities": None}
     if info.available:
         try:
-            capabilities: Capabilities = get_backend(info.name).capabilities()
+            backend = get_backend(info.name)
+            capabilities: Capabilities = backend.capabilities()
         except AdaAttnError as error:
             return body | {"available": False, "reason": error.got}
-        body["capabilities"] = dataclasses.asdict(capabilities)
+        body["capabilities"] = dataclasses.asdict(capabilities) | {
+            name: isinstance(backend, protocol) for name, protocol in PROTOCOLS.items()
+        }
     return body

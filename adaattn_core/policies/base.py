@@ -10,8 +10,8 @@ from adaattn_core.backend import Capabilities
 from adaattn_core.budget import ErrorBudget
 from adaattn_core.costs import CostModel
 from adaattn_core.plan import HeadPlan
-from adaattn_core.problem import HeadIndex
-from adaattn_core.stats import HeadStats, MeasureRequest
+from adaattn_core.problem import AttentionProblem, HeadIndex
+from adaattn_core.stats import HeadStats, MeasureRequest, problem_shapes
 from adaattn_core.structure import BlockSparse, Dense, Landmark, ScoreSkip, Structure
 
 
@@ -39,6 +39,8 @@ class PolicyContext:
     scale : float
     seed : int
     layer : str
+    measures : bool
+        Whether the backend `Measures`: where not, there are no stats and no sampled rows.
     """
 
     budget: ErrorBudget | None
@@ -51,6 +53,34 @@ class PolicyContext:
     seed: int
     layer: str = ""
     prefix: frozenset[int] = frozenset()
+    measures: bool = True
+
+    @classmethod
+    def of(
+        cls,
+        problem: AttentionProblem,
+        budget: ErrorBudget | None,
+        capabilities: Capabilities,
+        costs: CostModel,
+        *,
+        seed: int,
+        layer: str,
+        measures: bool,
+    ) -> PolicyContext:
+        """Return the context of a problem."""
+        return cls(
+            budget=budget,
+            capabilities=capabilities,
+            costs=costs,
+            dtype=problem.dtype,
+            structural=problem.mask.is_structural,
+            shapes=problem_shapes(problem),
+            scale=problem.scale,
+            seed=seed,
+            layer=layer,
+            prefix=problem.prefix_sequences(),
+            measures=measures,
+        )
 
     @property
     def exact_format(self) -> str:
@@ -61,10 +91,6 @@ class PolicyContext:
         native = self.dtype in self.capabilities.qk_formats and self.dtype in self.costs.flops
         emulated = self.dtype in self.capabilities.emulated_formats
         return self.dtype if native and not emulated else "f32"
-
-    def usable_formats(self, names: tuple[str, ...], supported: tuple[str, ...]) -> list[str]:
-        """Those of `names` that the backend and the target machine both have."""
-        return [n for n in names if n in supported and n in self.costs.flops]
 
 
 @runtime_checkable

@@ -109,7 +109,7 @@ class BudgetPolicy:
     def request(self, context: PolicyContext) -> MeasureRequest | None:
         """Ask for the structures and formats that could pay on the target."""
         budget = context.budget
-        if budget is None or not context.capabilities.measures:
+        if budget is None or not context.measures:
             return None
         sampled = budget.guarantee == "sampled"
         structures = tuple(

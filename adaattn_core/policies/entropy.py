@@ -60,7 +60,7 @@ class EntropyPolicy:
 
     def request(self, context: PolicyContext) -> MeasureRequest | None:
         """Ask for row facts, the landmark curve and the spectrum; for no trial."""
-        if context.budget is None or not context.capabilities.measures:
+        if context.budget is None or not context.measures:
             return None
         landmarks: tuple[Structure, ...] = ()
         if "landmark" in context.capabilities.structures and context.structural:

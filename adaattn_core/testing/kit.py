@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from adaattn_core.api import attention
-from adaattn_core.backend import Backend, Capabilities
+from adaattn_core.backend import Backend, Capabilities, Measures
 from adaattn_core.budget import ErrorBudget
 from adaattn_core.errors import UnsupportedError
 from adaattn_core.facts import RawResult, RunFacts
@@ -135,7 +135,6 @@ class Kit:
         pv: str | None = None,
         structure: str | None = None,
         masks: Sequence[str] = (),
-        measures: bool = False,
     ) -> None:
         """Skip the test unless the backend claims all this; the reason names the gap."""
         can = self.capabilities
@@ -148,8 +147,13 @@ class Kit:
         for what, name, offered in wanted:
             if name is not None and name not in offered:
                 pytest.skip(f"backend {self.name} does not offer {what} {name}")
-        if measures and not can.measures:
-            pytest.skip(f"backend {self.name} does not measure (capabilities.measures)")
+
+    def measuring(self) -> Measures:
+        """Return the backend as one that `Measures`; skip the test where it does not."""
+        backend = self.backend
+        if not isinstance(backend, Measures):
+            pytest.skip(f"backend {self.name} measures nothing")
+        return backend
 
     def head(self, qk: str | None = None, pv: str | None = None, **fields: Any) -> HeadPlan:
         """Return a head plan, a format left open filled in with a companion.

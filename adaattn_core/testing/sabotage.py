@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaattn_core.arrays import to_numpy
-from adaattn_core.backend import Backend, Capabilities
+from adaattn_core.backend import Backend, Capabilities, Measures
 from adaattn_core.facts import RawResult, RowErrors, RunFacts
 from adaattn_core.mask import Mask
 from adaattn_core.plan import Plan
@@ -51,7 +51,7 @@ class Sabotage:
     errors: Errors = lambda errors: errors
 
 
-@dataclass(slots=True)
+@dataclass
 class SabotagedBackend:
     """An honest backend behind a liar; arrays must be in host memory."""
 
@@ -62,12 +62,6 @@ class SabotagedBackend:
     def capabilities(self) -> Capabilities:
         """Return what the honest backend offers."""
         return self.inner.capabilities()
-
-    def measure(
-        self, problem: AttentionProblem, request: MeasureRequest
-    ) -> tuple[ProblemStats, Any]:
-        """Measure honestly, but hand out no workspace: the run sees another problem."""
-        return self.inner.measure(problem, request)[0], None
 
     def run(
         self,
@@ -83,21 +77,37 @@ class SabotagedBackend:
         self.how.after(problem, raw)
         return raw
 
-    def row_errors(
-        self, problem: AttentionProblem, raw: RawResult, rows: Mapping[HeadIndex, NDArray[Any]]
-    ) -> dict[HeadIndex, RowErrors]:
-        """Change what the honest comparison found."""
-        found = self.inner.row_errors(problem, raw, rows)
-        return {index: self.how.errors(errors) for index, errors in found.items()}
-
     def provenance(self) -> dict[str, str]:
         """Return the honest provenance and the sabotage."""
         return {**self.inner.provenance(), "sabotage": self.how.says}
 
 
+@dataclass
+class SabotagedMeasures(SabotagedBackend):
+    """The same behind a backend that `Measures`."""
+
+    measuring: Measures
+
+    def measure(
+        self, problem: AttentionProblem, request: MeasureRequest
+    ) -> tuple[ProblemStats, Any]:
+        """Measure honestly, but hand out no workspace: the run sees another problem."""
+        return self.measuring.measure(problem, request)[0], None
+
+    def row_errors(
+        self, problem: AttentionProblem, raw: RawResult, rows: Mapping[HeadIndex, NDArray[Any]]
+    ) -> dict[HeadIndex, RowErrors]:
+        """Change what the honest comparison found."""
+        found = self.measuring.row_errors(problem, raw, rows)
+        return {index: self.how.errors(errors) for index, errors in found.items()}
+
+
 def sabotage(name: str, inner: Backend) -> SabotagedBackend:
     """Wrap a backend by the name of a sabotage in `SABOTAGES`."""
-    return SabotagedBackend(inner, SABOTAGES[name], inner.name)
+    how = SABOTAGES[name]
+    if isinstance(inner, Measures):
+        return SabotagedMeasures(inner, how, inner.name, inner)
+    return SabotagedBackend(inner, how, inner.name)
 
 
 def _scale_off(problem: AttentionProblem) -> AttentionProblem:

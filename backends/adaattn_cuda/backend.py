@@ -10,22 +10,19 @@ on the caller's stream, and returns. It neither waits for the device nor copies 
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable
 from dataclasses import replace
-from typing import Any, NoReturn, cast
-
-from numpy.typing import NDArray
+from typing import Any, cast
 
 from adaattn_core.backend import Capabilities
 from adaattn_core.budget import ErrorBudget
 from adaattn_core.deciding import Adapted
 from adaattn_core.errors import UnsupportedError
-from adaattn_core.facts import RawResult, RowErrors, RunFacts
+from adaattn_core.facts import RawResult, RunFacts
 from adaattn_core.mask import Mask
 from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.policies.table import DecisionTable
 from adaattn_core.problem import AttentionProblem, HeadIndex
-from adaattn_core.stats import MeasureRequest, ProblemStats
 from adaattn_cuda.adaptive import SIZES, AdaptiveCalls
 from adaattn_cuda.device import driver
 from adaattn_cuda.device.launch import Launch
@@ -70,7 +67,6 @@ class CudaBackend:
             pv_formats=sm80.OPERAND_FORMATS,
             structures=("dense",),
             array_devices=("cuda",),
-            measures=False,
             target="sm90" if hopper else "sm80",
         )
 
@@ -94,30 +90,6 @@ class CudaBackend:
         found = self._adaptive.adapt(problem, table, budget, seed=seed, profile=profile)
         self._last.launches = ()
         return found
-
-    def measure(
-        self, problem: AttentionProblem, request: MeasureRequest
-    ) -> tuple[ProblemStats, Any]:
-        """Not offered: see `capabilities`.
-
-        Raises
-        ------
-        UnsupportedError
-            Always.
-        """
-        _refuse_sampling("measurements of a problem on the GPU")
-
-    def row_errors(
-        self, problem: AttentionProblem, raw: RawResult, rows: Mapping[HeadIndex, NDArray[Any]]
-    ) -> dict[HeadIndex, RowErrors]:
-        """Not offered: see `capabilities`.
-
-        Raises
-        ------
-        UnsupportedError
-            Always.
-        """
-        _refuse_sampling("errors of sampled rows on the GPU")
 
     def run(
         self,
@@ -310,11 +282,3 @@ def _group(plan: Plan, heads: Collection[HeadIndex]) -> Groups:
             )
         groups.setdefault((head.qk, head.pv), []).append(index)
     return {formats: tuple(found) for formats, found in groups.items()}
-
-
-def _refuse_sampling(what: str) -> NoReturn:
-    raise UnsupportedError(
-        got=what,
-        needed="a plan that needs none: FixedPolicy, a saved plan, or no budget at all",
-        do='use backend="numpy" for sampled policies, then run its plan here',
-    )

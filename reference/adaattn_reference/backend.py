@@ -64,7 +64,6 @@ class NumpyBackend:
             pv_formats=FORMATS_RUN,
             structures=("dense", "score_skip", "low_rank", "block_sparse", "landmark"),
             array_devices=("cpu",),
-            measures=True,
             target="cpu",
             emulated_formats=("tf32", "f16", "bf16", "i8", "e4m3"),
         )
@@ -72,7 +71,7 @@ class NumpyBackend:
     def measure(
         self, problem: AttentionProblem, request: MeasureRequest
     ) -> tuple[ProblemStats, Workspace]:
-        """Measure every head; see `adaattn_core.backend.Backend.measure`."""
+        """Measure every head; see `adaattn_core.backend.Measures.measure`."""
         workspace = Workspace(problem, request.seed, ProblemViews(problem))
 
         def work(index: HeadIndex) -> tuple[HeadIndex, HeadStats, HeadProbe]:

@@ -35,7 +35,7 @@ def certify(errors, seed=0):
     plan = Plan.uniform(problem, HeadPlan(structure=Landmark()))
     facts = RunFacts(share=0.5, output_rms=1.0, keys_max=len(errors), value_norm_upper=1.0)
     backend = Oracle(np.asarray(errors))
-    certifier = Certifier(problem, backend, BUDGET, seed, measures=True)
+    certifier = Certifier(problem, backend, BUDGET, seed)
     raw = RawResult(out=None, lse=None, facts={(0, 0): facts})
     return certifier.certify(raw, plan, [(0, 0)])[0, 0], backend.asked, certifier
 

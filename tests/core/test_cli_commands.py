@@ -50,7 +50,9 @@ def test_backends_lists_numpy_with_its_capabilities(cli: Cli) -> None:
     assert code == 0
     found = {row["name"]: row for row in json.loads(out)["backends"]}
     assert found["numpy"]["available"]
-    assert "dense" in found["numpy"]["capabilities"]["structures"]
+    can = found["numpy"]["capabilities"]
+    assert "dense" in can["structures"]
+    assert [can[name] for name in ("measures", "forwards", "decides")] == [True, False, False]
     code, out, _ = cli("backends")
     assert code == 0
     assert re.search(r"^numpy +numpy +yes", out, re.M)

@@ -52,9 +52,7 @@ def context(
     formats: tuple[str, ...] = ("bf16", "f16", "f32"),
     sizes: tuple[Landmark, ...] = (),
 ) -> PolicyContext:
-    capabilities = Capabilities(
-        formats, formats, structures, ("cuda",), True, "sm90", sizes=sizes
-    )
+    capabilities = Capabilities(formats, formats, structures, ("cuda",), "sm90", sizes=sizes)
     return PolicyContext(
         budget or ErrorBudget(rel=0.1),
         capabilities,

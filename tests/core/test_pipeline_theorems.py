@@ -3,55 +3,55 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 from adaattn_core import Dense, ErrorBudget, Landmark, Mask, attention
-from adaattn_core.backend import Backend, Capabilities
+from adaattn_core.backend import Backend, Capabilities, Measures
 from adaattn_core.errors import BudgetInfeasibleError, CertificateViolation, UnsupportedError
 from adaattn_core.plan import HeadPlan, Plan
+from adaattn_core.policies.base import PolicyContext
 from adaattn_core.policies.budget import BudgetPolicy
 from adaattn_core.policies.entropy import EntropyPolicy
 from adaattn_core.policies.fixed import FixedPolicy
 from adaattn_core.problem import AttentionProblem
+from adaattn_core.stats import MeasureRequest
 from adaattn_core.testing.oracles import exact_attention, row_quantile
 from adaattn_reference.backend import NumpyBackend
 
 FORMATS = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "f32": np.float32}
 
 
-class Blind(NumpyBackend):
+class Blind:
     """The NumPy backend with native 16-bit formats and without measurements."""
 
     name = "blind"
 
     def __init__(self, *, structures: tuple[str, ...] = ("dense",)) -> None:
+        self.inner = NumpyBackend()
         self.structures = structures
         self.ran: list[Plan] = []
 
     def capabilities(self) -> Capabilities:
         formats = ("bf16", "f16", "tf32", "f32")
         return replace(
-            super().capabilities(),
+            self.inner.capabilities(),
             qk_formats=formats,
             pv_formats=formats,
             structures=self.structures,
-            measures=False,
             target="sm90",
             emulated_formats=(),
         )
 
-    def measure(self, *arguments: Any) -> NoReturn:
-        raise UnsupportedError(got="measure", needed="nothing", do="nothing")
-
-    row_errors = measure
+    def provenance(self) -> dict[str, str]:
+        return self.inner.provenance()
 
     def run(self, problem: AttentionProblem, plan: Plan, **options: Any) -> Any:
         self.ran.append(plan)
-        return super().run(problem, plan, **options)
+        return self.inner.run(problem, plan, **options)
 
 
 def draw(dtype: str = "f32", magnitude: float = 1.0) -> tuple[Any, Any, Any]:
@@ -81,6 +81,40 @@ def test_theorems_serve_a_sampled_budget(dtype: str, policy: Any) -> None:
     for index in problem.heads():
         worst = row_quantile(result.out[index], exact[index], 1.0)
         assert worst <= result.certificate[index].upper
+
+
+class Curious(BudgetPolicy):
+    """Asks for measurements of a backend that offers none."""
+
+    def request(self, context: PolicyContext) -> MeasureRequest | None:
+        return super().request(replace(context, measures=True))
+
+
+def test_a_policy_that_measures_is_told_so() -> None:
+    backend = Blind(structures=("landmark",))
+    assert not isinstance(backend, Measures)
+    with pytest.raises(UnsupportedError, match='backend "blind", which measures nothing'):
+        attention(
+            *draw(), budget=0.1, policy=Curious(), backend=Blind(structures=("landmark",))
+        )
+
+
+class Counting(Blind):
+    """Counts how often it is asked what it can do."""
+
+    asked = 0
+
+    def capabilities(self) -> Capabilities:
+        self.asked += 1
+        return super().capabilities()
+
+
+def test_capabilities_are_asked_for_once_a_call() -> None:
+    backend = Counting()
+    attention(*draw(), budget=0.01, policy=FixedPolicy(qk="bf16", pv="bf16"), backend=backend)
+    with pytest.raises(BudgetInfeasibleError):
+        attention(*draw("bf16"), budget=ErrorBudget(rel=1e-6), backend=backend)
+    assert backend.asked == 2
 
 
 def test_narrow_formats_climb_to_wider_ones() -> None:

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 
 from adaattn_core import ErrorBudget, attention
-from adaattn_core.backend import Backend
+from adaattn_core.backend import Backend, Forwards, Measures
 from adaattn_core.errors import BudgetInfeasibleError, ShapeError, UnsupportedError
-from adaattn_core.facts import RawResult
 from adaattn_core.mask import Mask
 from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.problem import AttentionProblem
@@ -137,8 +136,10 @@ def problem(
 
 def test_it_is_a_backend(backend: CudaBackend) -> None:
     assert isinstance(backend, Backend)
+    assert isinstance(backend, Forwards)
+    assert not isinstance(backend, Measures)
     can = backend.capabilities()
-    assert (can.structures, can.measures, can.target) == (("dense",), False, "sm80")
+    assert (can.structures, can.target) == (("dense",), "sm80")
 
 
 def test_one_kernel_on_the_callers_stream(backend: CudaBackend) -> None:
@@ -262,13 +263,6 @@ def test_mask_on_another_device(backend: CudaBackend, monkeypatch: pytest.Monkey
     monkeypatch.setattr(dispatch, "view", elsewhere)
     with pytest.raises(ShapeError, match="boolean mask on device 1"):
         backend.run(p, Plan.uniform(p, HeadPlan()))
-
-
-def test_nothing_is_measured(backend: CudaBackend) -> None:
-    with pytest.raises(UnsupportedError, match='backend="numpy"'):
-        backend.measure(problem(), None)  # type: ignore[arg-type]
-    with pytest.raises(UnsupportedError, match='backend="numpy"'):
-        backend.row_errors(problem(), RawResult(None, None), {})
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaattn_core.backend import Backend
+from adaattn_core.backend import Backend, Forwards, Measures
 from adaattn_core.budget import ErrorBudget
 from adaattn_core.errors import PlanError, UnsupportedError
 from adaattn_core.formats import FORMATS
@@ -130,16 +130,23 @@ def test_structures_not_claimed_are_refused(kit: Kit) -> None:
         _assert_refused(kit, problem, plan, f"structure {kind}")
 
 
-def test_measuring_not_claimed_is_refused(kit: Kit) -> None:
-    """Without ``measures`` both measuring calls raise UnsupportedError."""
-    if kit.capabilities.measures:
-        pytest.skip(f"backend {kit.name} measures: nothing to refuse")
-    problem = _spec(kit).build(kit.home.send)
-    outcome = kit.run(problem, kit.head())
-    with pytest.raises(UnsupportedError):
-        kit.backend.measure(problem, _request())
-    with pytest.raises(UnsupportedError):
-        kit.backend.row_errors(problem, outcome.raw, {(0, 0): np.arange(3)})
+def test_optional_protocols_are_whole(kit: Kit) -> None:
+    """One of two measuring methods alone would never be called."""
+    found = [name for name in ("measure", "row_errors") if hasattr(kit.backend, name)]
+    assert isinstance(kit.backend, Measures) or not found, f"only {found}"
+
+
+def test_the_short_way_is_the_exact_plan(kit: Kit) -> None:
+    """What ``forward`` returns is what the front door returns without a budget, bit for bit."""
+    if not isinstance(kit.backend, Forwards):
+        pytest.skip(f"backend {kit.name} has no short way (forward)")
+    problem = _spec(kit, mask=_EXAMPLE_MASKS["causal"]).build(kit.home.send)
+    arrays = problem.query, problem.key, problem.value
+    short = kit.backend.forward(*arrays, mask=problem.mask, scale=problem.scale)
+    long = kit.attend(problem)
+    for mine, theirs in zip(short, (long.out, long.lse), strict=True):
+        assert type(mine) is type(theirs)
+        np.testing.assert_array_equal(kit.home.fetch(mine), kit.home.fetch(theirs))
 
 
 def test_a_plan_for_another_problem_is_refused(kit: Kit) -> None:
@@ -211,10 +218,10 @@ def test_running_some_heads_differently_touches_only_them(kit: Kit) -> None:
 
 def test_workspace_changes_nothing(kit: Kit) -> None:
     """A run with the workspace of `measure` equals a run without it, bit for bit."""
-    kit.require(measures=True)
+    measuring = kit.measuring()
     problem = _spec(kit).build(kit.home.send)
     plan = Plan.uniform(problem, kit.head())
-    _, workspace = kit.backend.measure(problem, _request())
+    _, workspace = measuring.measure(problem, _request())
     with_it = kit.backend.run(problem, plan, workspace=workspace)
     _assert_bitwise(kit.outcome(with_it), kit.outcome(kit.backend.run(problem, plan)))
 
@@ -224,7 +231,7 @@ def test_replay_of_a_saved_plan(kit: Kit, guarantee: str | None, tmp_path: Path)
     """Saving, loading and running the plan of a result reproduces it bit for bit."""
     budget = None
     if guarantee is not None:
-        kit.require(measures=True)
+        kit.measuring()
         confidence = 1.0 if guarantee == "worst_case" else 0.9
         rows = 1.0 if guarantee == "worst_case" else 0.9
         budget = ErrorBudget(0.2, rows, confidence, guarantee)  # type: ignore[arg-type]

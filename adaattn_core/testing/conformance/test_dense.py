@@ -30,7 +30,7 @@ FLOOR_ULP = 8
 
 
 def _plan(kit: Kit, operand: str, name: str, **more: Any) -> HeadPlan:
-    kit.require(**{operand: name})  # type: ignore[arg-type]
+    kit.require(**{operand: name})
     return kit.head(**{operand: name}, **more)
 
 

@@ -84,7 +84,7 @@ def test_more_bits_never_certify_less(
 @pytest.mark.parametrize("kind", ["8-bit", "landmark"])
 def test_sampled_covers(kit: Kit, values: str, kind: str) -> None:
     """Over seeded draws, the true quantile is under the certificate as often as stated."""
-    kit.require(measures=True)
+    kit.measuring()
     if kind == "8-bit":
         eight = [f for f in ("i8", "e4m3") if f in kit.capabilities.qk_formats]
         plan = kit.head(qk=eight[0]) if eight else kit.narrowest()
@@ -139,7 +139,7 @@ def _long_spec(kit: Kit) -> ProblemSpec:
 
 def test_a_wider_budget_costs_no_more(kit: Kit) -> None:
     """The predicted cost of every head is nonincreasing in the tolerated error."""
-    kit.require(measures=True)
+    kit.measuring()
     problem = _long_spec(kit).build(kit.home.send)
     previous = dict.fromkeys(problem.heads(), np.inf)
     for rel in (0.003, 0.01, 0.03, 0.1, 0.3):
@@ -154,7 +154,7 @@ def test_a_wider_budget_costs_no_more(kit: Kit) -> None:
 @pytest.mark.parametrize("rel", [0.3, 0.05, 0.01])
 def test_escalation_keeps_the_budget(kit: Kit, rel: float) -> None:
     """With ``escalate`` the certificate holds in the end, or the budget is infeasible."""
-    kit.require(measures=True)
+    kit.measuring()
     problem = _long_spec(kit).build(kit.home.send)
     budget = ErrorBudget(rel)
     try:

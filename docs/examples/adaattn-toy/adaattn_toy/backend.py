@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,9 @@ from adaattn_core.arrays import to_numpy
 from adaattn_core.backend import Capabilities
 from adaattn_core.bounds import largest_norm_upper, rms_norm_lower
 from adaattn_core.errors import UnsupportedError
-from adaattn_core.facts import RawResult, RowErrors, RunFacts
+from adaattn_core.facts import RawResult, RunFacts
 from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.problem import AttentionProblem, HeadIndex
-from adaattn_core.stats import MeasureRequest, ProblemStats
 
 DTYPES: dict[str, type[np.floating[Any]]] = {"f32": np.float32, "f64": np.float64}
 
@@ -32,21 +31,8 @@ class ToyBackend:
             pv_formats=tuple(DTYPES),
             structures=("dense",),
             array_devices=("cpu",),
-            measures=False,
             target="cpu",
         )
-
-    def measure(
-        self, problem: AttentionProblem, request: MeasureRequest
-    ) -> tuple[ProblemStats, Any]:
-        """Refuse: ``measures`` is False."""
-        raise _unsupported("measuring a problem", "plans that are given")
-
-    def row_errors(
-        self, problem: AttentionProblem, raw: RawResult, rows: Mapping[HeadIndex, NDArray[Any]]
-    ) -> dict[HeadIndex, RowErrors]:
-        """Refuse: ``measures`` is False."""
-        raise _unsupported("sampled row errors", "worst_case certificates")
 
     def provenance(self) -> dict[str, str]:
         """Return what computed the result."""
