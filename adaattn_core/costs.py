@@ -25,7 +25,9 @@ class CostModel:
     softmax_rate : float
         Scores per second through maximum, exponential and sum.
     overlap : bool
-        Whether softmax and products run at the same time (GPU) or one after the other (CPU).
+        Whether softmax and products run at the same time or one after the other.
+    gathers_single_keys : bool
+        Whether keys are as cheap to gather one by one (CPU) as in tiles of neighbours (GPU).
     efficiency : mapping of str to float
         Share of these rates that a structure's gathers and small tiles leave, by kind, and
         that single probe and certificate rows (``"rows"``) reach.
@@ -41,6 +43,7 @@ class CostModel:
     flops: Mapping[str, float]
     softmax_rate: float
     overlap: bool
+    gathers_single_keys: bool
     efficiency: Mapping[str, float] = field(default_factory=dict)
     head_seconds: float = 0.0
     rows_format: str = "f32"
@@ -123,6 +126,7 @@ COST_MODELS: dict[str, CostModel] = {
             },
             softmax_rate=6e8,
             overlap=False,
+            gathers_single_keys=True,
             efficiency={
                 "landmark": 0.55,
                 "block_sparse": 0.5,
@@ -145,6 +149,7 @@ COST_MODELS: dict[str, CostModel] = {
             },
             softmax_rate=3.7e12,
             overlap=True,
+            gathers_single_keys=False,
             efficiency={
                 "landmark": 0.75,
                 "block_sparse": 0.9,
@@ -167,6 +172,7 @@ COST_MODELS: dict[str, CostModel] = {
             },
             softmax_rate=2.4e12,
             overlap=False,
+            gathers_single_keys=False,
             efficiency={
                 "landmark": 0.75,
                 "block_sparse": 0.9,

@@ -7,9 +7,6 @@ from typing import Any
 
 import pluggy
 
-PLUGIN_API = 1
-"""Version of these hooks and of the backend contract."""
-
 hookspec = pluggy.HookspecMarker("adaattn")
 hookimpl = pluggy.HookimplMarker("adaattn")
 

@@ -40,8 +40,6 @@ class HeadCertificate:
         The bound's summands by source, so that the binding one can be named.
     nonfinite : bool
         Whether the output holds NaN or Inf; then `upper` is inf.
-    source : str
-        ``"this call"`` or ``"calibration"``.
     """
 
     guarantee: str
@@ -51,7 +49,6 @@ class HeadCertificate:
     estimate: float = float("nan")
     terms: Mapping[str, float] = field(default_factory=dict)
     nonfinite: bool = False
-    source: str = "this call"
 
     def holds(self, budget: ErrorBudget) -> bool:
         """Whether this sentence is at least as strong as what `budget` asks for."""
@@ -76,7 +73,6 @@ class HeadCertificate:
             "estimate": _finite(self.estimate),
             "terms": {name: _finite(value) for name, value in self.terms.items()},
             "nonfinite": self.nonfinite,
-            "source": self.source,
         }
 
 

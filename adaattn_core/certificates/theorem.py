@@ -56,7 +56,6 @@ def theorem_certificate(
     len_q: int,
     guarantee: str = "worst_case",
     confidence: float = 0.95,
-    bias_max_abs: float = 0.0,
 ) -> HeadCertificate:
     """Certify a head by theorems alone: every row, whatever the input.
 
@@ -80,9 +79,6 @@ def theorem_certificate(
         stronger.
     confidence : float
         In (0, 1), of the probabilistic bound.
-    bias_max_abs : float
-        Largest finite magnitude of an additive mask, for facts that do not state it; the larger
-        of the two counts. Its sum with the score is rounded.
 
     Returns
     -------
@@ -112,7 +108,6 @@ def theorem_certificate(
     cast = dtype == "f64" and not plan.qk == plan.pv == "f64"
     if cast:
         facts = _of_exact_input(facts, dim_v)
-    bias_max_abs = max(bias_max_abs, facts.bias_max_abs)
     worst = _operand_score_error(facts, scale)
     score_error, proved, sure = worst, "worst_case", 1.0
     if guarantee == "probabilistic" and plan.rounding == "stochastic":
@@ -142,7 +137,7 @@ def theorem_certificate(
             )
         ),
         "accumulation": _accumulation_error(
-            facts, plan, arithmetic, dim_qk, dim_v, scale, bias_max_abs, diameter, value_norm
+            facts, plan, arithmetic, dim_qk, dim_v, scale, diameter, value_norm
         ),
         "structure": _structure_error(facts, plan, diameter),
     }
@@ -221,7 +216,6 @@ def _accumulation_error(
     dim_qk: int,
     dim_v: int,
     scale: float,
-    bias_max_abs: float,
     diameter: float,
     value_norm: float,
 ) -> float:
@@ -231,7 +225,7 @@ def _accumulation_error(
     query_norm = add_up(facts.query_norm_upper, facts.query_residual_upper)
     key_norm = add_up(facts.key_norm_upper, facts.key_residual_upper)
     product = mul_up(query_norm, key_norm)
-    reach = add_up(mul_up(product, max(1.0, scale)), bias_max_abs)
+    reach = add_up(mul_up(product, max(1.0, scale)), facts.bias_max_abs)
     if not float(mul_up(4.0, reach)) < arithmetic.largest:
         return math.inf
     dot_roundings = dim_qk + SPARE_ROUNDINGS
@@ -241,7 +235,7 @@ def _accumulation_error(
         add_up(1.0, scale),
         add_up(1.0, query_norm, key_norm),
     )
-    score_max = add_up(mul_up(scale, product), dot, dot_underflow, bias_max_abs)
+    score_max = add_up(mul_up(scale, product), dot, dot_underflow, facts.bias_max_abs)
     score_error = add_up(
         dot,
         dot_underflow,

@@ -376,9 +376,9 @@ def _landmark(tau: float, context: PolicyContext) -> Landmark:
         offered.sort(key=lambda s: s.group)
         fitting_ones = [s for s in offered if LONG_GROUPS * s.group <= longest]
         return replace((fitting_ones or offered[:1])[-1], tau=tau)
-    if context.costs.overlap:
-        return Landmark(tau=tau)
-    return Landmark(tau=tau, band=192, clusters=8, samples=64, tail=64, screen_rank=0)
+    if context.costs.gathers_single_keys:
+        return Landmark(tau=tau, band=192, clusters=8, samples=64, tail=64, screen_rank=0)
+    return Landmark(tau=tau)
 
 
 def _score_skip(lam: float, context: PolicyContext) -> ScoreSkip:
@@ -386,9 +386,9 @@ def _score_skip(lam: float, context: PolicyContext) -> ScoreSkip:
     for sizes in context.capabilities.sizes:
         if isinstance(sizes, ScoreSkip):
             return replace(sizes, lam=lam)
-    if context.costs.overlap:
-        return ScoreSkip(lam=lam, tile_kv=64)
-    return ScoreSkip(lam=lam, tile_q=256, tile_kv=1)
+    if context.costs.gathers_single_keys:
+        return ScoreSkip(lam=lam, tile_q=256, tile_kv=1)
+    return ScoreSkip(lam=lam, tile_kv=64)
 
 
 def _ratio(cost: float, dense: float) -> float:
