@@ -18,6 +18,9 @@ __all__ = ["input_views", "make_launch", "mask_key", "mask_views"]
 
 _BIAS_FORMATS = tuple(sm80.BIAS_TYPES)
 
+_SCALE_LEAST, _SCALE_MOST = 2.0**-120, 2.0**120
+"""Scales whose products with log2(e) and with the softmax's slack are float32 numbers."""
+
 
 def input_views(problem: AttentionProblem) -> tuple[ArrayView, ArrayView, ArrayView]:
     """Return views of query, key and value.
@@ -71,7 +74,8 @@ def mask_views(
             raise UnsupportedError(
                 got=f"an additive mask of {seen.dtype}",
                 needed=f"one of {', '.join(_BIAS_FORMATS)}",
-                do="cast the mask to float32",
+                do="take each row's largest visible entry off, then cast to float32: softmax is"
+                " the same, and no finite entry becomes -inf, which would hide its key",
                 dtype=seen.dtype,
             )
         _check_address(f"the {name} mask", seen)
@@ -114,6 +118,7 @@ def make_launch(
         If the kernel does not compile.
     """
     _check_strides(arrays[:3])
+    _check_scale(problem.scale)
     task = Task.of(problem, arrays, formats, heads)
     if sm90.refusal(task, driver.device_facts(task.query.device).arch) is None:
         return sm90.launch(task, stream)
@@ -138,3 +143,14 @@ def _check_strides(arrays: tuple[ArrayView, ...]) -> None:
                 do="copy it once to contiguous memory (torch: x.contiguous())",
                 strides=array.strides,
             )
+
+
+def _check_scale(scale: float) -> None:
+    """Kernels work in base 2 and in float32."""
+    if not _SCALE_LEAST <= scale <= _SCALE_MOST:
+        raise UnsupportedError(
+            got=f"scale {scale:g}",
+            needed=f"between {_SCALE_LEAST:g} and {_SCALE_MOST:g} on the GPU",
+            do="multiply the queries by a power of two, and divide the scale by it",
+            scale=scale,
+        )

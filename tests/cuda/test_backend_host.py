@@ -228,6 +228,24 @@ def test_what_it_does_not_do_is_refused(
     assert Recorder.started == []
 
 
+@pytest.mark.parametrize("scale", [1e-40, 1e38])
+def test_scales_beyond_float32_are_refused(backend: CudaBackend, scale: float) -> None:
+    p = problem()
+    wild = AttentionProblem.from_arrays(p.query, p.key, p.value, scale=scale)
+    with pytest.raises(UnsupportedError, match="scale 1e"):
+        backend.run(wild, Plan.uniform(wild, HeadPlan()))
+
+
+def test_wide_additive_masks_are_not_cast_silently(
+    backend: CudaBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cast could turn a finite entry into -inf, and so hide its key."""
+    p = problem(mask=Mask.additive(np.full((40, 50), np.finfo(np.float64).min)))
+    monkeypatch.setitem(NAMES, "float64", "f64")
+    with pytest.raises(UnsupportedError, match="largest visible entry off"):
+        backend.run(p, Plan.uniform(p, HeadPlan()))
+
+
 def test_last_axis_must_be_contiguous(backend: CudaBackend) -> None:
     x = np.zeros((1, 1, 16, 16), np.float32).swapaxes(2, 3)
     p = AttentionProblem.from_arrays(x, x, x)

@@ -453,3 +453,53 @@ def test_attention_is_captured(dtype: str) -> None:
         graph.replay()
         torch.cuda.synchronize()
         assert relative(out, exact(q, k, v, causal=True)) <= UNIT[dtype]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("masked", ["none", "causal", "boolean"])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_overflowing_scores_are_not_a_hidden_key(
+    backend, dtype: str, masked: str, sign: float
+) -> None:
+    """A row that sees keys is right (1) or NaN, with the flag; one that sees none is 0."""
+    shape = (1, 2, 300, 64)
+    q, k, v = (
+        torch.full(shape, x, device="cuda", dtype=getattr(torch, dtype))
+        for x in (1e20, sign * 1e20, 1.0)
+    )
+    allowed = torch.ones(300, 300, dtype=torch.bool, device="cuda").tril(-3)
+    mask = {"none": None, "causal": Mask.causal(), "boolean": Mask.boolean(allowed)}[masked]
+    problem = AttentionProblem.from_arrays(q, k, v, mask=mask)
+    raw = backend.run(problem, plan_of(problem))
+    sees = allowed.any(1) if masked == "boolean" else torch.ones_like(allowed[0])
+    for rows in (raw.out[0, :, sees], raw.lse[0, :, sees]):
+        assert rows.isnan().all()
+    assert all(facts.nonfinite for facts in raw.facts.values())
+    assert (raw.out[0, :, ~sees] == 0).all()
+    assert torch.isneginf(raw.lse[0, :, ~sees]).all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_rows_that_see_nothing_ignore_their_query(backend, dtype: str) -> None:
+    q, k, v = arrays(dtype)
+    q[:, :, :100] = torch.nan
+    mask = Mask.causal("bottom_right")  # 300 rows over 200 keys: the first 100 see none
+    out, lse = backend.forward(q, k[:, :, :200], v[:, :, :200], mask=mask)
+    assert (out[:, :, :100] == 0).all()
+    assert torch.isneginf(lse[:, :, :100]).all()
+    assert torch.isfinite(out[:, :, 100:]).all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("bias_dtype", ["bfloat16", "float32"])
+def test_the_lowest_finite_number_hides_no_row(backend, dtype: str, bias_dtype: str) -> None:
+    q, k, v = arrays(dtype)
+    lowest = torch.finfo(getattr(torch, bias_dtype)).min
+    bias = torch.zeros((300, 300), device="cuda", dtype=getattr(torch, bias_dtype))
+    bias[3], bias[20:, 50:] = lowest, lowest
+    bias[7], bias[7, 11] = lowest, 0.75 * lowest
+    out, lse = backend.forward(q, k, v, mask=Mask.additive(bias))
+    assert torch.isfinite(lse).all()
+    mean = v.double().mean(2)
+    assert relative(out[:, :, 3], mean) <= 4 * UNIT[dtype]
+    assert relative(out[:, :, 7], v[:, :, 11]) <= UNIT[dtype]

@@ -139,7 +139,7 @@ def test_uniform_task_is_one_launch_without_a_list() -> None:
     assert (work.len_q, work.len_kv, params.dim_qk, params.dim_v) == (300, 500, 64, 96)
     assert (work.left, work.right) == (sm80.UNLIMITED, sm80.UNLIMITED)
     assert (params.query_batch, params.query_head, params.query_row) == (76800, 19200, 64)
-    assert params.scale_log2 == pytest.approx(0.125 * 1.4426950408889634, rel=1e-7)
+    assert params.score_scale == pytest.approx(0.125 * 1.4426950408889634, rel=1e-7)
 
 
 def test_ragged_units_come_longest_first_and_keep_their_place() -> None:

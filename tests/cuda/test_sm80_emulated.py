@@ -15,6 +15,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import adaattn_kernels_cu as kernels
@@ -263,10 +265,101 @@ def test_finite_mask_entries_hide_no_row(emulator: Emulator, dtype: str, lowest:
     """A row of nothing but the lowest finite number is the mean of its values."""
     bias = np.zeros((1, 1, 40, 70), np.float32)
     bias[..., 3, :] = bias[..., 20:, 50:] = lowest
+    bias[..., 7, :], bias[..., 7, 11] = lowest, 0.75 * lowest  # the larger takes the row
     p = problem(dtype, (40, 70), heads=(2, 1), mask=Mask.additive(bias))
     out, lse, _ = emulator.run(p, dtype, dtype)
     assert_close(out, exact_attention(p).out, 2 * UNIT[dtype] + UNIT[p.dtype])
     assert np.isfinite(lse).all()
+
+
+@given(
+    st.lists(
+        st.sampled_from([0.0, -1.0, 2.0, -1e4, -1e9, -1e30, 1e9, -3.4e38, -2.4e38, -np.inf]),
+        min_size=70,
+        max_size=70,
+    )
+)
+@settings(
+    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_masks_of_any_size(emulator: Emulator, entries: list[float]) -> None:
+    """-inf hides a key and nothing else does; a row that sees one has a finite lse."""
+    bias = np.tile(np.array(entries, np.float32), (40, 1))
+    p = problem("f32", (40, 70), mask=Mask.additive(bias))
+    out, lse, _ = emulator.run(p, "f32", "f32")
+    if np.isneginf(bias).all():
+        assert (out == 0).all()
+        assert np.isneginf(lse).all()
+        return
+    assert np.isfinite(lse).all()
+    # What float32 makes of score + mask, exactly softmaxed.
+    scores = (p.query[0, 0].astype(np.float64) @ p.key[0, 0].astype(np.float64).T) * p.scale
+    sums = (scores + bias).astype(np.float32).astype(np.float64)
+    weights = np.exp(sums - sums.max(1, keepdims=True))
+    weights /= weights.sum(1, keepdims=True)
+    # Sums of 1e4 and more are rounded to that much: the weights then differ by as much.
+    size = np.abs(bias[np.isfinite(bias) & (bias > bias.max() - 40)]).max()
+    unit = 2.0**-20 + (size * 2.0**-22 if size < 1e8 else 0)
+    assert_close(out[0, 0], weights @ p.value[0, 0].astype(np.float64), 2 * unit)
+
+
+OVERFLOWS = {
+    "all scores to -inf": (1e20, -1e20),
+    "all scores to inf": (1e20, 1e20),
+}
+
+
+@pytest.mark.parametrize("masked", ["none", "causal", "boolean", "additive"])
+@pytest.mark.parametrize("name", OVERFLOWS)
+def test_overflowing_scores_are_not_a_hidden_key(
+    emulator: Emulator, name: str, masked: str
+) -> None:
+    """A row that sees keys is NaN, out and lse alike; one that sees none is 0 and -inf."""
+    query, key = OVERFLOWS[name]
+    q, k, v = (aligned(np.full((1, 1, 50, 32), x, np.float32)) for x in (query, key, 1.0))
+    allowed = np.tril(np.ones((50, 50), bool), -3)
+    mask = {
+        "none": None,
+        "causal": Mask.causal("top_left"),
+        "boolean": Mask.boolean(allowed),
+        "additive": Mask.additive(np.where(allowed, 0, -np.inf).astype(np.float32)),
+    }[masked]
+    p = AttentionProblem.from_arrays(q, k, v, mask=mask)
+    out, lse, _ = emulator.run(p, "f32", "f32")
+    sees = allowed.any(1) if masked in ("boolean", "additive") else np.ones(50, bool)
+    assert np.isnan(out[0, 0, sees]).all()
+    assert np.isnan(lse[0, 0, sees]).all()
+    assert (out[0, 0, ~sees] == 0).all()
+    assert np.isneginf(lse[0, 0, ~sees]).all()
+
+
+@pytest.mark.parametrize("masked", ["window", "boolean"])
+def test_nan_queries_of_rows_that_see_nothing(emulator: Emulator, masked: str) -> None:
+    allowed = np.ones((30, 40), bool)
+    allowed[4] = False
+    mask = Mask.boolean(allowed) if masked == "boolean" else Mask.causal("bottom_right")
+    lens = (30, 40) if masked == "boolean" else (30, 20)
+    p = problem("bf16", lens, mask=mask)
+    p.query[0, 0, 4] = np.nan
+    out, lse, _ = emulator.run(p, "bf16", "bf16")
+    assert (out[0, 0, 4] == 0).all()
+    assert np.isneginf(lse[0, 0, 4])
+    p.query[0, 0, 20] = np.nan  # one that sees keys says so
+    out, lse, _ = emulator.run(p, "bf16", "bf16")
+    assert np.isnan(out[0, 0, 20]).all()
+    assert np.isnan(lse[0, 0, 20])
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e18, 1e30])
+def test_scales_of_any_size(emulator: Emulator, scale: float) -> None:
+    """Scores that only the scale makes huge, and ones that it makes small again."""
+    p = problem("f32", (40, 70))
+    size = np.float32(scale**-0.5)
+    scaled = AttentionProblem.from_arrays(
+        aligned(p.query * size), aligned(p.key * size), p.value, scale=scale * 32**-0.5
+    )
+    out, _, _ = emulator.run(scaled, "f32", "f32")
+    assert_close(out, exact_attention(scaled).out, 2.0**-18)
 
 
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_86"])

@@ -79,7 +79,7 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_int64) for name in _STRIDES),
         *((name, ctypes.c_int32) for name in ("dim_qk", "dim_v", "bias_type")),
-        ("scale_log2", ctypes.c_float),
+        ("score_scale", ctypes.c_float),
         ("work", UnitList),
     )
 
@@ -202,7 +202,8 @@ def _pack(task: Task, tiles: int, chunk: list[tuple[int, ...]]) -> Params:
             for axis, stride in zip(("batch", "head", "row", "key"), mask.strides, strict=True):
                 setattr(params, f"{name}_{axis}", stride)
     params.bias_type = 0 if task.bias is None else BIAS_TYPES[task.bias.dtype]
-    params.scale_log2 = task.scale * math.log2(math.e)
+    array_mask = task.allowed is not None or task.bias is not None
+    params.score_scale = task.scale * (1.0 if array_mask else math.log2(math.e))
     return params
 
 

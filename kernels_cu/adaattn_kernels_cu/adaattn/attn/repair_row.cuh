@@ -11,8 +11,35 @@
 #include "adaattn/mask/interval.cuh"
 #include "adaattn/ptx/sm80.cuh"
 #include "adaattn/quant/convert.cuh"
+#include "adaattn/softmax/lse.cuh"
 
 namespace adaattn {
+
+// Columns of a source that a row sees.
+template <int kRole>
+ADAATTN_DEVICE mask::Interval columns_of(const AttentionParams& params, const work::WorkItem& item,
+                                         const work::Source& source, int row) {
+    mask::Interval seen = mask::visible_columns(item, source, source.position, source.keys, row);
+    seen.start = larger(seen.start, 0);
+    if constexpr (kRole == kExactRows) {
+        seen.stop = smaller(seen.stop, params.row_stops[item.row_stops + row] - source.position);
+    }
+    return seen;
+}
+
+// Whether a row sees any key; asked where its sum is 0.
+template <int kRole, int kMaxSources>
+ADAATTN_DEVICE bool sees_key(const AttentionParams& params,
+                             const work::WorkRecord<kMaxSources>& record, int row) {
+    bool sees = false;
+#pragma unroll 1
+    for (int index = 0; index < record.item.sources; ++index) {
+        const mask::Interval seen =
+            columns_of<kRole>(params, record.item, record.sources[index], row);
+        sees |= seen.start < seen.stop;
+    }
+    return sees;
+}
 
 template <Format kFormat, int kDimV, int kRole, int kTileM, int kMaxSources>
 ADAATTN_DEVICE void repair_row(const AttentionParams& params,
@@ -23,6 +50,7 @@ ADAATTN_DEVICE void repair_row(const AttentionParams& params,
                        params.query.offset(item.batch, item.head, item.row_first + row);
     float best = -ptx::infinity();
     float sum = 0.0f;
+    bool sees = false;
     float acc[kColumns];
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) acc[c] = 0.0f;
@@ -30,12 +58,8 @@ ADAATTN_DEVICE void repair_row(const AttentionParams& params,
 #pragma unroll 1
     for (int index = 0; index < item.sources; ++index) {
         const work::Source& source = record.sources[index];
-        mask::Interval seen =
-            mask::visible_columns(item, source, source.position, source.keys, row);
-        if constexpr (kRole == kExactRows) {
-            seen.stop =
-                smaller(seen.stop, params.row_stops[item.row_stops + row] - source.position);
-        }
+        const mask::Interval seen = columns_of<kRole>(params, item, source, row);
+        sees |= seen.start < seen.stop;
         const u16* keys =
             static_cast<const u16*>(params.key[source.tensor].data) +
             params.key[source.tensor].offset(source.batch, source.head, source.first_key);
@@ -45,7 +69,7 @@ ADAATTN_DEVICE void repair_row(const AttentionParams& params,
         const i64 key_stride = params.key[source.tensor].stride_row;
         const i64 value_stride = params.value[source.tensor].stride_row;
 #pragma unroll 1
-        for (int base = larger(seen.start, 0); base < seen.stop; base += kWarpThreads) {
+        for (int base = seen.start; base < seen.stop; base += kWarpThreads) {
             float score = -ptx::infinity();  // log2 units
             if (base + lane < seen.stop) {
                 const u16* key = keys + (base + lane) * key_stride;
@@ -68,7 +92,9 @@ ADAATTN_DEVICE void repair_row(const AttentionParams& params,
             }
             highest = fmaxf(highest, best);
             const float factor = highest == best ? 1.0f : ptx::exp2_approx(best - highest);
-            const float weight = base + lane < seen.stop ? ptx::exp2_approx(score - highest) : 0.0f;
+            // A score of -inf has no weight; its difference from a maximum of -inf would be NaN.
+            const float weight =
+                score == -ptx::infinity() ? 0.0f : ptx::exp2_approx(score - highest);
             best = highest;
             sum = sum * factor + weight;
 #pragma unroll
@@ -90,6 +116,7 @@ ADAATTN_DEVICE void repair_row(const AttentionParams& params,
     }
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) sum += ptx::shuffle_xor(sum, offset);
+    sum = softmax::known_sum(sum, sees);
 
     const float inverse = sum == 0.0f ? 0.0f : ptx::reciprocal_approx(sum);
     if constexpr (kRole == kExactRows) {
@@ -102,7 +129,7 @@ ADAATTN_DEVICE void repair_row(const AttentionParams& params,
             }
         }
         if (lane == 0) {
-            params.partial_lse[place] = sum == 0.0f ? -ptx::infinity() : kLn2 * (best + log2f(sum));
+            params.partial_lse[place] = softmax::natural_lse(best, 1.0f, sum);
         }
         return;
     }
@@ -116,7 +143,7 @@ ADAATTN_DEVICE void repair_row(const AttentionParams& params,
     if (lane == 0) {
         float* lse = static_cast<float*>(const_cast<void*>(params.lse.data)) +
                      params.lse.offset(item.batch, item.head, item.row_first + row);
-        *lse = sum == 0.0f ? -ptx::infinity() : kLn2 * (best + log2f(sum));
+        *lse = softmax::natural_lse(best, 1.0f, sum);
     }
 }
 

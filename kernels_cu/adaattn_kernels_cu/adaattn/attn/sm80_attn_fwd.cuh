@@ -157,7 +157,8 @@ ADAATTN_DEVICE void run(const Params& params) {
     softmax::RowState<T::kRowTiles> state;
     state.reset();
     const mask::ArrayMask arrays(params, item, source);
-    const float scale = T::kArrayMask ? 1.0f : params.scale_log2;
+    u32 saw = 0;  // rows that saw a key, under array masks
+    const float scale = T::kArrayMask ? kLog2E : params.score_scale;
     const u32 query_lane = tile::row_operand<QueryTile>(shared + T::kQueryAt, warp_row, lane);
 
     int tile = tile_end - 1;
@@ -229,7 +230,7 @@ ADAATTN_DEVICE void run(const Params& params) {
         if constexpr (kMayCut) {
             if (cut) {
                 mask::mask_scores<T>(scores, work::load_item(shared + T::kItemAt), arrays,
-                                     params.scale_log2, warp_row, first_key);
+                                     params.score_scale, saw, warp_row, first_key);
             }
         }
 #pragma unroll
@@ -265,7 +266,7 @@ ADAATTN_DEVICE void run(const Params& params) {
         }
     }
     state.finish();
-    store_rows<T>(out, state, params, work::load_item(shared + T::kItemAt), scale);
+    store_rows<T>(out, state, params, work::load_item(shared + T::kItemAt), saw, scale);
 }
 
 }  // namespace adaattn::sm80_attn_fwd

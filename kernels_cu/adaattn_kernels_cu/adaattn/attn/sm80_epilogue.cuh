@@ -3,8 +3,10 @@
 #pragma once
 
 #include "adaattn/attn/sm80_params.cuh"
+#include "adaattn/mask/interval.cuh"
 #include "adaattn/mma/sm80_products.cuh"
 #include "adaattn/quant/convert.cuh"
+#include "adaattn/softmax/lse.cuh"
 #include "adaattn/softmax/row_state.cuh"
 #include "adaattn/work/work_item.cuh"
 
@@ -62,8 +64,12 @@ ADAATTN_DEVICE void store_columns(char* row, int column, const float (&x)[2], co
 template <class T>
 ADAATTN_DEVICE void store_rows(const mma::Output<T>& out,
                                const softmax::RowState<T::kRowTiles>& state, const Params& params,
-                               const work::WorkItem& item, float scale) {
+                               const work::WorkItem& item, u32 saw, float scale) {
     const int lane = ptx::thread_index() & 31;
+    if constexpr (T::kArrayMask) {  // each lane of a row looked at columns of its own
+        saw |= ptx::shuffle_xor(saw, 1);
+        saw |= ptx::shuffle_xor(saw, 2);
+    }
     const int first_row = ptx::thread_index() / 32 * T::kRowsPerWarp;
     constexpr int kBytes = storage_bytes(T::kInput);
     const i64 row_zero = static_cast<i64>(item.row_first);
@@ -76,11 +82,18 @@ ADAATTN_DEVICE void store_rows(const mma::Output<T>& out,
         for (int half = 0; half < 2; ++half) {
             const int row = first_row + 16 * m + 8 * half + lane / 4;
             const bool writes = row < item.rows;
-            const float sum = state.sum[m][half];
+            bool sees = false;
+            if constexpr (T::kArrayMask) {
+                sees = saw >> (2 * m + half) & 1u;
+            } else {
+                const mask::Interval seen = mask::visible(item, row);
+                sees = seen.start < seen.stop;
+            }
+            const float sum = softmax::known_sum(state.sum[m][half], sees);
             const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;  // no visible key: out = 0
             char* out_row = base + (row_zero + row) * params.out_row * kBytes;
             if (writes && (lane & 3) == 0) {
-                lse[row_zero + row] = state.lse(m, half, scale);
+                lse[row_zero + row] = state.lse(m, half, sum, scale);
             }
 #pragma unroll
             for (int n = 0; n < T::kValueTiles; n += 2) {

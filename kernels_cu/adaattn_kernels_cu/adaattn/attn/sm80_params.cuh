@@ -29,7 +29,7 @@ struct Params {
 
     i32 dim_qk, dim_v;
     mask::BiasType bias_type;
-    float scale_log2;  // scale * log2(e), > 0
+    float score_scale;  // > 0: scale * log2(e), or with array masks, whose units it has, scale
 
     work::UnitList work;
 };

@@ -37,7 +37,10 @@ ADAATTN_DEVICE void write_lse(const AttentionParams& params,
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const int own_row = row + lane / 4 + 8 * r;
-        const float sum = softmax::quad_sum(state.sum[r]);
+        float sum = softmax::quad_sum(state.sum[r]);
+        if (sum == 0.0f && own_row < item.rows) {
+            sum = softmax::known_sum(sum, sees_key<kRole>(params, record, own_row));
+        }
         inverse_sum[r] = sum == 0.0f ? 0.0f : ptx::reciprocal_approx(sum);
         if (lane % 4 == 0 && own_row < item.rows) {
             float* lse = static_cast<float*>(const_cast<void*>(params.lse.data)) +
@@ -52,7 +55,6 @@ ADAATTN_DEVICE void write_lse(const AttentionParams& params,
     }
 }
 
-// Normalises and writes the same rows; accumulators as wgmma leaves them.
 // A partial result: the same rows, normalised, in f32.
 template <int kDimV, int kTileM>
 ADAATTN_DEVICE void write_partial(const AttentionParams& params, const work::WorkItem& item,
@@ -76,6 +78,7 @@ ADAATTN_DEVICE void write_partial(const AttentionParams& params, const work::Wor
     }
 }
 
+// Normalises and writes the same rows; accumulators as wgmma leaves them.
 template <Format kFormat, int kDimV, int kRole, int kTileM, int kMaxSources>
 ADAATTN_DEVICE void write_rows(const AttentionParams& params,
                                const work::WorkRecord<kMaxSources>& record,

@@ -8,10 +8,12 @@
 namespace adaattn::mask {
 
 // -inf for every score that the row does not see: chosen, not multiplied, so that a NaN in a key
-// that is masked out is gone. With array masks the scores come back scaled (base 2).
+// that is masked out is gone. With array masks the scores come back scaled, in natural units (where
+// a mask of the lowest finite number stays finite), and bit 2 m + half of `saw` says whether the
+// lane's row m, half saw a key.
 template <class T>
 ADAATTN_DEVICE void mask_scores(mma::Scores<T>& scores, const WorkItem& item,
-                                const ArrayMask& arrays, float scale_log2, int first_row,
+                                const ArrayMask& arrays, float scale, u32& saw, int first_row,
                                 int first_key) {
     const int lane = ptx::thread_index() & 31;
 #pragma unroll
@@ -34,10 +36,8 @@ ADAATTN_DEVICE void mask_scores(mma::Scores<T>& scores, const WorkItem& item,
                                                 ? arrays.added(row, lane_key + 8 * n + e)
                                                 : -ptx::infinity();
                         sees = added != -ptx::infinity();
-                        // A finite number hides no key, not even the lowest one.
-                        const float base_2 = added * kLog2E;
-                        const float kept = base_2 < -kLargestF32 ? -kLargestF32 : base_2;
-                        score = ptx::fma_rn(score, scale_log2, kept);
+                        saw |= static_cast<u32>(sees) << (2 * m + half);
+                        score = ptx::fma_rn(score, scale, added);
                     }
                     score = sees ? score : -ptx::infinity();
                 }

@@ -22,6 +22,7 @@ ADAATTN_DEVICE u32 block_index() {
 ADAATTN_DEVICE u32 float_bits(float x) { return __float_as_uint(x); }
 ADAATTN_DEVICE float bits_float(u32 x) { return __uint_as_float(x); }
 ADAATTN_DEVICE float infinity() { return __uint_as_float(0x7f800000u); }
+ADAATTN_DEVICE float not_a_number() { return __uint_as_float(0x7fc00000u); }
 
 // --- conversions (round to nearest even) -----------------------------------------------------
 // Low half first, as the fragments of mma want it. PTX: cvt.rn.bf16x2.f32, cvt.rn.f16x2.f32.

@@ -10,6 +10,7 @@
 #include "adaattn/common/types.cuh"
 #include "adaattn/ptx/sm80.cuh"
 #include "adaattn/quant/convert.cuh"
+#include "adaattn/softmax/lse.cuh"
 #include "adaattn/softmax/slack.cuh"
 
 namespace adaattn::softmax {
@@ -120,11 +121,9 @@ struct Online {
         return any;
     }
 
-    // Natural-logarithm lse of row r; -inf where the row saw no key. Call after the quad's sums
-    // were added up.
+    // Natural-logarithm lse of row r, of which `row_sum` is the sum; -inf where that is 0.
     ADAATTN_DEVICE float lse(int r, float row_sum, float scale_log2) const {
-        return row_sum == 0.0f ? -ptx::infinity()
-                               : kLn2 * (reference[r] * scale_log2 + log2f(row_sum));
+        return natural_lse(reference[r], scale_log2, row_sum);
     }
 };
 

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "adaattn/ptx/sm80.cuh"
+#include "adaattn/softmax/lse.cuh"
 #include "adaattn/softmax/slack.cuh"
 
 namespace adaattn::softmax {
@@ -59,7 +60,7 @@ struct RowState {
             ref[half] = ptx::mul_rn(top[m][half], scale);
             // Nothing was summed yet where top_old is -inf; 1 keeps an Inf added on its own.
             alpha[half] = moves && top_old != -ptx::infinity()
-                              ? ptx::exp2_approx(ptx::mul_rn(top_old, scale) - ref[half])
+                              ? ptx::exp2_approx(ptx::mul_rn(top_old - top[m][half], scale))
                               : 1.0f;
             sum[m][half] *= alpha[half];
             moved_any |= moves;
@@ -95,11 +96,9 @@ struct RowState {
         }
     }
 
-    // Natural-log LSE of a row after `finish`; -inf where it saw nothing.
-    ADAATTN_DEVICE float lse(int m, int half, float scale) const {
-        return top[m][half] == -ptx::infinity()
-                   ? -ptx::infinity()
-                   : (ptx::mul_rn(top[m][half], scale) + ptx::log2_accurate(sum[m][half])) * kLn2;
+    // Natural-log LSE of a row after `finish`, of which `sum` is the sum; -inf where that is 0.
+    ADAATTN_DEVICE float lse(int m, int half, float sum_of_row, float scale) const {
+        return natural_lse(top[m][half], scale, sum_of_row);
     }
 
   private:
@@ -108,8 +107,9 @@ struct RowState {
     ADAATTN_DEVICE void shift_large(int m, float (&scores)[kKeyTiles][4], float (&ref)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const bool large = (ref[half] > kLargeRef && ref[half] < ptx::infinity()) ||
-                               (ref[half] < -kLargeRef && ref[half] > -ptx::infinity());
+            // By `top`, which is finite where its product with the scale may not be.
+            const bool finite = top[m][half] < ptx::infinity() && top[m][half] > -ptx::infinity();
+            const bool large = finite && (ref[half] > kLargeRef || ref[half] < -kLargeRef);
             const float shift = large ? top[m][half] : 0.0f;
             ref[half] = large ? 0.0f : ref[half];
 #pragma unroll

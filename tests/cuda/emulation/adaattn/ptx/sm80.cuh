@@ -146,6 +146,7 @@ ADAATTN_DEVICE u32 block_index() { return emulation::machine.block; }
 ADAATTN_DEVICE u32 float_bits(float x) { return emulation::bits_of(x); }
 ADAATTN_DEVICE float bits_float(u32 x) { return emulation::float_of(x); }
 ADAATTN_DEVICE float infinity() { return emulation::float_of(0x7f800000u); }
+ADAATTN_DEVICE float not_a_number() { return emulation::float_of(0x7fc00000u); }
 
 ADAATTN_DEVICE u16 to_bf16(float x) {
     const u32 bits = float_bits(x);
