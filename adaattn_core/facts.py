@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,50 @@ from adaattn_core.problem import HeadIndex
 
 
 @dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """What theorem 7 charges for the arithmetic of an executor.
+
+    A backend states what it knows of its kernels. What it leaves out is bounded for every
+    executor that computes as docs/math/08-composition.md describes.
+
+    Attributes
+    ----------
+    step_keys : int
+        Fewest keys of a step of the streaming softmax, the last one of a row aside; 0 where
+        that is not known: steps are then taken to have 64 keys, or a score-skip tile's. A key's
+        weight is one exponential, and one more for every later step.
+    sum_keys_max : int
+        Most keys that are summed in one product before it is added to the row's running sums;
+        0 where that is not known: a row's keys may then make one long sum.
+    score_rel_upper : float or None
+        Error of a score's sum of products, relative to ``scale |q| |k|`` of the operands as
+        multiplied. None: of a sum in the plan's format, in any order.
+    sum_rel_upper : float or None
+        Error of a row's sum of weighted values, relative to the sum of their magnitudes. None:
+        of a sum in the plan's format, in any order.
+    exp_rel_upper : float or None
+        Relative error of one exponential. None: 4 ulp.
+    """
+
+    step_keys: int = 0
+    sum_keys_max: int = 0
+    score_rel_upper: float | None = None
+    sum_rel_upper: float | None = None
+    exp_rel_upper: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunFacts:
     """What a run found out about one head, exactly or as upper bounds; input to the theorems.
 
     Norms are Euclidean and taken over visible vectors; `*_residual_upper` bound the difference
-    between a vector and what the format (or the feature rank) kept of it.
+    between a vector and what the format (or the feature rank) kept of it. What a backend does
+    not state is taken for unknown: no theorem then says anything.
 
     Attributes
     ----------
+    keys_max : int
+        Most visible keys of a row.
     share : float
         Share of the visible scores that were computed.
     rank : int
@@ -35,40 +72,43 @@ class RunFacts:
         Largest spacing between neighbouring representable numbers of the 8-bit operands, in the
         operands' own units (0 for wider formats): what stochastic rounding can move by.
     dropped_mass_upper : float
-        Largest share of a row's softmax mass that was left out (inf where nothing is known).
+        Largest share of a row's softmax mass that was left out.
     bias_max_abs : float
-        Largest magnitude of what the additive mask adds to a score. A backend may shift a row's
-        mask as a whole (softmax does not see it), and keys that a row's mask leaves no weight
-        that float64 could hold are hidden: they do not count.
-    keys_max : int
-        Most visible keys of a row.
-    sum_keys_max : int
-        Most keys that are summed in one product before it is added to the row's running sums;
-        0 where that is not known: a row's keys may then make one long sum.
+        Largest magnitude of what the additive mask adds to a score, 0 without one. A backend
+        may shift a row's mask as a whole (softmax does not see it), and keys that a row's mask
+        leaves no weight that float64 could hold are hidden: they do not count.
+    arithmetic : Arithmetic
+        How it was computed.
     output_rms : float
-        Root-mean-square norm of the returned rows.
+        Root-mean-square norm of the returned rows, or less.
     nonfinite : bool
         Whether the returned rows hold NaN or Inf.
     """
 
+    keys_max: int
     share: float = 1.0
     rank: int = 0
-    query_norm_upper: float = 0.0
-    key_norm_upper: float = 0.0
-    value_norm_upper: float = 0.0
-    query_residual_upper: float = 0.0
-    key_residual_upper: float = 0.0
-    value_residual_upper: float = 0.0
-    value_diameter_upper: float = 0.0
-    score_residual_upper: float = 0.0
+    query_norm_upper: float = math.inf
+    key_norm_upper: float = math.inf
+    value_norm_upper: float = math.inf
+    query_residual_upper: float = math.inf
+    key_residual_upper: float = math.inf
+    value_residual_upper: float = math.inf
+    value_diameter_upper: float = math.inf
+    score_residual_upper: float = math.inf
     query_step_upper: float = 0.0
     key_step_upper: float = 0.0
-    dropped_mass_upper: float = 0.0
-    bias_max_abs: float = 0.0
-    keys_max: int = 0
-    sum_keys_max: int = 0
+    dropped_mass_upper: float = math.inf
+    bias_max_abs: float = math.inf
+    arithmetic: Arithmetic = field(default_factory=Arithmetic)
     output_rms: float = 0.0
     nonfinite: bool = False
+
+    @classmethod
+    def of_nothing(cls) -> RunFacts:
+        """Facts of a head whose rows see nothing: they are 0, exactly."""
+        zeros: dict[str, Any] = {f.name: 0.0 for f in fields(cls) if f.default == math.inf}
+        return cls(keys_max=0, **zeros)
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ from adaattn_core.bounds.accumulate import (
     exp_score_error,
     gamma_nearest,
     gamma_toward_zero,
+    library_exp_error,
     product_sum_error,
     score_rounding,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "gamma_nearest",
     "gamma_toward_zero",
     "largest_norm_upper",
+    "library_exp_error",
     "minimal_sample_size",
     "order_statistic",
     "output_error",

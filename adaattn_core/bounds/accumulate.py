@@ -132,24 +132,28 @@ def product_sum_error(products: int, format_name: str, flush: int | None = None)
 
 
 @lru_cache(maxsize=_REMEMBERED)
-def exp_score_error(chunks: int, unit: float = F32_UNIT) -> float:
+def exp_score_error(steps: int, relative_error: float = 2.0 * EXP_ULPS * F32_UNIT) -> float:
     """Upper bound of the errors of `exp` in a streaming softmax, expressed as a score error.
 
-    A key's weight is one exponential times one rescaling exponential per later chunk.
+    A key's weight is one exponential times one rescaling exponential per later step.
 
     Parameters
     ----------
-    chunks : int
-        Chunks of keys that the row is processed in.
-    unit : float
-        Unit roundoff of the arithmetic.
+    steps : int
+        Steps that the keys of a row are processed in.
+    relative_error : float
+        Of one exponential, in [0, 1).
 
     References
     ----------
     This project, docs/math/07-accumulation.md, lemma 7.3.
     """
-    one = weight_ratio_as_score_error(2.0 * EXP_ULPS * unit)
-    return float(mul_up(float(chunks + 1), one))
+    return float(mul_up(float(steps + 1), weight_ratio_as_score_error(relative_error)))
+
+
+def library_exp_error(unit: float = F32_UNIT) -> float:
+    """Upper bound of the relative error of a library's `exp`: 4 ulp."""
+    return 2.0 * EXP_ULPS * unit
 
 
 def score_rounding(score_max_abs: float, unit: float = F32_UNIT) -> float:

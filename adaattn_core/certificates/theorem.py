@@ -15,9 +15,8 @@ from adaattn_core.formats import get_format
 from adaattn_core.plan import HeadPlan
 from adaattn_core.structure import Landmark, ScoreSkip
 
-CHUNK_KEYS_LEAST = 64
-"""Fewest keys per step of an executor's streaming softmax (a score-skip tile may be
-smaller)."""
+STEP_KEYS = 64
+"""Fewest keys of a step of a streaming softmax that says nothing of its steps."""
 SPARE_ROUNDINGS = 12
 """Roundings per path besides the sum itself: casts of both operands to the working precision,
 the mean key, scaling and unscaling of both 8-bit operands, the softmax scale, the division by
@@ -25,24 +24,62 @@ the normaliser; the rest is slack."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Arithmetic:
-    """What the executor computes with, and how long its sums are."""
+class _Charges:
+    """What the arithmetic of a run is charged with: as stated, else for any executor.
+
+    Attributes
+    ----------
+    unit, tiny, largest : float
+        Unit roundoff, smallest normal and largest number of scores and sums.
+    steps : int
+        Steps of the streaming softmax.
+    path : int
+        Roundings on the longest path of a sum over the keys.
+    score, sums, exponentials : float
+        Relative errors of a score's sum of products and of a sum over the keys; error of all
+        exponentials of a weight, as a score error.
+    """
 
     unit: float
     tiny: float
     largest: float
-    chunks: int
+    steps: int
+    path: int
+    score: float
+    sums: float
+    exponentials: float
 
     @classmethod
-    def of(cls, facts: RunFacts, plan: HeadPlan) -> _Arithmetic:
-        chunk = CHUNK_KEYS_LEAST
-        if isinstance(plan.structure, ScoreSkip):
-            chunk = min(chunk, plan.structure.tile_kv)
-        chunks = math.ceil(facts.keys_max / chunk) + 1
+    def of(cls, facts: RunFacts, plan: HeadPlan, dim_qk: int) -> _Charges:
+        said = facts.arithmetic
+        step = said.step_keys or STEP_KEYS
+        if not said.step_keys and isinstance(plan.structure, ScoreSkip):
+            step = min(step, plan.structure.tile_kv)
+        steps = math.ceil(facts.keys_max / step) + 1
         wide = plan.qk == plan.pv == "f64"
         info = get_format("f64" if wide else "f32")
         unit = F64_UNIT if wide else F32_UNIT
-        return cls(unit, info.smallest_normal, info.max_finite, chunks)
+        keys = facts.keys_max
+        summed = min(keys, said.sum_keys_max) if said.sum_keys_max else keys
+        path = summed + 2 * steps + SPARE_ROUNDINGS
+        score, sums, one = said.score_rel_upper, said.sum_rel_upper, said.exp_rel_upper
+        if score is None:
+            score = bounds.product_sum_error(dim_qk + SPARE_ROUNDINGS, plan.qk)
+        if sums is None:
+            flush = plan.flush_keys if plan.flush_keys > 0 else None
+            sums = bounds.product_sum_error(path, plan.pv, flush)
+        if one is None:
+            one = bounds.library_exp_error(unit)
+        return cls(
+            unit=unit,
+            tiny=info.smallest_normal,
+            largest=info.max_finite,
+            steps=steps,
+            path=path,
+            score=score,
+            sums=max(sums, bounds.gamma_nearest(path, unit)),
+            exponentials=bounds.exp_score_error(steps, one),
+        )
 
 
 def theorem_certificate(
@@ -127,7 +164,7 @@ def theorem_certificate(
 
     diameter = float(bounds.value_diameter(facts.value_norm_upper, facts.value_diameter_upper))
     value_norm = float(add_up(facts.value_norm_upper, facts.value_residual_upper))
-    arithmetic = _Arithmetic.of(facts, plan)
+    charges = _Charges.of(facts, plan, dim_qk)
     absolute = {
         "qk_rounding": float(bounds.output_error(score_error, diameter)),
         "pv_rounding": _weights_error(facts, plan, value_norm),
@@ -137,14 +174,14 @@ def theorem_certificate(
             )
         ),
         "accumulation": _accumulation_error(
-            facts, plan, arithmetic, dim_qk, dim_v, scale, diameter, value_norm
+            facts, plan, charges, dim_qk, dim_v, scale, diameter, value_norm
         ),
         "structure": _structure_error(facts, plan, diameter),
     }
     # A returned row is a convex combination of values up to these three errors alone.
     moved = add_up(*(absolute[name] for name in ("pv_rounding", "v_rounding", "accumulation")))
     row_norm = float(add_up(value_norm, moved))
-    absolute["output"] = _output_error(arithmetic, dtype, dim_v, row_norm)
+    absolute["output"] = _output_error(charges, dtype, dim_v, row_norm)
     terms = bounds.relative_terms(absolute, facts.output_rms)
     upper = math.inf if facts.nonfinite else bounds.compose(terms)
     return HeadCertificate(
@@ -212,7 +249,7 @@ def _weight_rounding(plan: HeadPlan) -> bounds.WeightRounding:
 def _accumulation_error(
     facts: RunFacts,
     plan: HeadPlan,
-    arithmetic: _Arithmetic,
+    charges: _Charges,
     dim_qk: int,
     dim_v: int,
     scale: float,
@@ -226,12 +263,11 @@ def _accumulation_error(
     key_norm = add_up(facts.key_norm_upper, facts.key_residual_upper)
     product = mul_up(query_norm, key_norm)
     reach = add_up(mul_up(product, max(1.0, scale)), facts.bias_max_abs)
-    if not float(mul_up(4.0, reach)) < arithmetic.largest:
+    if not float(mul_up(4.0, reach)) < charges.largest:
         return math.inf
-    dot_roundings = dim_qk + SPARE_ROUNDINGS
-    dot = mul_up(bounds.product_sum_error(dot_roundings, plan.qk), scale, product)
+    dot = mul_up(charges.score, scale, product)
     dot_underflow = mul_up(
-        2.0 * dot_roundings * arithmetic.tiny,
+        2.0 * (dim_qk + SPARE_ROUNDINGS) * charges.tiny,
         add_up(1.0, scale),
         add_up(1.0, query_norm, key_norm),
     )
@@ -239,24 +275,19 @@ def _accumulation_error(
     score_error = add_up(
         dot,
         dot_underflow,
-        bounds.score_rounding(float(score_max), arithmetic.unit),
-        bounds.exp_score_error(arithmetic.chunks, arithmetic.unit),
+        bounds.score_rounding(float(score_max), charges.unit),
+        charges.exponentials,
     )
 
     keys = facts.keys_max
-    summed = min(keys, facts.sum_keys_max) if facts.sum_keys_max else keys
-    path = summed + 2 * arithmetic.chunks + SPARE_ROUNDINGS
-    normaliser = bounds.gamma_nearest(path, arithmetic.unit)
-    flush = plan.flush_keys if plan.flush_keys > 0 else None
-    numerator = bounds.product_sum_error(path, plan.pv, flush)
-    numerator = max(numerator, normaliser)
+    normaliser = bounds.gamma_nearest(charges.path, charges.unit)
     weights = _weight_rounding(plan)
     # Rounded weights may weigh more than the exact ones that the sums are measured against.
     weighed = add_up(1.0, weights.relative, mul_up(keys, weights.absolute))
-    relative = div_up(add_up(numerator, normaliser), sub_down(1.0, normaliser))
+    relative = div_up(add_up(charges.sums, normaliser), sub_down(1.0, normaliser))
     sums = mul_up(relative, weighed, value_norm)
     lost = mul_up(
-        4.0 * (keys + SPARE_ROUNDINGS) * (arithmetic.chunks + 2) * arithmetic.tiny,
+        4.0 * (keys + SPARE_ROUNDINGS) * (charges.steps + 2) * charges.tiny,
         add_up(value_norm, up(math.sqrt(dim_v))),
     )
     underflow = div_up(lost, sub_down(1.0, normaliser))
@@ -275,8 +306,8 @@ def _structure_error(facts: RunFacts, plan: HeadPlan, diameter: float) -> float:
     )
 
 
-def _output_error(arithmetic: _Arithmetic, dtype: str, dim_v: int, row_norm: float) -> float:
+def _output_error(charges: _Charges, dtype: str, dim_v: int, row_norm: float) -> float:
     """Bound the rounding of the returned rows to their own format, if that is narrower."""
-    if get_format(dtype).unit_roundoff <= arithmetic.unit or row_norm == 0:
+    if get_format(dtype).unit_roundoff <= charges.unit or row_norm == 0:
         return 0.0
     return float(bounds.storing_error(dtype, row_norm, dim_v))

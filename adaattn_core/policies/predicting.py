@@ -47,6 +47,7 @@ def predicted_facts(plan: HeadPlan, stats: HeadStats) -> RunFacts:
         query_step_upper=step_q,
         key_step_upper=step_k,
         dropped_mass_upper=dropped,
+        bias_max_abs=0.0,
         keys_max=stats.len_kv,
         output_rms=stats.output_rms_estimate,
         nonfinite=stats.nonfinite,

@@ -151,11 +151,12 @@ class CudaBackend:
         records = RowFacts(figures, inputs, problem.query, library, stream)
         kept = records.workspace_bytes + sum(launch.workspace_bytes for launch in launches)
         self._last.workspace_bytes = kept
+        step_keys = min((launch.step_keys for launch in launches), default=1)
         chosen = plan.heads if heads is None else {index: plan[index] for index in heads}
         if into is None:
-            facts = LazyFacts(problem, records, chosen)
+            facts = LazyFacts(problem, records, chosen, step_keys)
             return RawResult(out, lse, cast("dict[HeadIndex, RunFacts]", facts))
-        cast(LazyFacts, into.facts).replan(records, chosen)
+        cast(LazyFacts, into.facts).replan(records, chosen, step_keys)
         return into
 
     def forward(

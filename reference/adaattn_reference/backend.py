@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from adaattn_core.backend import Capabilities
 from adaattn_core.bounds import largest_norm_upper, rms_norm_lower
-from adaattn_core.bounds.rounding import add_up
+from adaattn_core.bounds.rounding import add_up, mul_up
 from adaattn_core.errors import UnsupportedError
 from adaattn_core.facts import RawResult, RowErrors, RunFacts
 from adaattn_core.formats import FORMATS
@@ -192,9 +192,8 @@ def _run_head(
         query = factors.query_r.astype(view.query.dtype)
         view = replace(view, query=query, kv=KeyValues(projected, view.value))
         rank = factors.key_r.shape[1]
-        facts = replace(
-            _input_facts(view), score_residual_upper=factors.score_residual_upper * view.scale
-        )
+        left = float(mul_up(factors.score_residual_upper, view.scale))
+        facts = replace(_input_facts(view), score_residual_upper=left)
     operands = prepare_operands(view, head, seed)
     output: HeadOutput | None
     if not view.visible:
@@ -231,7 +230,7 @@ def _run_head(
 
 
 def _input_facts(view: HeadView) -> RunFacts:
-    """Norms of the visible input vectors, as upper bounds."""
+    """Norms of the visible input vectors, as upper bounds; nothing rounded or left out."""
     bias_max = 0.0
     widest = int((view.stop - view.start).max(initial=0))
     if view.bias is not None:
@@ -243,7 +242,12 @@ def _input_facts(view: HeadView) -> RunFacts:
         query_norm_upper=view.query_norm_upper,
         key_norm_upper=float(view.seen(view.kv.key_norm).max(initial=0.0)),
         value_norm_upper=float(view.seen(view.kv.value_norm).max(initial=0.0)),
+        query_residual_upper=0.0,
+        key_residual_upper=0.0,
+        value_residual_upper=0.0,
         value_diameter_upper=view.value_diameter_upper,
+        score_residual_upper=0.0,
+        dropped_mass_upper=0.0,
         bias_max_abs=bias_max,
         keys_max=widest if view.seen_keys.any() else 0,
     )
@@ -267,7 +271,7 @@ def _with_run_facts(
         query_step_upper=operands.query_step_upper,
         key_step_upper=operands.key_step_upper,
         dropped_mass_upper=output.dropped_mass_upper,
-        sum_keys_max=output.sum_keys_max,
+        arithmetic=output.arithmetic,
     )
 
 

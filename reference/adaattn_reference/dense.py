@@ -6,12 +6,13 @@ len_q x len_kv is ever held.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from adaattn_core.facts import Arithmetic
 from adaattn_core.structure import BlockSparse
 from adaattn_reference.blocks import KeyBlocks
 from adaattn_reference.operands import Operands
@@ -22,6 +23,7 @@ Float = NDArray[np.floating[Any]]
 
 TILE_ROWS, CHUNK_KEYS = 256, 1024
 """Working set of about 1 MB of scores: what stays in a core's cache."""
+CHUNKS = Arithmetic(step_keys=CHUNK_KEYS, sum_keys_max=CHUNK_KEYS)
 
 
 @dataclass(eq=False)
@@ -38,8 +40,8 @@ class HeadOutput:
         Columns standing for the far field, or feature rank.
     dropped_mass_upper : float
         Largest share of a row's mass left out; inf where nothing is known.
-    sum_keys_max : int
-        Most keys of one product P·V; 0 where it is not recorded.
+    arithmetic : Arithmetic
+        How the softmax was streamed.
     """
 
     out: Float
@@ -47,7 +49,7 @@ class HeadOutput:
     computed: int
     rank: int = 0
     dropped_mass_upper: float = 0.0
-    sum_keys_max: int = 0
+    arithmetic: Arithmetic = field(default_factory=Arithmetic)
 
     @classmethod
     def empty(cls, view: HeadView, operands: Operands) -> HeadOutput:
@@ -66,7 +68,7 @@ def dense(view: HeadView, operands: Operands) -> HeadOutput:
         rows = slice(first, min(first + TILE_ROWS, view.len_q))
         result.out[rows], result.lse[rows] = dense_tile(view, operands, rows)
     result.computed = view.visible
-    result.sum_keys_max = CHUNK_KEYS
+    result.arithmetic = CHUNKS
     return result
 
 
@@ -110,7 +112,7 @@ def block_sparse(
             add_chunk(view, operands, accumulator, scores, rows, chunk, chunk)
         result.out[rows], result.lse[rows] = accumulator.finish()
     result.dropped_mass_upper = 0.0 if complete else np.inf
-    result.sum_keys_max = CHUNK_KEYS
+    result.arithmetic = CHUNKS
     return result
 
 

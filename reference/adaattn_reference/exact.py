@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from adaattn_core.bounds import row_norms_estimate
 from adaattn_core.certificates.theorem import theorem_certificate
-from adaattn_core.facts import RowErrors, RunFacts
+from adaattn_core.facts import Arithmetic, RowErrors, RunFacts
 from adaattn_core.plan import HeadPlan
 from adaattn_core.problem import AttentionProblem
 from adaattn_reference.scratch import scratch
@@ -24,6 +24,7 @@ SUM_KEYS = 256
 """Keys of one product P·V; products are added in float64."""
 CHUNK_KEYS, CHUNK_ROWS = 4 * SUM_KEYS, 256
 """Working set of about 1 MB of scores: what stays in a core's cache."""
+ARITHMETIC = Arithmetic(step_keys=CHUNK_KEYS, sum_keys_max=SUM_KEYS)
 
 
 def errors_against(
@@ -42,7 +43,7 @@ def errors_against(
     exact = exact_rows(view)
     name = "f64" if view.query.dtype == np.float64 else "f32"
     oracle = theorem_certificate(
-        replace(facts, output_rms=1.0, sum_keys_max=SUM_KEYS),
+        replace(facts, output_rms=1.0, arithmetic=ARITHMETIC),
         HeadPlan(qk=name, pv=name),
         dim_qk=problem.dim_qk,
         dim_v=problem.dim_v,

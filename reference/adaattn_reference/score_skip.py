@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from adaattn_core.facts import Arithmetic
 from adaattn_core.structure import ScoreSkip
 from adaattn_reference.dense import CHUNK_KEYS, HeadOutput, add_chunk, key_range
 from adaattn_reference.operands import Operands
@@ -38,7 +39,7 @@ def score_skip(view: HeadView, operands: Operands, structure: ScoreSkip) -> Head
     scores, so that the other keys meet a running log-sum-exp that is already high. What each
     row loses is bounded as it happens.
     """
-    result = HeadOutput.empty(view, operands)
+    result, most = HeadOutput.empty(view, operands), 1
     for start in range(0, view.len_q, structure.tile_q):
         rows = slice(start, min(start + structure.tile_q, view.len_q))
         tile = _Tile(view, operands, rows)
@@ -56,7 +57,9 @@ def score_skip(view: HeadView, operands: Operands, structure: ScoreSkip) -> Head
         result.computed += tile.computed
         result.out[rows], result.lse[rows] = tile.accumulator.finish()
         result.dropped_mass_upper = max(result.dropped_mass_upper, tile.dropped_mass_upper())
-        result.sum_keys_max = max(result.sum_keys_max, tile.sum_keys_max)
+        most = max(most, tile.sum_keys_max)
+    # Kept scores wait until there are CHUNK_KEYS of them.
+    result.arithmetic = Arithmetic(step_keys=CHUNK_KEYS, sum_keys_max=most)
     return result
 
 

@@ -4,7 +4,7 @@ The executor is the NumPy backend; the truth is computed here in extended precis
 """
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from adaattn_core.certificates.sample import sampled_certificate
 from adaattn_core.certificates.theorem import theorem_certificate
 from adaattn_core.errors import ArgumentError
-from adaattn_core.facts import RowErrors, RunFacts
+from adaattn_core.facts import Arithmetic, RowErrors, RunFacts
 from adaattn_core.formats import get_format
 from adaattn_core.mask import Mask
 from adaattn_core.plan import HeadPlan, Plan
@@ -25,6 +25,15 @@ from adaattn_reference.backend import NumpyBackend
 seeds = st.integers(0, 2**32 - 1)
 FORMATS = ("f32", "tf32", "f16", "bf16", "i8", "e4m3")
 HEAD = (0, 0)
+EXACT = {
+    "query_residual_upper": 0.0,
+    "key_residual_upper": 0.0,
+    "value_residual_upper": 0.0,
+    "score_residual_upper": 0.0,
+    "dropped_mass_upper": 0.0,
+    "bias_max_abs": 0.0,
+}
+"""Facts of a run that rounded no operand and left nothing out."""
 
 
 def problem_of(query, key, value, dtype="f32", mask=None, scale=None):
@@ -255,9 +264,11 @@ def test_higher_precision_never_has_a_larger_bound():
 def test_a_halved_bound_is_caught_on_an_attaining_head():
     """Two keys, scores perturbed by exactly delta: theorem 1 leaves no room."""
     facts = RunFacts(
+        **EXACT | {"score_residual_upper": 0.1},
+        query_norm_upper=0.0,
+        key_norm_upper=0.0,
         value_norm_upper=1.0,
         value_diameter_upper=2.0,
-        score_residual_upper=0.1,
         keys_max=2,
         output_rms=1.0,
     )
@@ -287,6 +298,7 @@ def test_the_terms_add_up_and_name_the_binding_one():
 
 
 FACTS = RunFacts(
+    **EXACT,
     query_norm_upper=3.0,
     key_norm_upper=3.0,
     value_norm_upper=2.0,
@@ -321,7 +333,7 @@ def test_what_no_theorem_bounds_is_infinite(facts, plan):
 @pytest.mark.parametrize(
     ("facts", "len_q"),
     [
-        (RunFacts(), 0),
+        (RunFacts.of_nothing(), 0),
         (FACTS, 0),
         (replace(FACTS, keys_max=0, output_rms=0.0), 10),
         (
@@ -335,6 +347,64 @@ def test_heads_that_must_be_exactly_right_have_bound_zero(facts, len_q):
         certificate = theorem_certificate(facts, plan, **{**SIZES, "len_q": len_q})
         assert certificate.upper == 0
         assert all(term == 0 for term in certificate.terms.values())
+
+
+@pytest.mark.parametrize("field", [f.name for f in fields(RunFacts) if f.default == math.inf])
+def test_what_a_backend_does_not_state_is_not_known(field):
+    said = {f.name: getattr(FACTS, f.name) for f in fields(RunFacts) if f.name != field}
+    certificate = theorem_certificate(RunFacts(**said), HeadPlan(), **SIZES)
+    # Twice the norm bounds the diameter, and the diameter what scores can do.
+    bounded = field in ("value_diameter_upper", "score_residual_upper")
+    assert (certificate.upper < math.inf) == bounded
+    assert certificate.upper > theorem_certificate(FACTS, HeadPlan(), **SIZES).upper
+
+
+@pytest.mark.parametrize("field", ["score_rel_upper", "sum_rel_upper", "exp_rel_upper"])
+@pytest.mark.parametrize("plan", [HeadPlan(), HeadPlan(qk="bf16", pv="bf16")])
+def test_what_a_backend_states_of_its_arithmetic_is_charged(field, plan):
+    """Every stated error counts, once, as theorem 7 says; a larger one counts more."""
+    uppers = []
+    for error in (2.0**-20, 2.0**-12, 2.0**-6):
+        stated = replace(FACTS, arithmetic=Arithmetic(**{field: error}))
+        certificate = theorem_certificate(stated, plan, **SIZES)
+        uppers.append(certificate.terms["accumulation"])
+        assert (
+            uppers[-1]
+            >= {
+                "score_rel_upper": math.tanh(error * 0.5 * 9 / 2),
+                "sum_rel_upper": error * 2.0,
+                "exp_rel_upper": math.tanh(error / 2),
+            }[field]
+        )
+    assert uppers == sorted(set(uppers))
+
+
+def test_shorter_steps_and_longer_sums_cost_more():
+    def upper(**said):
+        facts = replace(FACTS, keys_max=4096, arithmetic=Arithmetic(**said))
+        return theorem_certificate(facts, HeadPlan(), **SIZES).upper
+
+    assert upper(step_keys=1024) < upper(step_keys=64) == upper() < upper(step_keys=16)
+    assert upper(sum_keys_max=256) < upper(sum_keys_max=1024) < upper()
+
+
+def test_a_probabilistic_bound_holds_the_kernels_own_charges():
+    """Steps say nothing about sums: what the arithmetic errs by is added all the same."""
+    plan = HeadPlan(qk="i8", pv="f32", rounding="stochastic")
+    facts = replace(
+        FACTS,
+        query_residual_upper=0.05,
+        key_residual_upper=0.05,
+        query_step_upper=0.01,
+        key_step_upper=0.01,
+        arithmetic=Arithmetic(score_rel_upper=0.01),
+    )
+    options = SIZES | {"guarantee": "probabilistic"}
+    likely = theorem_certificate(facts, plan, **options)
+    assert likely.guarantee == "probabilistic"
+    charge = math.tanh(0.01 * 0.5 * 9 / 2)
+    without = theorem_certificate(replace(facts, arithmetic=Arithmetic()), plan, **options)
+    assert likely.upper >= without.upper + 0.9 * charge
 
 
 @pytest.mark.parametrize("field", ["query_residual_upper", "value_residual_upper"])
@@ -425,7 +495,12 @@ def test_zero_outputs_and_empty_heads():
     wrong = sampled_certificate(row_errors(np.ones(100), np.zeros(100)), silent, **options)
     assert (wrong.upper, wrong.estimate) == (math.inf, math.inf)
     empty = sampled_certificate(
-        row_errors([]), RunFacts(), rows=0.95, confidence=0.95, len_q=0, complete=True
+        row_errors([]),
+        RunFacts.of_nothing(),
+        rows=0.95,
+        confidence=0.95,
+        len_q=0,
+        complete=True,
     )
     assert empty.upper == 0
     none = sampled_certificate(row_errors([]), FACTS, rows=0.9, confidence=0.9, len_q=5)

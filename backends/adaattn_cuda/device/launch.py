@@ -21,6 +21,8 @@ class Launch(Protocol):
     name: str
     workspace_bytes: int
     """Device memory that it keeps for itself, between its starts as well."""
+    step_keys: int
+    """Fewest keys of a step of its streaming softmax."""
 
     def start(self, pointers: tuple[int, ...], device: int, stream: int) -> None:
         """Enqueue it: query, key, value, out, lse, allowed, bias (0 = none)."""

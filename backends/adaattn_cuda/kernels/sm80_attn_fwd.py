@@ -242,6 +242,7 @@ class Sm80Launch:
         chosen = chosen or specialisation(task, arch)
         spec = chosen.spec(arch)
         self.name = spec.name
+        self.step_keys = chosen.tile_n
         self._kernel = kernel_of(spec, chosen.threads, stream)
         self._kernel.prepare(device)
         self._ready = [

@@ -341,6 +341,7 @@ class Sm90Launch:
         self._lock = threading.Lock()
         spec = tile.spec(self._dtype)
         self.name = spec.name
+        self.step_keys = tile.tile_n
         self.workspace_bytes = work.size_bytes
         if work.grid:
             self._kernel = kernel_of(spec, tile.threads, stream)

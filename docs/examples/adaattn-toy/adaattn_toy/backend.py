@@ -141,6 +141,8 @@ def _attend(
             key_residual_upper=largest_norm_upper(key.astype(np.float64) - k),
             value_residual_upper=largest_norm_upper(value.astype(np.float64) - v),
             value_diameter_upper=2 * largest_norm_upper(v),
+            score_residual_upper=0.0,
+            dropped_mass_upper=0.0,
             bias_max_abs=float(np.abs(bias[visible]).max(initial=0.0)),
             keys_max=int(visible.sum(axis=1).max(initial=0)),
             output_rms=rms_norm_lower(out),
