@@ -103,6 +103,43 @@ def test_sequences_are_found_at_any_address() -> None:
                 assert (heads, length, dim) == ((4, 2, 2, 4)[i], end - begin, 64)
 
 
+@pytest.mark.parametrize(
+    ("mask", "rows", "keys"),
+    [
+        (Mask.causal("top_left"), (0, 300), (0, 300)),
+        (Mask.sliding_window(40, 0, "bottom_right"), (0, 300), (160, 500)),
+        (Mask.sliding_window(0, 20, "top_left"), (0, 300), (0, 320)),
+        (Mask.sliding_window(None, 0, "bottom_right"), (0, 300), (0, 500)),
+        (Mask.none(), (0, 300), (0, 500)),
+    ],
+)
+def test_only_what_rows_see_is_looked_at(mask, rows, keys) -> None:
+    q, kv = (np.zeros((2, 2, n, 64), np.float32) for n in (300, 500))
+    lengths = (300, 500, 500, 300)
+    arrays = tuple(
+        contiguous(4096 + (i << 24), (2, 2, n, 64), "f32", 2) for i, n in enumerate(lengths)
+    )
+    plan = FactsPlan(AttentionProblem.from_arrays(q, kv, kv, mask=mask), arrays, 99)
+    plan.start(arrays, RECORDS, 99)
+    seen = (rows, keys, keys, (0, 300))  # every row of the output counts in its rms
+    for i, (first, last) in enumerate(seen):
+        address, _, length, _, _ = Call.started[0]["rows"][i]
+        assert (address, length) == (arrays[i].pointer + first * 64 * 4, last - first)
+
+
+def test_rows_that_see_nothing_are_not_looked_at() -> None:
+    q, kv = (np.zeros((1, 1, n, 64), np.float32) for n in (300, 100))
+    arrays = tuple(
+        contiguous(4096 + (i << 24), (1, 1, n, 64), "f32", 2)
+        for i, n in enumerate((300, 100, 100, 300))
+    )
+    mask = Mask.causal("bottom_right")
+    plan = FactsPlan(AttentionProblem.from_arrays(q, kv, kv, mask=mask), arrays, 99)
+    plan.start(arrays, RECORDS, 99)
+    address, _, length, _, _ = Call.started[0]["rows"][0]
+    assert (address, length) == (arrays[0].pointer + 200 * 64 * 4, 100)
+
+
 def test_rows_off_the_grid_are_read_one_by_one() -> None:
     plan = FactsPlan(problem(None), views(4100), 99)
     plan.start(views(4100), RECORDS, 99)

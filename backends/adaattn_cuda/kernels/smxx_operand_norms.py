@@ -101,8 +101,12 @@ class FactsPlan:
         for number, part in enumerate(parts if units else ()):
             params = _Params(blocks=blocks, vectorised=vectorised)
             first, starts = 0, []
+            seeing, seen = _visible(problem, spans[0] if part is None else part)
             for i, array in enumerate(arrays):
-                rows, start = _rows(array, part, is_query=i in (0, 3), first_unit=first)
+                stretch = (seeing, seen, seen, slice(None))[i]
+                rows, start = _rows(
+                    array, part, stretch, is_query=i in (0, 3), first_unit=first
+                )
                 params.arrays[i] = rows
                 starts.append(start)
                 first += self.batch * self.heads[i]
@@ -196,10 +200,27 @@ def split_records(
     return out
 
 
+def _visible(problem: AttentionProblem, span: SequenceSpan) -> tuple[slice, slice]:
+    """Rows of a sequence from the first to the last that see a key, and the keys they see.
+
+    By the intervals of the mask alone: what a boolean or additive mask hides besides counts.
+    """
+    start, stop = problem.mask.intervals(span.len_q, span.len_kv)
+    live = np.flatnonzero(stop > start)
+    if not len(live):
+        return slice(0, 0), slice(0, 0)
+    rows = slice(int(live[0]), int(live[-1]) + 1)
+    return rows, slice(int(start[live].min()), int(stop[live].max()))
+
+
 def _rows(
-    array: ArrayView, part: SequenceSpan | None, is_query: bool, first_unit: int
+    array: ArrayView,
+    part: SequenceSpan | None,
+    stretch: slice,
+    is_query: bool,
+    first_unit: int,
 ) -> tuple[_Rows, int]:
-    """Describe an array, or a sequence's stretch of it, as a batch of its own.
+    """Describe a stretch of an array, or of a sequence's rows of it, as a batch of its own.
 
     Returns
     -------
@@ -210,9 +231,12 @@ def _rows(
     """
     _, heads, length, dim = array.shape
     batch, head, row, _ = array.strides
-    start = 0
+    start = begin = 0
     if part is not None:
         begin = part.q_start if is_query else part.kv_start
         length = part.len_q if is_query else part.len_kv
-        start = (part.batch * batch + begin * row) * ITEM_BYTES[array.dtype]
+        start = part.batch * batch
+    low, high, _ = stretch.indices(length)
+    start = (start + (begin + low) * row) * ITEM_BYTES[array.dtype]
+    length = high - low
     return _Rows(0, batch, head, row, heads, length, dim, first_unit), start
