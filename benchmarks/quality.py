@@ -28,7 +28,7 @@ from adaattn_core.plan import HeadPlan
 from adaattn_core.policies.base import PolicyContext
 from adaattn_core.policies.budget import BudgetPolicy
 from adaattn_core.stats import HeadStats, MeasureRequest
-from adaattn_torch.transformers import KEY, budgets, register_transformers
+from adaattn_torch.entries.transformers import KEY, budgets, register_transformers
 
 BUDGETS: dict[str, float | None] = {
     "sdpa": None,

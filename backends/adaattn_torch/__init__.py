@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from adaattn_torch import compat
 from adaattn_torch.bridge import Attended, attend
+from adaattn_torch.entries.mode import enable
+from adaattn_torch.entries.modules import AdaptiveAttention, convert
 from adaattn_torch.functional import scaled_dot_product_attention
 from adaattn_torch.info import AttentionInfo, FallbackWarning, listening
-from adaattn_torch.mode import enable
-from adaattn_torch.modules import AdaptiveAttention, convert
 from adaattn_torch.rules import Rule
 
 if TYPE_CHECKING:
-    from adaattn_torch.flash import register_flash_attention
-    from adaattn_torch.flex_blocks import import_block_mask
+    from adaattn_torch.entries.flash import register_flash_attention
+    from adaattn_torch.entries.transformers import budgets, register_transformers
+    from adaattn_torch.masks.flex_blocks import import_block_mask
     from adaattn_torch.report import ModelReport, calibrate, model_report
-    from adaattn_torch.transformers import budgets, register_transformers
 
 __all__ = [
     "AdaptiveAttention",
@@ -44,10 +44,10 @@ _LATE = {
     "ModelReport": "report",
     "calibrate": "report",
     "model_report": "report",
-    "budgets": "transformers",
-    "import_block_mask": "flex_blocks",
-    "register_flash_attention": "flash",
-    "register_transformers": "transformers",
+    "budgets": "entries.transformers",
+    "import_block_mask": "masks.flex_blocks",
+    "register_flash_attention": "entries.flash",
+    "register_transformers": "entries.transformers",
 }
 
 

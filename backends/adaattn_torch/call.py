@@ -1,12 +1,14 @@
-"""Call: what is asked of one attention, apart from the tensors; and what operators carry."""
+"""Call: one attention, its tensors and what is asked; and how operators carry the latter."""
 
 from __future__ import annotations
 
 import json
 import uuid
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from adaattn_core.backend import Backend
 from adaattn_core.budget import ErrorBudget
@@ -20,14 +22,11 @@ _handles: dict[str, Any] = {}
 _handle_of: dict[int, str] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """What is asked of one attention, apart from the tensors.
+class Asked(NamedTuple):
+    """What is asked of one attention, apart from its tensors and mask.
 
     Attributes
     ----------
-    mask : Mask
-        Its structural part; boolean and additive arrays travel as tensors.
     budget : ErrorBudget or None
     policy : Policy, str or None
     plan : Plan or None
@@ -36,7 +35,6 @@ class Call:
     seed : int or None
     """
 
-    mask: Mask = field(default_factory=Mask.none)
     budget: ErrorBudget | None = None
     policy: Policy | str | None = None
     plan: Plan | None = None
@@ -45,7 +43,7 @@ class Call:
     seed: int | None = None
 
     @property
-    def asks_nothing(self) -> bool:
+    def is_exactness(self) -> bool:
         """Whether exact attention is all that is asked for, by whatever plan."""
         return (
             self.budget is None
@@ -55,29 +53,59 @@ class Call:
         )
 
 
+class Call(NamedTuple):
+    """One attention: checked four-dimensional tensors, and what is asked of them.
+
+    Attributes
+    ----------
+    query : Tensor, shape (batch, heads_q, len_q, dim_qk)
+    key : Tensor, shape (batch, heads_kv, len_kv, dim_qk)
+    value : Tensor, shape (batch, heads_kv, len_kv, dim_v)
+    allowed, bias : Tensor or None
+        Boolean and additive masks of four dimensions, broadcastable to the scores.
+    mask : Mask
+        The structural part.
+    scale : float
+        Factor on the scores, > 0.
+    asked : Asked
+    shape : tuple of int or None
+        Shape that the caller's output has, if that is not (batch, heads_q, len_q, dim_v).
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    allowed: torch.Tensor | None
+    bias: torch.Tensor | None
+    mask: Mask
+    scale: float
+    asked: Asked
+    shape: tuple[int, ...] | None = None
+
+
 def structural(mask: Mask) -> Mask:
     """Return a mask without its arrays."""
     return mask if mask.is_structural else replace(mask, allowed=None, bias=None)
 
 
-def encode(call: Call) -> tuple[str, float, float, float]:
-    """Write a call as what operators can carry: a text, and the budget's rel, rows, confidence.
+def encode(mask: Mask, asked: Asked) -> tuple[str, float, float, float]:
+    """Write it as operators can carry it: a text, and the budget's rel, rows and confidence.
 
     Names are written out, so that a compiled graph kept on disk means the same in another
     process; objects (plans, policies, backends) are named by a handle of this process. The
     budget's numbers stay numbers, which a compiler may treat as variables; rel is 0 without
     a budget.
     """
-    mask, budget = call.mask, call.budget
+    budget = asked.budget
     text = encode_constants(
         (mask.alignment, mask.left, mask.right),
         (mask.lengths, mask.cu_seqlens_q, mask.cu_seqlens_kv),
         None if budget is None else (budget.guarantee, budget.on_violation),
-        call.policy,
-        call.plan,
-        call.backend,
-        call.layer,
-        call.seed,
+        asked.policy,
+        asked.plan,
+        asked.backend,
+        asked.layer,
+        asked.seed,
     )
     if budget is None:
         return text, 0.0, 0.0, 0.0
@@ -109,7 +137,9 @@ def encode_constants(
 
 
 @lru_cache(maxsize=1024)
-def decode(text: str, rel: float = 0.0, rows: float = 0.0, confidence: float = 0.0) -> Call:
+def decode(
+    text: str, rel: float = 0.0, rows: float = 0.0, confidence: float = 0.0
+) -> tuple[Mask, Asked]:
     """Invert `encode`.
 
     Raises
@@ -122,8 +152,7 @@ def decode(text: str, rel: float = 0.0, rows: float = 0.0, confidence: float = 0
         name: tuple(x) if isinstance(x, list) else x for name, x in body["mask"].items()
     }
     words = body["budget"]
-    return Call(
-        mask=Mask(**mask),
+    asked = Asked(
         # A gradient is exact attention's: its operator carries no numbers of a budget.
         budget=None
         if words is None or rel == 0
@@ -134,6 +163,7 @@ def decode(text: str, rel: float = 0.0, rows: float = 0.0, confidence: float = 0
         layer=body["layer"],
         seed=body["seed"],
     )
+    return Mask(**mask), asked
 
 
 def _named(value: Any) -> Any:

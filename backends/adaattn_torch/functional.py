@@ -14,9 +14,10 @@ from adaattn_core.budget import ErrorBudget
 from adaattn_core.errors import BackendUnavailableError, UnsupportedError
 from adaattn_core.plan import Plan
 from adaattn_core.policies.base import Policy
-from adaattn_torch.bridge import Attended, attend, exactly
-from adaattn_torch.compact import CompactMask
+from adaattn_torch.bridge import compute
+from adaattn_torch.call import Asked
 from adaattn_torch.info import AttentionInfo, fall_back, warn_of_fallback
+from adaattn_torch.masks.compact import CompactMask
 from adaattn_torch.prepare import NOT_TENSORS, prepare
 
 torch.compiler.assume_constant_result(warn_of_fallback)  # type: ignore[no-untyped-call]
@@ -140,30 +141,15 @@ def scaled_dot_product_attention(
             needed="an eager call: a compiled graph returns tensors only",
             do="collect infos of compiled models with `adaattn_torch.listening`",
         )
-    prepared = prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    reason = prepared if isinstance(prepared, str) else None
-    nothing_asked = budget is None and policy is None and plan is None and seed is None
-    if not isinstance(prepared, str):
+    if budget is not None and isinstance(budget, int | float):
+        budget = ErrorBudget(rel=float(budget))
+    asked = Asked(budget, policy, plan, backend, layer, seed)
+    call = prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, asked)
+    if isinstance(call, str):
+        reason = call
+    else:
         try:
-            if nothing_asked and not return_info:
-                found = exactly(*prepared[:5], backend)
-                if found is not None:
-                    shape = prepared.shape
-                    return found if shape is None else found.reshape(shape)
-            attended = attend(
-                prepared.query,
-                prepared.key,
-                prepared.value,
-                mask=prepared.mask,
-                scale=prepared.scale,
-                budget=budget,
-                policy=policy,
-                plan=plan,
-                backend=backend,
-                layer=layer,
-                seed=seed,
-                want_info=return_info,
-            )
+            out, _, info = compute(call, return_info)
         except UnsupportedError as error:
             if strict:
                 raise
@@ -173,11 +159,9 @@ def scaled_dot_product_attention(
                 raise
             reason = f"{error.got}; needed {error.needed}"
         else:
-            out = attended.out
-            if prepared.shape is not None:
-                out = out.reshape(prepared.shape)
-            return (out, _info(attended)) if return_info else out
-    assert reason is not None
+            if call.shape is not None:
+                out = out.reshape(call.shape)
+            return (out, _known(info)) if return_info else out
     if reason is NOT_TENSORS and has_torch_function((query, key, value, attn_mask)):
         return handle_torch_function(  # type: ignore[no-any-return]
             cast(Any, scaled_dot_product_attention), (query, key, value, attn_mask),
@@ -191,15 +175,15 @@ def scaled_dot_product_attention(
     theirs = partial(
         F.scaled_dot_product_attention, *arguments, scale=scale, enable_gqa=enable_gqa
     )
-    info, out = fall_back(theirs, reason, strict, layer)
-    return (out, info) if return_info else out
+    fell_back, out = fall_back(theirs, reason, strict, layer)
+    return (out, fell_back) if return_info else out
 
 
-def _info(attended: Attended) -> AttentionInfo:
-    if attended.info is None:
+def _known(info: AttentionInfo | None) -> AttentionInfo:
+    if info is None:
         raise UnsupportedError(
             got="return_info=True with fake or meta tensors, or under a tracing mode",
             needed="tensors with values, outside dispatch modes",
             do="leave return_info out while tracing",
         )
-    return attended.info
+    return info

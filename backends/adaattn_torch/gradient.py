@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch.autograd import forward_ad
 
 from adaattn_core.mask import Mask
 
@@ -169,11 +168,6 @@ def attention_tangent(
         _rows(t_out, block).add_(_merged(out))
         _rows(t_lse, block).add_(_merged(mean)[..., 0])
     return t_out.to(query.dtype), t_lse.to(torch.float32)
-
-
-def in_forward_mode() -> bool:
-    """Whether inputs may carry tangents."""
-    return forward_ad._current_level >= 0
 
 
 def _wide(query: torch.Tensor) -> torch.dtype:

@@ -6,16 +6,16 @@ A fused backward kernel for a device takes its seat by ``torch.library.impl`` of
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 
 from adaattn_core.errors import UnsupportedError
 from adaattn_torch.arrays import empty_output, lowered
-from adaattn_torch.call import decode
-from adaattn_torch.gradient import attention_gradient, attention_tangent, in_forward_mode
-from adaattn_torch.prepare import is_transformed, refuse_transform
+from adaattn_torch.call import Call, decode
+from adaattn_torch.forward import run
+from adaattn_torch.gradient import attention_gradient, attention_tangent
+from adaattn_torch.watchers import in_forward_mode, is_transformed, refuse_transform
 
 FORWARD, BACKWARD = "adaattn::attention", "adaattn::attention_backward"
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? allowed, Tensor? bias, float scale"
@@ -31,13 +31,6 @@ torch.library.define(
     " -> (Tensor query, Tensor key, Tensor value, Tensor bias)",
 )
 
-_forward: list[Callable[..., Any]] = []
-
-
-def set_forward(function: Callable[..., Any]) -> None:
-    """Say what computes the forward operator."""
-    _forward[:] = [function]
-
 
 @torch.library.impl(FORWARD, ("cpu", "cuda"))
 def _attention(
@@ -52,8 +45,9 @@ def _attention(
     rows: float,
     confidence: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    asked = decode(call, rel, rows, confidence)
-    out, lse, _ = _forward[0](query, key, value, allowed, bias, scale, asked, False)
+    mask, asked = decode(call, rel, rows, confidence)
+    found = Call(query, key, value, allowed, bias, mask, scale, asked)
+    out, lse, _ = run(found, want_info=False)
     return out, lse
 
 
@@ -88,7 +82,7 @@ def _backward(
     need_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     d_query, d_key, d_value, d_bias = attention_gradient(
-        query, key, value, allowed, bias, decode(call).mask, scale, grad_out, grad_lse,
+        query, key, value, allowed, bias, decode(call)[0], scale, grad_out, grad_lse,
         need_bias=need_bias,
     )  # fmt: skip
     # An operator cannot leave out a tensor: nothing is asked for, nothing is given.
@@ -145,7 +139,7 @@ class _Differentiable(torch.autograd.Function):
         t_query, t_key, t_value, _, t_bias = tangents[:5]
         query, key, value, allowed, bias = ctx.saved_tensors
         return attention_tangent(
-            query, key, value, allowed, bias, decode(ctx.call).mask, ctx.scale,
+            query, key, value, allowed, bias, decode(ctx.call)[0], ctx.scale,
             t_query, t_key, t_value, t_bias,
         )  # fmt: skip
 

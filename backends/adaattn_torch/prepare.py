@@ -1,39 +1,24 @@
-"""Arguments of PyTorch's function: tensors of four dimensions and a Mask, or why not."""
+"""Arguments of PyTorch's function: a call of four-dimensional tensors, or why not."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, NoReturn
 
 import torch
+from torch.compiler import is_compiling
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
-from adaattn_core.errors import ArgumentError, ShapeError, UnsupportedError
+from adaattn_core.errors import ArgumentError, ShapeError
 from adaattn_core.mask import Mask
 from adaattn_torch.arrays import lowered
-from adaattn_torch.compact import CompactMask
+from adaattn_torch.call import Asked, Call
+from adaattn_torch.masks.compact import CompactMask
+from adaattn_torch.watchers import TRANSFORM, is_transformed, transforms
 
 DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
 _NOTHING, _CAUSAL = Mask.none(), Mask.causal("top_left")
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-_transforms = torch._C._functorch.peek_interpreter_stack
 
 NOT_TENSORS = "arguments that are not tensors"
-TRANSFORM = "a torch.func transform (vmap, grad, jvp)"
-
-
-class Prepared(NamedTuple):
-    """Tensors of four dimensions, and the shape that the output must have.
-
-    The shape is None where the output of four dimensions has it already.
-    """
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    mask: Mask
-    scale: float
-    shape: tuple[int, ...] | None
 
 
 def prepare(
@@ -45,16 +30,18 @@ def prepare(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
-) -> Prepared | str:
+    asked: Asked,
+) -> Call | str:
     """Check and bring to four dimensions; or say why PyTorch must take the call.
 
-    What PyTorch would refuse is left to PyTorch, so that its own error is raised.
+    What PyTorch would refuse is left to PyTorch, so that its own error is raised. Parameters
+    are those of PyTorch's function; `asked` is what is asked besides.
     """
     if attn_mask is None and dropout_p == 0.0 and _needs_nothing(query, key, value, enable_gqa):
         factor = 1.0 / math.sqrt(query.shape[3]) if scale is None else float(scale)
         if 0 < factor < math.inf:
             mask = _CAUSAL if is_causal else _NOTHING
-            return Prepared(query, key, value, mask, factor, None)
+            return Call(query, key, value, None, None, mask, factor, asked)
     reason = _reason(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     if reason is not None:
         return reason
@@ -73,7 +60,8 @@ def prepare(
     heads_kv = key.shape[-3] if enable_gqa else None
     query = _four_axes(query, lead, None)
     key, value = _four_axes(key, lead, heads_kv), _four_axes(value, lead, heads_kv)
-    mask = _NOTHING
+    mask = _CAUSAL if is_causal else _NOTHING
+    allowed = bias = None
     pattern = _pattern(attn_mask, query, len_kv)
     if pattern is not None:
         mask = pattern
@@ -82,8 +70,6 @@ def prepare(
             return "a CausalBias made for other lengths"
         upper = attn_mask.variant == CausalVariant.UPPER_LEFT
         mask = Mask.causal("top_left" if upper else "bottom_right")
-    elif is_causal:
-        mask = _CAUSAL
     elif attn_mask is not None:
         if isinstance(attn_mask, CompactMask):
             attn_mask = attn_mask.dense()
@@ -92,9 +78,9 @@ def prepare(
         array = _mask_axes(attn_mask, lead, len_q, len_kv)
         if array is None:
             return f"a mask of shape {tuple(attn_mask.shape)}"
-        mask = Mask.boolean(array) if array.dtype == torch.bool else Mask.additive(array)
+        allowed, bias = (array, None) if array.dtype == torch.bool else (None, array)
     shape = None if len(lead) == 2 else (*lead, len_q, value.shape[-1])
-    return Prepared(query, key, value, mask, factor, shape)
+    return Call(query, key, value, allowed, bias, mask, factor, asked, shape)
 
 
 def _needs_nothing(
@@ -106,7 +92,7 @@ def _needs_nothing(
     """
     if not type(query) is type(key) is type(value) is torch.Tensor:
         return False
-    if torch.compiler.is_compiling() or _transforms() is not None:
+    if is_compiling() or transforms() is not None:
         return False
     if query.is_nested or key.is_nested or value.is_nested:
         return False
@@ -152,36 +138,13 @@ def foreign(
     attn_mask: torch.Tensor | None = None,
 ) -> str | None:
     """Say why PyTorch must take these tensors, whatever is asked of them."""
-    if any(x.is_nested or x.layout != torch.strided for x in (query, key, value)):
-        return "nested or sparse tensors"
-    given = [x for x in (query, key, value, attn_mask) if x is not None]
-    if any(type(x).__name__ == "DTensor" for x in given):
-        return "distributed tensors (DTensor)"
+    for x in (query, key, value):
+        if x.is_nested or x.layout is not torch.strided:
+            return "nested or sparse tensors"
+    for given in (query, key, value, attn_mask):
+        if type(given) is not torch.Tensor and type(given).__name__ == "DTensor":
+            return "distributed tensors (DTensor)"
     return TRANSFORM if is_transformed(query, key, value, attn_mask) else None
-
-
-def is_transformed(*tensors: torch.Tensor | None) -> bool:
-    """Whether a torch.func transform wraps any of the tensors."""
-    if torch.compiler.is_compiling():
-        return _is_transforming()
-    return _transforms() is not None and any(_is_wrapped(x) for x in tensors if x is not None)
-
-
-def _is_transforming() -> bool:
-    """Whether a torch.func transform is traced; a compiler asks once, while tracing."""
-    return _transforms() is not None
-
-
-torch.compiler.assume_constant_result(_is_transforming)  # type: ignore[no-untyped-call]
-
-
-def refuse_transform() -> NoReturn:
-    """Raise for a torch.func transform where PyTorch's function cannot take over."""
-    raise UnsupportedError(
-        got=TRANSFORM,
-        needed="tensors that no transform wraps",
-        do="call adaattn_torch.scaled_dot_product_attention: PyTorch then takes such calls",
-    )
 
 
 def _reason(
@@ -194,9 +157,10 @@ def _reason(
     enable_gqa: bool,
 ) -> str | None:
     """Say why PyTorch must take the call, as far as types and sizes tell."""
-    if not all(isinstance(x, torch.Tensor) for x in (query, key, value)) or not (
-        attn_mask is None or isinstance(attn_mask, torch.Tensor)
-    ):
+    for x in (query, key, value):
+        if not isinstance(x, torch.Tensor):
+            return NOT_TENSORS
+    if attn_mask is not None and not isinstance(attn_mask, torch.Tensor):
         return NOT_TENSORS
     if dropout_p != 0.0:
         return "dropout"

@@ -16,10 +16,10 @@ from adaattn_core.files import atomic_write
 from adaattn_core.plan import Plan
 from adaattn_core.policies.base import Policy
 from adaattn_core.policies.calibrated import CalibratedPolicy
+from adaattn_torch.entries.mode import enable
+from adaattn_torch.entries.transformers import budgets
 from adaattn_torch.info import AttentionInfo, listening
-from adaattn_torch.mode import enable
 from adaattn_torch.rules import Rule
-from adaattn_torch.transformers import budgets
 
 
 @dataclass(frozen=True, slots=True)

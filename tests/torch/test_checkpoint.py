@@ -12,8 +12,9 @@ from torch import nn
 from torch.utils import checkpoint as checkpointing
 
 from adaattn_core import FixedPolicy
-from adaattn_torch import Rule, budgets, enable, mode, register_transformers
-from adaattn_torch.recomputation import checkpoints
+from adaattn_torch import Rule, budgets, enable, register_transformers
+from adaattn_torch.entries import mode
+from adaattn_torch.entries.recomputation import checkpoints
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 import adaattn_torch
-import adaattn_torch.flash
-import adaattn_torch.mode
+import adaattn_torch.entries.flash
+import adaattn_torch.entries.mode
 
 
-@pytest.mark.parametrize("module", [adaattn_torch.flash, adaattn_torch.mode])
+@pytest.mark.parametrize("module", [adaattn_torch.entries.flash, adaattn_torch.entries.mode])
 def test_examples_print_what_they_say(module) -> None:
     outcome = doctest.testmod(module)
     assert outcome.attempted > 0

@@ -17,7 +17,8 @@ from torch.nn.attention import _registry
 
 import adaattn_torch
 from adaattn_core.errors import BackendUnavailableError, UnsupportedError
-from adaattn_torch import FallbackWarning, flash, listening
+from adaattn_torch import FallbackWarning, listening
+from adaattn_torch.entries import flash
 
 operator = torch.ops.aten._scaled_dot_product_flash_attention
 # The dispatcher says so, once in a process: it is what is wanted here.
@@ -110,7 +111,7 @@ def test_what_is_not_ours_goes_to_the_kernel_before_visibly(before, name, monkey
     arguments, options = CASES[name]
     if name not in ("dropout", "debug mask", "scale"):
 
-        def refuse(*_):
+        def refuse(*_, **__):
             raise UnsupportedError(got="these", needed="others", do="nothing")
 
         monkeypatch.setattr(flash, "run", refuse)
@@ -156,7 +157,7 @@ def test_registered_but_not_activated(registry):
 
 def test_importing_registers_nothing():
     code = (
-        "import adaattn_torch, adaattn_torch.flash; from torch.nn import attention as a;"
+        "import adaattn_torch.entries.flash; from torch.nn import attention as a;"
         "assert 'AdaAttn' not in a.list_flash_attention_impls();"
         "assert a.current_flash_attention_impl() is None"
     )

@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, crea
 
 from adaattn_core import AttentionProblem, ErrorBudget, Mask, attention
 from adaattn_core.errors import PlanError, ShapeError, UnsupportedError
-from adaattn_torch.flex_blocks import import_block_mask
+from adaattn_torch.masks.flex_blocks import import_block_mask
 
 
 def causal(b, h, q, kv):

@@ -14,7 +14,7 @@ from adaattn_core.errors import UnsupportedError
 from adaattn_core.mask import Mask
 from adaattn_torch import FallbackWarning, attend, compat, enable
 from adaattn_torch import scaled_dot_product_attention as sdpa
-from adaattn_torch.call import Call, encode
+from adaattn_torch.call import Asked, encode
 
 # PyTorch's own first use of a tangent compiles some of its formulas in a deprecated way.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
@@ -181,7 +181,7 @@ def test_the_operator_keeps_tangents_compiled_or_not():
         lambda x: theirs(x, k, v, enable_gqa=True),
         compiled,
         lambda x: torch.ops.adaattn.attention(
-            x, k, v, None, None, q.shape[-1] ** -0.5, *encode(Call())
+            x, k, v, None, None, q.shape[-1] ** -0.5, *encode(Mask.none(), Asked())
         )[0],
     ):
         with forward_ad.dual_level():

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from adaattn_core.mask import Mask
 from adaattn_torch import listening
 from adaattn_torch import scaled_dot_product_attention as sdpa
-from adaattn_torch.compact import CompactMask
-from adaattn_torch.transformers import KEY, attention_forward, register_transformers
+from adaattn_torch.entries.transformers import KEY, attention_forward, register_transformers
+from adaattn_torch.masks.compact import CompactMask
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 from transformers import masking_utils  # noqa: E402
 
-from adaattn_torch.transformers_masks import adaattn_mask, window_of  # noqa: E402
+from adaattn_torch.masks.transformers import adaattn_mask, window_of  # noqa: E402
 
 FUNCTIONS = {
     "causal": (masking_utils.causal_mask_function, None),

@@ -12,7 +12,7 @@ from adaattn_core.errors import ArgumentError, UnsupportedError
 from adaattn_core.mask import Mask
 from adaattn_torch import FallbackWarning, listening
 from adaattn_torch import scaled_dot_product_attention as sdpa
-from adaattn_torch.call import Call, decode, encode
+from adaattn_torch.call import Asked, decode, encode
 
 
 def tensors(length=12, requires_grad=True):
@@ -24,7 +24,7 @@ def tensors(length=12, requires_grad=True):
 def test_opcheck(mask):
     allowed = torch.rand(1, 1, 12, 14) < 0.8 if mask == "boolean" else None
     bias = torch.randn(1, 4, 12, 14, requires_grad=True) if mask == "additive" else None
-    call = encode(Call(mask=Mask.causal("top_left"), seed=1))
+    call = encode(Mask.causal("top_left"), Asked(seed=1))
     torch.library.opcheck(
         torch.ops.adaattn.attention.default, (*tensors(), allowed, bias, 0.3, *call)
     )
@@ -32,7 +32,7 @@ def test_opcheck(mask):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_rule(dtype):
-    given, call = tensors(), encode(Call())
+    given, call = tensors(), encode(Mask.none(), Asked())
     bias = torch.randn(12, 14)[None, None]
     with torch.autocast("cpu", dtype):
         out, lse = torch.ops.adaattn.attention(*given, None, bias, 0.3, *call)
@@ -119,7 +119,7 @@ def test_inductor_compiles_it():
 
 
 def test_second_derivatives_are_refused_where_there_are_none():
-    call = encode(Call())
+    call = encode(Mask.none(), Asked())
     given = tensors()
     out, _ = torch.ops.adaattn.attention(*given, None, None, 0.3, *call)
     (first,) = torch.autograd.grad(out.square().sum(), given[0], create_graph=True)
@@ -129,20 +129,22 @@ def test_second_derivatives_are_refused_where_there_are_none():
 
 def test_calls_survive_being_text():
     policy = FixedPolicy(qk="bf16", pv="bf16")
-    call = Call(
-        mask=Mask.key_lengths((3, 4)) & Mask.causal("bottom_right"),
+    mask = Mask.key_lengths((3, 4)) & Mask.causal("bottom_right")
+    asked = Asked(
         budget=ErrorBudget(rel=0.3, guarantee="worst_case"),
         policy=policy, backend="numpy", layer="a.b", seed=7,
     )  # fmt: skip
-    back = decode(*encode(call))
+    pattern, back = decode(*encode(mask, asked))
     assert back.policy is policy
-    assert back.budget == call.budget
+    assert back.budget == asked.budget
     assert (back.backend, back.layer, back.seed) == ("numpy", "a.b", 7)
     for name in ("alignment", "left", "right", "lengths", "cu_seqlens_q", "cu_seqlens_kv"):
-        assert getattr(back.mask, name) == getattr(call.mask, name)
+        assert getattr(pattern, name) == getattr(mask, name)
 
 
 def test_objects_of_another_process_are_refused():
-    text = encode(Call())[0].replace('"policy": null', '"policy": {"handle": "0"}')
+    text = encode(Mask.none(), Asked())[0].replace(
+        '"policy": null', '"policy": {"handle": "0"}'
+    )
     with pytest.raises(ArgumentError, match="another process"):
         decode(text)

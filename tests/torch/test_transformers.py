@@ -11,7 +11,12 @@ import torch._dynamo.testing
 import adaattn_torch
 from adaattn_core.errors import UnsupportedError
 from adaattn_torch import info as infos
-from adaattn_torch.transformers import KEY, attention_forward, budgets, register_transformers
+from adaattn_torch.entries.transformers import (
+    KEY,
+    attention_forward,
+    budgets,
+    register_transformers,
+)
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 

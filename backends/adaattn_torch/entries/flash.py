@@ -18,8 +18,8 @@ import torch
 from adaattn_core.backend import Backend
 from adaattn_core.errors import BackendUnavailableError, UnsupportedError
 from adaattn_core.mask import Mask
-from adaattn_torch.bridge import run
-from adaattn_torch.call import Call
+from adaattn_torch.call import Asked, Call
+from adaattn_torch.forward import run
 from adaattn_torch.info import AttentionInfo, announce, warn_of_fallback
 
 NAME = "AdaAttn"
@@ -129,9 +129,9 @@ def _kernel(
     if reason is None:
         mask = Mask.causal("top_left") if is_causal else Mask.none()
         factor = query.shape[-1] ** -0.5 if scale is None else scale
-        call = Call(mask, backend=backend)
+        call = Call(query, key, value, None, None, mask, factor, Asked(backend=backend))
         try:
-            out, lse, _ = run(query, key, value, None, None, factor, call, False)
+            out, lse, _ = run(call, want_info=False)
         except (UnsupportedError, BackendUnavailableError) as error:
             reason = f"{error.got}; needed {error.needed}"
         else:

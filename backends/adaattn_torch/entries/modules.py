@@ -14,9 +14,9 @@ from adaattn_core.backend import Backend
 from adaattn_core.budget import ErrorBudget
 from adaattn_core.errors import UnsupportedError
 from adaattn_core.policies.base import Policy
+from adaattn_torch.entries.multihead import MultiHead
 from adaattn_torch.functional import scaled_dot_product_attention
 from adaattn_torch.info import AttentionInfo, fall_back, listening
-from adaattn_torch.multihead import MultiHead
 
 
 class AdaptiveAttention(nn.MultiheadAttention):

@@ -10,7 +10,7 @@ from adaattn_core.errors import BackendUnavailableError, UnsupportedError
 from adaattn_core.mask import Mask
 from adaattn_core.registry import Registration, Registry
 from adaattn_reference.backend import NumpyBackend
-from adaattn_torch import FallbackWarning, compat, direct, enable, listening
+from adaattn_torch import FallbackWarning, compat, enable, forward, listening
 from adaattn_torch import scaled_dot_product_attention as sdpa
 from adaattn_torch.arrays import empty_output
 
@@ -67,6 +67,16 @@ def test_same_output_and_gradient_by_either_way(name, backend):
     weight = torch.randn(out.shape)
     ours, theirs = (torch.autograd.grad(x, given, weight) for x in (out, ordinary))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("name", MASKS)
+def test_what_the_short_way_refuses_it_is_asked_once(name, gradient):
+    picky = Picky()
+    with torch.set_grad_enabled(gradient):
+        given = qkv(requires_grad=gradient)
+        sdpa(*given, **MASKS[name], enable_gqa=True, backend=picky)
+    assert len(picky.calls) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
@@ -129,8 +139,9 @@ def test_compiled_graphs_take_it_too():
 
 def test_other_libraries_signatures_take_it(monkeypatch):
     quick, (q, k, v) = Quick(), qkv()
-    monkeypatch.setattr(direct, "get_backend", lambda name, device: quick)
-    monkeypatch.setattr(direct, "_found", {})
+    monkeypatch.setattr(forward, "get_backend", lambda name, device: quick)
+    for memory in ("_found", "_forwards"):
+        monkeypatch.setattr(forward, memory, {})
     compat.sageattn(q, k, v, is_causal=True)
     ((mask, scale),) = quick.calls
     assert (mask.alignment, mask.right) == ("top_left", 0)
@@ -160,27 +171,27 @@ def make_registry(probes, name="one"):
 def test_a_backend_is_looked_up_once(monkeypatch):
     probes = []
     first = make_registry(probes)
-    for module in (direct, registry):
+    for module in (forward, registry):
         monkeypatch.setattr(module, "default_registry", lambda: first)
-    found = {id(direct.backend_for(name, "cpu")) for name in ("auto", "one", "auto")}
+    found = {id(forward.backend_for(name, "cpu")) for name in ("auto", "one", "auto")}
     assert len(found) == 1
     assert len(probes) == 2  # one for each name
     with pytest.raises(BackendUnavailableError):
-        direct.backend_for("none", "cpu")
+        forward.backend_for("none", "cpu")
     second = make_registry(probes)
-    for module in (direct, registry):
+    for module in (forward, registry):
         monkeypatch.setattr(module, "default_registry", lambda: second)
-    assert id(direct.backend_for("auto", "cpu")) not in found  # the old one is forgotten
+    assert id(forward.backend_for("auto", "cpu")) not in found  # the old one is forgotten
 
 
 def test_failures_are_not_remembered(monkeypatch):
     empty = Registry()
-    for module in (direct, registry):
+    for module in (forward, registry):
         monkeypatch.setattr(module, "default_registry", lambda: empty)
     with pytest.raises(BackendUnavailableError):
-        direct.backend_for("auto", "cpu")
+        forward.backend_for("auto", "cpu")
     empty.backends.update(make_registry([]).backends)
-    assert isinstance(direct.backend_for("auto", "cpu"), NumpyBackend)
+    assert isinstance(forward.backend_for("auto", "cpu"), NumpyBackend)
 
 
 def test_masks_are_what_was_asked_for():

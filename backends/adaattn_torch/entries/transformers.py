@@ -1,7 +1,7 @@
 """Hugging Face transformers: ``model.set_attn_implementation("adaattn")``.
 
 Attention and mask function are registered under one key. Causal masks, causal windows and
-padding on the right reach attention as patterns (see `adaattn_torch.transformers_masks`), so
+padding on the right reach attention as patterns (see `adaattn_torch.masks.transformers`), so
 that a plan may choose every structure; anything else gets the boolean mask that transformers
 makes for PyTorch's own attention.
 """
@@ -24,9 +24,9 @@ from adaattn_core.budget import ErrorBudget
 from adaattn_core.errors import BackendUnavailableError, UnsupportedError
 from adaattn_core.mask import Mask
 from adaattn_core.policies.base import Policy
-from adaattn_torch.compact import CompactMask, written_out
+from adaattn_torch.entries.recomputation import checkpoints
 from adaattn_torch.info import AttentionInfo, announce, warn_of_fallback
-from adaattn_torch.recomputation import checkpoints
+from adaattn_torch.masks.compact import CompactMask, written_out
 from adaattn_torch.rules import Rule, Rules
 
 KEY = "adaattn"
@@ -101,7 +101,7 @@ def _mask_function(sdpa_mask: Any) -> Any:
     """Return our mask function; transformers' own where it is called in another way."""
     if "q_offset" not in inspect.signature(sdpa_mask).parameters:
         return sdpa_mask
-    return import_module("adaattn_torch.transformers_masks").adaattn_mask
+    return import_module("adaattn_torch.masks.transformers").adaattn_mask
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch
 from transformers import masking_utils
 
 from adaattn_core.mask import Mask
-from adaattn_torch.compact import CompactMask
+from adaattn_torch.masks.compact import CompactMask
 
 Window = tuple[int | None, int | None]
 

@@ -16,9 +16,9 @@ from adaattn_core.backend import Backend
 from adaattn_core.budget import ErrorBudget
 from adaattn_core.errors import UnsupportedError
 from adaattn_core.policies.base import Policy
+from adaattn_torch.entries.multihead import MultiHead
+from adaattn_torch.entries.recomputation import Checkpoint, checkpoints
 from adaattn_torch.info import AttentionInfo, bypass, fall_back
-from adaattn_torch.multihead import MultiHead
-from adaattn_torch.recomputation import Checkpoint, checkpoints
 from adaattn_torch.rules import Rule, Rules
 
 _FUSED = (torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd)

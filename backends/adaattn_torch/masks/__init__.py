@@ -1,0 +1,1 @@
+"""Masks that travel as patterns."""
