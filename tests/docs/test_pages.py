@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(
-    [ROOT / "README.md", ROOT / "CHANGELOG.md"]
+    [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")]
     + [p for p in DOCS.rglob("*.md") if "_build" not in p.parts]
 )
 LINK = re.compile(r"\[[^\]]*\]\((?!https?:|#|mailto:)([^)#\s]+)[^)]*\)")
