@@ -68,7 +68,9 @@ def run_pipeline(
             notes: Notes = {**clock.seconds, **adapted.notes}
             return adapted.raw, plan, certificate, ProblemStats(adapted.stats), notes
         reason = adapted
-    sampler = backend if isinstance(backend, Measures) else None
+    # An exact call asks for neither stats nor samples, and the question costs host time.
+    exact = budget is None and (policy is None or type(policy) is ExactPolicy)
+    sampler = backend if not exact and isinstance(backend, Measures) else None
     context = PolicyContext.of(
         problem, budget, capabilities, costs,
         seed=seed, layer=layer, measures=sampler is not None,

@@ -1,13 +1,9 @@
 """Forward: one call to a backend and back, by the shortest way that it allows.
 
-A backend may offer, beside the protocol of `adaattn_core.backend.Backend`, one method::
-
-    forward(query, key, value, *, mask: Mask, scale: float) -> (out, lse)
-
-with the arrays that its ``run`` takes. It computes what ``run`` computes under the plan of
-`ExactPolicy`, bit for bit, and builds neither statistics nor facts nor a certificate. What it
-does not take it refuses by `UnsupportedError`; the call then goes the ordinary way. Calls go
-this short way only where nobody could look at a certificate.
+A backend that `adaattn_core.backend.Forwards` has a short way: what ``run`` computes under the
+plan of `ExactPolicy`, bit for bit, without statistics, facts or a certificate. What it does not
+take it refuses by `UnsupportedError`; the call then goes the ordinary way. Calls go this short
+way only where nobody could look at a certificate.
 """
 
 from __future__ import annotations
@@ -18,7 +14,7 @@ from typing import Any
 import torch
 
 from adaattn_core import attention
-from adaattn_core.backend import Backend
+from adaattn_core.backend import Backend, Forwards
 from adaattn_core.errors import UnsupportedError
 from adaattn_core.mask import Mask
 from adaattn_core.registry import Registry, default_registry, get_backend
@@ -76,8 +72,7 @@ def forward_for(backend: Backend | str, device: torch.device) -> Forward | None:
 
 def forward_of(backend: Backend) -> Forward | None:
     """Return a backend's short way, if it offers one."""
-    forward: Forward | None = getattr(backend, "forward", None)
-    return forward
+    return backend.forward if isinstance(backend, Forwards) else None
 
 
 def run(call: Call, want_info: bool) -> Computed:
