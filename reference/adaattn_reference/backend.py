@@ -223,8 +223,8 @@ def _run_head(
         if shift is not None:
             output.lse = np.where(output.lse == -np.inf, -np.inf, output.lse + shift)
     output.out[~view.live] = 0
-    if not view.regular:  # scores that Inf makes -inf are seen, all the same
-        lost = view.live & (output.lse == -np.inf)
+    if not view.regular:  # scores that Inf makes -inf are seen, all the same; so is overflow
+        lost = view.live & ~np.isfinite(output.lse)
         output.out[lost], output.lse[lost] = np.nan, np.nan
     return output, _with_run_facts(facts, view, operands, output, rank)
 

@@ -8,6 +8,7 @@ from adaattn_core.testing.hostile.calls import HostileCall
 from adaattn_core.testing.hostile.definition import HAS_EXTENDED_RANGE
 from adaattn_core.testing.hostile.problems import HostileProblem
 from adaattn_core.testing.hostile.suite import LAWS, Case, Run
+from adaattn_core.testing.hostile.values import Fill
 
 pytestmark = pytest.mark.skipif(
     not HAS_EXTENDED_RANGE, reason="the definition needs a longdouble wider than float64"
@@ -21,6 +22,10 @@ FOUND: dict[str, Case] = {
     "partial sums that are flushed after the last key: range() of step 0": (
         HostileProblem(),
         HostileCall(how="frozen", head={"qk": "i8", "pv": "e4m3", "flush_keys": 0}),
+    ),
+    "a smoothed key whose own score overflows, alone in its row: lse NaN, not flagged": (
+        HostileProblem(len_q=1, len_kv=1, dim_qk=16, dtype="f64", key=Fill("largest")),
+        HostileCall(how="frozen", head={"qk": "i8", "pv": "f32"}),
     ),
 }
 
