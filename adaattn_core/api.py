@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from adaattn_core.arrays import like, move_axis_layout
-from adaattn_core.backend import Backend
+from adaattn_core.backend import BACKEND_PARTS, Backend
 from adaattn_core.budget import ErrorBudget, as_budget
 from adaattn_core.checks import shown, truth, whole, word
 from adaattn_core.costs import get_cost_model
@@ -174,8 +174,9 @@ def _policy(policy: Any, budget: ErrorBudget | None, plan: Plan | None) -> Polic
 
 
 def _backend(backend: Any, device: str) -> Backend:
-    chosen = get_backend(backend, device) if isinstance(backend, str) else backend
-    if isinstance(chosen, type) or not isinstance(chosen, Backend):
+    chosen: Backend = get_backend(backend, device) if isinstance(backend, str) else backend
+    # By hand: asking a protocol costs 30 us, more than a short launch.
+    if isinstance(chosen, type) or not all(hasattr(chosen, part) for part in BACKEND_PARTS):
         raise ArgumentError(
             got=f"backend={shown(backend)}",
             needed="a backend's name, or what get_backend returns",

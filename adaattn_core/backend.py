@@ -103,6 +103,10 @@ class Backend(Protocol):
         ...
 
 
+BACKEND_PARTS = ("name", "capabilities", "run", "provenance")
+"""What a `Backend` must have."""
+
+
 @runtime_checkable
 class Measures(Protocol):
     """A backend that looks at heads before a plan is made, and at rows after it has run."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from adaattn_core import ErrorBudget, Mask, attention, get_backend
+from adaattn_core.backend import BACKEND_PARTS, Backend
 from adaattn_core.certificates.data import HeadCertificate
 from adaattn_core.deciding import Adapted, Decides
 from adaattn_core.errors import BudgetInfeasibleError, CertificateViolation
@@ -149,3 +150,8 @@ def test_notes_resolve_once_and_only_when_read() -> None:
     assert not calls
     assert (notes["later"], notes["later"]) == (1, 1)
     assert dict(notes) == {"now": 1, "later": 1}
+
+
+def test_the_parts_of_a_backend_are_those_of_the_protocol() -> None:
+    declared = {*Backend.__annotations__, *(n for n in vars(Backend) if not n.startswith("_"))}
+    assert declared == set(BACKEND_PARTS)
