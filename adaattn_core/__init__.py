@@ -6,6 +6,7 @@ from adaattn_core.certificates.data import Certificate, HeadCertificate
 from adaattn_core.errors import AdaAttnError
 from adaattn_core.mask import Mask
 from adaattn_core.plan import HeadPlan, Plan
+from adaattn_core.plugins.registry import get_backend, list_backends
 from adaattn_core.policies import (
     BudgetPolicy,
     CalibratedPolicy,
@@ -13,7 +14,6 @@ from adaattn_core.policies import (
     FixedPolicy,
 )
 from adaattn_core.problem import AttentionProblem
-from adaattn_core.registry import get_backend, list_backends
 from adaattn_core.result import AttentionResult
 from adaattn_core.structure import BlockSparse, Dense, Landmark, LowRank, ScoreSkip
 

@@ -17,11 +17,11 @@ from adaattn_core.lazy import LazyNotes
 from adaattn_core.mask import Mask
 from adaattn_core.pipeline import run_pipeline
 from adaattn_core.plan import SEED_MAX, Plan
+from adaattn_core.plugins.registry import get_backend, get_policy
 from adaattn_core.policies.base import Policy
 from adaattn_core.policies.budget import BudgetPolicy
 from adaattn_core.policies.fixed import ExactPolicy
 from adaattn_core.problem import AttentionProblem
-from adaattn_core.registry import get_backend, get_policy
 from adaattn_core.result import AttentionResult
 
 

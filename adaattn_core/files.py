@@ -109,6 +109,22 @@ def _is_stream(path: Path) -> bool:
     return folder == "/dev" or folder.startswith("/proc/")
 
 
+def check_writable(path: Path) -> None:
+    """Raise FileError if `path` cannot become a file; called before anything is computed."""
+    reason = unwritable_reason(path)
+    if reason is not None:
+        raise _unwritable(path, reason)
+
+
+def _unwritable(path: Path, reason: str) -> FileError:
+    return FileError(
+        got=f"{path}: {reason}",
+        needed="a file name in a folder that exists and can be written",
+        do="create the folder or choose another path",
+        path=str(path),
+    )
+
+
 def target(path: Path) -> Path:
     """Return where a file really lies; a loop of symbolic links stays as it is."""
     return Path(os.path.realpath(path))
@@ -125,30 +141,21 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
         If the folder cannot be written, or `path` is a device, pipe or folder; nothing is left
         behind.
     """
-    reason = unwritable_reason(path)
-    if reason is None:
-        path = target(path)
-        # Named before it exists: whatever interrupts us, the name to remove is known.
-        temporary = path.parent / f".{path.name[:64]}.{secrets.token_hex(8)}"
+    check_writable(path)
+    path = target(path)
+    # Named before it exists: whatever interrupts us, the name to remove is known.
+    temporary = path.parent / f".{path.name[:64]}.{secrets.token_hex(8)}"
+    try:
         try:
-            try:
-                stream = temporary.open("xb")
-            except OSError as problem:
-                reason = _reason(problem)
-            else:
-                with stream:
-                    write(stream)
-                os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    if reason is not None:
-        raise FileError(
-            got=f"{path}: {reason}",
-            needed="a file name in a folder that exists and can be written",
-            do="create the folder or choose another path",
-            path=str(path),
-        )
+            stream = temporary.open("xb")
+        except OSError as problem:
+            raise _unwritable(path, _reason(problem)) from problem
+        with stream:
+            write(stream)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def atomic_write_text(path: Path, text: str) -> None:

@@ -25,7 +25,7 @@ import torch.nn.functional as F  # noqa: N812 -- its usual name
 
 import adaattn_torch
 from adaattn_core.backend import Backend
-from adaattn_core.registry import get_backend
+from adaattn_core.plugins.registry import get_backend
 
 DIM = 64
 SHAPES: dict[str, tuple[int, int, int]] = {

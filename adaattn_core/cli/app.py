@@ -19,7 +19,7 @@ from adaattn_core.cli.explain import explain
 from adaattn_core.cli.options import in_flags
 from adaattn_core.cli.run import run
 from adaattn_core.errors import AdaAttnError, ArgumentError, FileError
-from adaattn_core.registry import default_registry
+from adaattn_core.plugins.registry import default_registry
 
 EXIT_BAD_INPUT = 2
 EXIT_BUG = 70

@@ -9,10 +9,10 @@ import typer
 from rich.table import Table
 
 from adaattn_core.backend import Capabilities, Forwards, Measures
-from adaattn_core.cli.tables import console, print_json
 from adaattn_core.deciding import Decides
 from adaattn_core.errors import AdaAttnError
-from adaattn_core.registry import BackendInfo, get_backend, list_backends
+from adaattn_core.plugins.registry import BackendInfo, get_backend, list_backends
+from adaattn_core.report.tables import console, print_json
 
 PROTOCOLS: dict[str, type] = {"measures": Measures, "forwards": Forwards, "decides": Decides}
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from adaattn_core.api import attention
 from adaattn_core.cli.inputs import Inputs
-from adaattn_core.cli.summary import HeadRow, Totals, head_rows, totals, true_errors
 from adaattn_core.mask import Mask
+from adaattn_core.plugins.registry import get_backend
 from adaattn_core.problem import AttentionProblem
-from adaattn_core.registry import get_backend
+from adaattn_core.report.summary import HeadRow, Totals, head_rows, totals, true_errors
 from adaattn_core.result import AttentionResult
 
 

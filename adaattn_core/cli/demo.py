@@ -9,13 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from adaattn_core.cli.compute import Outcome, compute
-from adaattn_core.cli.figure import can_draw, check_figure, draw_choices
 from adaattn_core.cli.inputs import read_inputs
 from adaattn_core.cli.options import parse_budget
-from adaattn_core.cli.summary import HeadRow, Totals, totals
-from adaattn_core.cli.tables import console, head_table, print_json, progress, total_lines
 from adaattn_core.errors import ArgumentError
 from adaattn_core.mask import Mask
+from adaattn_core.report.figure import can_draw, check_figure, draw_choices
+from adaattn_core.report.summary import HeadRow, Totals, totals
+from adaattn_core.report.tables import console, head_table, print_json, progress, total_lines
 
 DEFAULT_FIGURE = Path("adaattn-demo.png")
 

@@ -18,10 +18,10 @@ from threadpoolctl import threadpool_info
 from adaattn_core import __version__
 from adaattn_core.api import attention
 from adaattn_core.arrays import to_numpy
-from adaattn_core.cli.tables import console, print_json
 from adaattn_core.errors import AdaAttnError
+from adaattn_core.plugins.registry import list_backends
 from adaattn_core.problem import AttentionProblem
-from adaattn_core.registry import list_backends
+from adaattn_core.report.tables import console, print_json
 from adaattn_core.testing.oracles import exact_attention, relative_frobenius
 
 _REQUIRED = ("numpy", "scipy", "pluggy", "ml_dtypes", "array-api-compat", "safetensors")

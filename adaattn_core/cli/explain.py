@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from adaattn_core.cli.tables import console, print_json
 from adaattn_core.plan import Plan
+from adaattn_core.report.tables import console, print_json
 
 
 def explain(

@@ -11,20 +11,7 @@ from safetensors.numpy import save
 
 from adaattn_core.cli.inputs import WRITTEN, check_suffix
 from adaattn_core.errors import FileError
-from adaattn_core.files import atomic_write, target, unwritable_reason, write_all
-
-
-def check_writable(path: Path) -> None:
-    """Raise FileError if `path` cannot become a file; called before anything is computed."""
-    reason = unwritable_reason(path)
-    if reason is None:
-        return
-    raise FileError(
-        got=f"{path}: {reason}",
-        needed="a file name in a folder that exists and can be written",
-        do="create the folder or choose another path",
-        path=str(path),
-    )
+from adaattn_core.files import atomic_write, check_writable, target, write_all
 
 
 def check_array_output(path: Path) -> None:

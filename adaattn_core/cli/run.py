@@ -13,10 +13,10 @@ from adaattn_core.cli.compute import Outcome, compute
 from adaattn_core.cli.inputs import Inputs, read_inputs
 from adaattn_core.cli.options import parse_budget, parse_mask, parse_policy
 from adaattn_core.cli.outputs import check_array_output, check_writable_apart, write_output
-from adaattn_core.cli.report import render_report
-from adaattn_core.cli.tables import console, head_table, print_json, progress, total_lines
 from adaattn_core.files import atomic_write_text
 from adaattn_core.plan import Plan
+from adaattn_core.report.page import render_report
+from adaattn_core.report.tables import console, head_table, print_json, progress, total_lines
 
 Option = typer.Option
 

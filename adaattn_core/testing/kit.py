@@ -20,8 +20,8 @@ from adaattn_core.budget import ErrorBudget
 from adaattn_core.errors import UnsupportedError
 from adaattn_core.facts import RawResult, RunFacts
 from adaattn_core.plan import HeadPlan, Plan
+from adaattn_core.plugins.registry import get_backend
 from adaattn_core.problem import AttentionProblem, HeadIndex
-from adaattn_core.registry import get_backend
 from adaattn_core.result import AttentionResult
 from adaattn_core.testing.oracles import (
     ExactAttention,

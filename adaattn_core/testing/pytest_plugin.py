@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from adaattn_core.errors import AdaAttnError
-from adaattn_core.registry import Registration, default_registry, get_backend
+from adaattn_core.plugins.registry import Registration, default_registry, get_backend
 from adaattn_core.testing.kit import ArrayHome, Kit
 from adaattn_core.testing.sabotage import SABOTAGES, sabotage
 

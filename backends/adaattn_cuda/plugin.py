@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from adaattn_core.errors import BackendUnavailableError
-from adaattn_core.hookspecs import hookimpl
+from adaattn_core.plugins import hookimpl
 
 
 @hookimpl

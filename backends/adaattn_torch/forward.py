@@ -17,7 +17,7 @@ from adaattn_core import attention
 from adaattn_core.backend import Backend, Forwards
 from adaattn_core.errors import UnsupportedError
 from adaattn_core.mask import Mask
-from adaattn_core.registry import Registry, default_registry, get_backend
+from adaattn_core.plugins.registry import Registry, default_registry, get_backend
 from adaattn_torch.arrays import from_backend, in_order_of, to_backend
 from adaattn_torch.call import Call
 from adaattn_torch.info import AttentionInfo, announce, is_heard
@@ -34,12 +34,12 @@ _found_in: list[Registry] = []
 def backend_for(backend: Backend | str, kind: str) -> Backend:
     """Return the backend of a name for tensors on a kind of device; looked up once.
 
-    The registry asks every backend's driver anew, which takes longer than a small attention.
+    Even a look into the registry takes longer than it should before a small attention.
 
     Raises
     ------
     BackendUnavailableError
-        As `adaattn_core.registry.get_backend`; that is not remembered.
+        As `adaattn_core.plugins.registry.get_backend`; that is not remembered.
     """
     if not isinstance(backend, str):
         return backend

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from adaattn_core.hookspecs import hookimpl
+from adaattn_core.plugins import hookimpl
 
 
 @hookimpl

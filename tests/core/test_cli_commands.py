@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import typer
 
-from adaattn_core import __version__, registry
+from adaattn_core import __version__
 from adaattn_core.cli import doctor
 from adaattn_core.cli.app import main
-from adaattn_core.hookspecs import hookimpl
 from adaattn_core.plan import Plan
+from adaattn_core.plugins import hookimpl, registry
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -83,7 +83,7 @@ def test_plugins_add_commands_and_a_broken_one_harms_nobody(
     plugins = registry.load_registry()
     plugins.add_plugin("broken", _Plugins.Broken)
     plugins.add_plugin("polite", _Plugins)
-    for module in ("adaattn_core.cli.app", "adaattn_core.registry"):
+    for module in ("adaattn_core.cli.app", "adaattn_core.plugins.registry"):
         monkeypatch.setattr(f"{module}.default_registry", lambda: plugins)
     assert cli("greet") == (0, "hello from a plugin\n", "")
     code, out, _ = cli("backends", "--json")
@@ -192,7 +192,7 @@ def test_bad_demo_options_end_in_three_lines(
 def test_a_figure_asked_for_without_matplotlib_is_an_error(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adaattn_core.cli.figure.can_draw", lambda: False)
+    monkeypatch.setattr("adaattn_core.report.figure.can_draw", lambda: False)
     code, _, err = cli("demo", "--figure", tmp_path / "choices.png")
     assert code == 2
     assert three_lines(err)

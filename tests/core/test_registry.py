@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-from adaattn_core import registry as registry_module
 from adaattn_core.errors import (
     AdaAttnError,
     ArgumentError,
@@ -17,8 +16,9 @@ from adaattn_core.errors import (
     PluginError,
     UnsupportedError,
 )
-from adaattn_core.hookspecs import hookimpl
-from adaattn_core.registry import (
+from adaattn_core.plugins import hookimpl
+from adaattn_core.plugins import registry as registry_module
+from adaattn_core.plugins.registry import (
     ENTRY_POINT_GROUP,
     LOAD_PLUGINS_VARIABLE,
     Registry,
@@ -225,10 +225,93 @@ def test_auto_takes_the_first_that_fits_the_device(
 
 
 def test_loading_can_be_restricted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(LOAD_PLUGINS_VARIABLE, "numpy, none_of_these")
-    assert set(load_registry().backends) == {"numpy"}
+    monkeypatch.setenv(LOAD_PLUGINS_VARIABLE, "numpy, ")
+    loaded = load_registry()
+    assert set(loaded.backends) == {"numpy"}
+    assert not loaded.misnamed
     monkeypatch.setenv(LOAD_PLUGINS_VARIABLE, "")
-    assert not load_registry().backends
+    loaded = load_registry()
+    assert not loaded.backends
+    monkeypatch.setattr(registry_module, "default_registry", lambda: loaded)
+    with pytest.raises(BackendUnavailableError, match=LOAD_PLUGINS_VARIABLE):
+        get_backend()
+
+
+def test_a_mistyped_restriction_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LOAD_PLUGINS_VARIABLE, "numpy,cdua")
+    loaded = load_registry()
+    monkeypatch.setattr(registry_module, "default_registry", lambda: loaded)
+    assert ("cdua", False) in [(b.plugin, b.available) for b in list_backends()]
+    for name in ("auto", "numpy"):
+        with pytest.raises(PluginError, match=f"{LOAD_PLUGINS_VARIABLE} with 'cdua'"):
+            get_backend(name)
+
+
+def _registering(name: str, **fields: Any) -> Any:
+    def adaattn_register_backends(register: Any) -> None:
+        register(name, f"{HERE}:Fake", **fields)
+
+    return adaattn_register_backends
+
+
+def test_a_greedy_plugin_gets_nothing_that_is_ours(
+    plugin: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First in the alphabet, of the highest priority, and one of them under our own name."""
+    greedy = plugin("aaa", adaattn_register_backends=_registering("aaa", priority=1000))
+    thief = plugin("aab", adaattn_register_backends=_registering("numpy"))
+    impostor = plugin("numpy", adaattn_register_backends=_registering("bbb"))
+    (ours,) = entry_points(group=ENTRY_POINT_GROUP, name="numpy")
+    loaded = _use(monkeypatch, greedy, thief, impostor, ours)
+    assert loaded.backends["numpy"].factory.startswith("adaattn_reference")
+    assert type(get_backend("auto")).__module__.startswith("adaattn_reference")
+    assert "claims the name 'numpy' again" in loaded.failures["aab"]
+    assert type(get_backend("aaa")) is not type(get_backend("auto"))
+    assert next(b.name for b in list_backends() if b.name) == "numpy"
+
+
+def test_auto_goes_by_priority_then_by_name(
+    plugin: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = {"z": 5, "b": 0, "a": 0, "c": -1}
+    points = [
+        plugin(f"of_{name}", adaattn_register_backends=_registering(name, priority=priority))
+        for name, priority in order.items()
+    ]
+    loaded = _use(monkeypatch, *points)
+    assert [entry.name for entry in loaded.in_order()] == ["z", "a", "b", "c"]
+    assert get_backend("auto") is get_backend("z")
+
+
+@pytest.mark.parametrize("priority", [1001, 0.5, True, "high"])
+def test_priorities_are_whole_numbers(plugin: Any, priority: Any) -> None:
+    hook = _registering("a", priority=priority)
+    loaded = load_registry([plugin("one", adaattn_register_backends=hook)])
+    assert not loaded.backends
+    assert "priority" in loaded.failures["one"]
+
+
+def test_a_probe_is_asked_once_until_backends_are_listed(
+    plugin: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: list[str | None] = ["asleep", None]
+    asked: list[int] = []
+
+    def probe() -> str | None:
+        asked.append(len(asked))
+        return answers[min(len(asked) - 1, 1)]
+
+    hook = _backends("a", probe=probe)
+    _use(monkeypatch, plugin("one", adaattn_register_backends=hook))
+    for _ in range(3):
+        with pytest.raises(BackendUnavailableError):
+            get_backend("auto")
+        with pytest.raises(BackendUnavailableError):
+            get_backend("a")
+    assert len(asked) == 1
+    assert [b.available for b in list_backends()] == [True]
+    assert all(get_backend("auto") is get_backend("a") for _ in range(3))
+    assert len(asked) == 2
 
 
 def test_the_numpy_backend_comes_through_the_same_door() -> None:

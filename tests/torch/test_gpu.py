@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch.nn import attention as hooks
 
 import adaattn_torch
-from adaattn_core.registry import get_backend
+from adaattn_core.plugins.registry import get_backend
 from adaattn_torch import FallbackWarning, enable, listening
 from adaattn_torch import scaled_dot_product_attention as sdpa
 

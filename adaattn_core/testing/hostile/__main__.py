@@ -18,7 +18,7 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from adaattn_core.errors import AdaAttnError
-from adaattn_core.registry import get_backend
+from adaattn_core.plugins.registry import get_backend
 from adaattn_core.testing.hostile.definition import HAS_EXTENDED_RANGE
 from adaattn_core.testing.hostile.laws import Lie
 from adaattn_core.testing.hostile.suite import LAWS, Law, Ledger, Run

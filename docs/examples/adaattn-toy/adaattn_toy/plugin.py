@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 
-from adaattn_core.hookspecs import hookimpl
+from adaattn_core.plugins import hookimpl
 
 
 def probe() -> str | None:

@@ -1,4 +1,9 @@
-"""Discovery: plugins found by entry point, loaded one by one, each failure isolated."""
+"""Discovery: plugins found by entry point, loaded one by one, each failure isolated.
+
+AdaAttn's own plugins are loaded first, so no other can claim their names, and ``"auto"`` asks
+their backends first. Other backends follow by the priority that they state, then by name: what
+`attention` runs on does not depend on what a plugin is called.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +17,19 @@ from typing import Any
 
 import pluggy
 
-from adaattn_core import hookspecs
 from adaattn_core.backend import Backend
-from adaattn_core.checks import shown
+from adaattn_core.checks import shown, whole, word
 from adaattn_core.errors import (
     AdaAttnError,
     ArgumentError,
     BackendUnavailableError,
     PluginError,
 )
+from adaattn_core.plugins import hookspecs
 
 ENTRY_POINT_GROUP = "adaattn"
+OWN_DISTRIBUTION = "adaattn"
+"""Distribution whose plugins come first."""
 LOAD_PLUGINS_VARIABLE = "ADAATTN_LOAD_PLUGINS"
 
 BUILT_IN_POLICIES = {
@@ -32,6 +39,9 @@ BUILT_IN_POLICIES = {
     "exact": "adaattn_core.policies.fixed:ExactPolicy",
 }
 """Policies that need no argument; a plugin may add more but not replace these."""
+
+PRIORITY_MOST = 1000
+"""Priorities lie between the negative of this and this."""
 
 Probe = Callable[[], str | None]
 """Cheap check: None if the backend can run here, else the reason why not."""
@@ -49,22 +59,31 @@ class Registration:
     plugin : str
         Entry point that brought it.
     probe : callable or None
+    priority : int
+        Among the backends of other distributions, ``"auto"`` asks the highest first.
+    own : bool
+        Whether AdaAttn's own distribution brought it; ``"auto"`` asks those before all others.
     """
 
     name: str
     factory: str
     plugin: str
     probe: Probe | None = None
+    priority: int = 0
+    own: bool = False
     instance: Any = None
+    _probed: bool = False
+    _reason: str | None = None
 
-    def unavailable_reason(self) -> str | None:
-        """Return why it cannot be used on this machine, or None."""
-        if self.probe is None:
-            return None
-        try:
-            return self.probe()
-        except Exception as error:  # a broken probe must not harm the others
-            return f"probe failed: {type(error).__name__}: {error}"
+    def unavailable_reason(self, *, again: bool = False) -> str | None:
+        """Return why it cannot be used on this machine, or None; probed once unless `again`."""
+        if self.probe is not None and (again or not self._probed):
+            try:
+                reason = self.probe()
+            except Exception as error:  # a broken probe must not harm the others
+                reason = f"probe failed: {type(error).__name__}: {error}"
+            self._reason, self._probed = reason, True
+        return self._reason
 
     def load(self) -> Any:
         """Import the factory and call it, once."""
@@ -94,6 +113,8 @@ class Registry:
     backends, policies : dict of str to Registration
     failures : dict of str to str
         Plugins that did not load, and why.
+    chosen : dict of str to Backend
+        What ``"auto"`` found for arrays on a kind of device; kept until backends are listed.
     installed : tuple of str
         Names of all installed plugins, loaded or not.
     misnamed : tuple of str
@@ -103,13 +124,14 @@ class Registry:
     backends: dict[str, Registration] = field(default_factory=dict)
     policies: dict[str, Registration] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    chosen: dict[str, Backend] = field(default_factory=dict)
     installed: tuple[str, ...] = ()
     misnamed: tuple[str, ...] = ()
     manager: pluggy.PluginManager = field(
         default_factory=lambda: pluggy.PluginManager(ENTRY_POINT_GROUP)
     )
 
-    def add_plugin(self, name: str, module: Any) -> None:
+    def add_plugin(self, name: str, module: Any, *, own: bool = False) -> None:
         """Register one plugin's hooks; on failure record it and leave nothing of it behind."""
         claimed: tuple[dict[str, Registration], dict[str, Registration]] = ({}, {})
         try:
@@ -120,7 +142,7 @@ class Registry:
             ):
                 others = [p for p in self.manager.get_plugins() if p is not module]
                 self.manager.subset_hook_caller(hook, others)(
-                    register=_collector(name, table, known)
+                    register=_collector(name, table, known, own)
                 )
         except Exception as error:  # isolation is this function's purpose
             if self.manager.get_plugin(name) is module:
@@ -141,11 +163,20 @@ class Registry:
             except Exception as error:  # isolation, as above
                 self.failures[name] = f"{type(error).__name__}: {error}"
 
+    def in_order(self) -> list[Registration]:
+        """Backends in the order in which ``"auto"`` asks them."""
+        return sorted(self.backends.values(), key=lambda e: (not e.own, -e.priority, e.name))
+
 
 def _collector(
-    plugin: str, table: dict[str, Registration], known: dict[str, Registration]
+    plugin: str, table: dict[str, Registration], known: dict[str, Registration], own: bool
 ) -> Callable[..., None]:
-    def register(name: str, factory: str, probe: Probe | None = None) -> None:
+    def register(
+        name: str, factory: str, probe: Probe | None = None, priority: int = 0
+    ) -> None:
+        word("name", name)
+        word("factory", factory)
+        whole("priority", priority, -PRIORITY_MOST, PRIORITY_MOST)
         if name in known or name in table or name == "auto":
             raise PluginError(
                 got=f"plugin {plugin!r} claims the name {name!r} again",
@@ -153,7 +184,7 @@ def _collector(
                 do="rename it, or uninstall one of the two plugins",
                 plugin=plugin,
             )
-        table[name] = Registration(name, factory, plugin, probe)
+        table[name] = Registration(name, factory, plugin, probe, priority, own)
 
     return register
 
@@ -173,21 +204,26 @@ def load_registry(points: list[EntryPoint] | None = None) -> Registry:
         registry.policies[name] = Registration(name, factory, "adaattn")
     if points is None:
         wanted = os.environ.get(LOAD_PLUGINS_VARIABLE)
-        found = sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda p: p.name)
-        registry.installed = tuple(p.name for p in found)
+        found = list(entry_points(group=ENTRY_POINT_GROUP))
+        registry.installed = tuple(sorted(p.name for p in found))
         names = set(registry.installed) if wanted is None else _names(wanted)
         registry.misnamed = tuple(sorted(names - {*registry.installed}))
         for name in registry.misnamed:
             registry.failures[name] = f"named in {LOAD_PLUGINS_VARIABLE}, but not installed"
         points = [p for p in found if p.name in names]
-    for point in points:
+    for point in sorted(points, key=lambda p: (not _is_own(p), p.name)):
         try:
             module = point.load()
         except Exception as error:  # one broken plugin must not hide the others
             registry.failures[point.name] = f"{type(error).__name__}: {error}"
             continue
-        registry.add_plugin(point.name, module)
+        registry.add_plugin(point.name, module, own=_is_own(point))
     return registry
+
+
+def _is_own(point: EntryPoint) -> bool:
+    """Whether AdaAttn itself brought an entry point; the name alone proves nothing."""
+    return point.dist is not None and point.dist.name == OWN_DISTRIBUTION
 
 
 def _names(text: str) -> set[str]:
@@ -211,11 +247,12 @@ class BackendInfo:
 
 
 def list_backends() -> list[BackendInfo]:
-    """Return every known backend and every plugin that failed to load."""
+    """Return every known backend, asked anew, and every plugin that failed to load."""
     registry = default_registry()
+    registry.chosen.clear()
     rows = []
-    for entry in registry.backends.values():
-        reason = entry.unavailable_reason()
+    for entry in registry.in_order():
+        reason = entry.unavailable_reason(again=True)
         rows.append(BackendInfo(entry.name, entry.plugin, reason is None, reason or ""))
     rows += [BackendInfo("", name, False, why) for name, why in registry.failures.items()]
     return rows
@@ -228,7 +265,8 @@ def get_backend(name: str = "auto", device: str = "cpu") -> Backend:
     ----------
     name : str
         A registered name, or ``"auto"``: the first available backend that takes arrays on
-        `device`.
+        `device`, AdaAttn's own before all others, then by priority, then by name. Whether a
+        backend is available is found out once; `list_backends` finds it out again.
     device : str
         Where the arrays live (used by ``"auto"`` only).
 
@@ -278,10 +316,13 @@ def get_backend(name: str = "auto", device: str = "cpu") -> Backend:
 
 def _auto(registry: Registry, device: str) -> Backend:
     kind = device.split(":")[0]
-    for entry in registry.backends.values():
+    if kind in registry.chosen:
+        return registry.chosen[kind]
+    for entry in registry.in_order():
         if entry.unavailable_reason() is None:
             backend: Backend = entry.load()
             if kind in backend.capabilities().array_devices:
+                registry.chosen[kind] = backend
                 return backend
     raise BackendUnavailableError(
         got=f"arrays on {device}, and backends {', '.join(registry.backends) or 'none'}",

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from adaattn_core.cli.outputs import check_writable
-from adaattn_core.cli.summary import HeadRow
 from adaattn_core.errors import FileError, UnsupportedError
-from adaattn_core.files import atomic_write, write_all
+from adaattn_core.files import atomic_write, check_writable, write_all
+from adaattn_core.report.summary import HeadRow
 
 SUFFIXES = (".png", ".pdf", ".svg")
 

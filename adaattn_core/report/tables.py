@@ -14,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from adaattn_core.cli.summary import HeadRow, Totals
 from adaattn_core.errors import printable
+from adaattn_core.report.summary import HeadRow, Totals
 
 _LEAST_WIDTH = 132
 """Columns assumed at least: rather lines that wrap than numbers that are cut off."""

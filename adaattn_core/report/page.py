@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from adaattn_core.cli.summary import HeadRow, Totals
-from adaattn_core.cli.tables import number, total_lines
+from adaattn_core.report.summary import HeadRow, Totals
+from adaattn_core.report.tables import number, total_lines
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto;

@@ -13,7 +13,7 @@ hookimpl = pluggy.HookimplMarker("adaattn")
 
 @hookspec
 def adaattn_register_backends(register: Callable[..., None]) -> None:
-    """Call ``register(name, "module:factory", probe=callable)`` for every backend you bring."""
+    """Call ``register(name, "module:factory", probe=..., priority=0)`` for every backend."""
 
 
 @hookspec
