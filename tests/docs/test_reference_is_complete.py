@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import typer
 
-from adaattn_core import errors, hookspecs
+from adaattn_core import errors
 from adaattn_core.cli.app import build_app
 from adaattn_core.costs import COST_MODELS
 from adaattn_core.formats import FORMATS
+from adaattn_core.plugins import hookspecs
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "docs" / "reference"
