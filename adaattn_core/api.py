@@ -98,6 +98,13 @@ def attention(
     BudgetInfeasibleError
         If escalation reached the most accurate plan and a head still misses the budget.
 
+    Notes
+    -----
+    Several threads may call at once. On the CPU a call with a seed gives the same bits whatever
+    other calls run beside it and however many threads share its heads (on the same machine and
+    libraries): every product is computed by one BLAS thread. While any call runs, BLAS is held
+    to one thread for the whole process; the last call to leave restores what it found.
+
     Examples
     --------
     >>> import numpy as np

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from adaattn_core.backend import Backend
-from adaattn_core.budget import ErrorBudget
+from adaattn_core.budget import ErrorBudget, as_budget
 from adaattn_core.mask import Mask
 from adaattn_core.plan import Plan
 from adaattn_core.policies.base import Policy
@@ -99,9 +99,7 @@ def attend(
     mask = Mask.none() if mask is None else mask
     if is_transformed(query, key, value, mask.allowed, mask.bias):
         refuse_transform()
-    if isinstance(budget, int | float):
-        budget = ErrorBudget(rel=float(budget))
-    asked = Asked(budget, policy, plan, backend, layer, seed)
+    asked = Asked(as_budget(budget), policy, plan, backend, layer, seed)
     allowed, bias = _four_axes(mask.allowed), _four_axes(mask.bias)
     call = Call(query, key, value, allowed, bias, structural(mask), scale, asked)
     return Attended(*compute(call, want_info))

@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812 -- its usual name
 from torch.overrides import handle_torch_function, has_torch_function
 
 from adaattn_core.backend import Backend
-from adaattn_core.budget import ErrorBudget
+from adaattn_core.budget import ErrorBudget, as_budget
 from adaattn_core.errors import BackendUnavailableError, UnsupportedError
 from adaattn_core.plan import Plan
 from adaattn_core.policies.base import Policy
@@ -141,9 +141,7 @@ def scaled_dot_product_attention(
             needed="an eager call: a compiled graph returns tensors only",
             do="collect infos of compiled models with `adaattn_torch.listening`",
         )
-    if budget is not None and isinstance(budget, int | float):
-        budget = ErrorBudget(rel=float(budget))
-    asked = Asked(budget, policy, plan, backend, layer, seed)
+    asked = Asked(as_budget(budget), policy, plan, backend, layer, seed)
     call = prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, asked)
     if isinstance(call, str):
         reason = call

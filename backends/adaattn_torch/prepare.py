@@ -38,7 +38,7 @@ def prepare(
     are those of PyTorch's function; `asked` is what is asked besides.
     """
     if attn_mask is None and dropout_p == 0.0 and _needs_nothing(query, key, value, enable_gqa):
-        factor = 1.0 / math.sqrt(query.shape[3]) if scale is None else float(scale)
+        factor = 1.0 / math.sqrt(query.shape[3]) if scale is None else _number(scale)
         if 0 < factor < math.inf:
             mask = _CAUSAL if is_causal else _NOTHING
             return Call(query, key, value, None, None, mask, factor, asked)
@@ -48,7 +48,7 @@ def prepare(
     query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     if not query.dtype == key.dtype == value.dtype or query.dtype not in DTYPES:
         return f"dtypes {query.dtype}, {key.dtype}, {value.dtype}"
-    factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else _number(scale)
     if factor < 0:
         query, factor = -query, -factor
     if not 0 < factor < math.inf:
@@ -81,6 +81,11 @@ def prepare(
         allowed, bias = (array, None) if array.dtype == torch.bool else (None, array)
     shape = None if len(lead) == 2 else (*lead, len_q, value.shape[-1])
     return Call(query, key, value, allowed, bias, mask, factor, asked, shape)
+
+
+def _number(scale: float) -> float:
+    """Return a scale as a float; text, which PyTorch refuses, as NaN."""
+    return math.nan if isinstance(scale, str) else float(scale)
 
 
 def _needs_nothing(

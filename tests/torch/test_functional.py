@@ -307,3 +307,16 @@ def test_cpu_tensors_are_not_copied_on_their_way():
         assert np.array_equal(array.astype(np.float64), tensor.double().numpy())
         if array.flags.writeable:
             assert from_backend(array).data_ptr() == tensor.data_ptr()
+
+
+@pytest.mark.parametrize("budget", [True, "0.1", [0.1], float("nan")])
+def test_a_budget_is_a_number(budget):
+    x = torch.randn(1, 1, 4, 8)
+    with pytest.raises(ArgumentError):
+        sdpa(x, x, x, budget=budget)
+
+
+def test_a_scale_of_text_is_refused_as_pytorch_does():
+    x = torch.randn(1, 1, 4, 8)
+    with pytest.raises(TypeError):
+        sdpa(x, x, x, scale="1")
