@@ -183,7 +183,7 @@ class TestMasks:
         check(p, dtype, dtype, LIMITS[dtype])
 
     def test_huge_scores_stay_one_hot(self, dtype: str) -> None:
-        """Scores of about 1e10: the largest key takes the row, exactly."""
+        """Scores of about 1e10: the largest key takes the row; f32 values pass in two tf32 parts."""
         p = problem_of(dtype, 1, (1, 1), (100, 300), (64, 64))
         p.query.mul_(3e4), p.key.mul_(3e4)
         out, _ = run(p, dtype, dtype)
@@ -192,4 +192,6 @@ class TestMasks:
         clear = (best.values[..., 0] - best.values[..., 1]) > 1e-5 * best.values[..., 0].abs()
         expected = p.value[0, 0][best.indices[0, 0, :, 0]]
         assert clear.sum() > 90
-        assert torch.equal(out[0, 0][clear[0, 0]], expected[clear[0, 0]])
+        got, wanted = out[0, 0][clear[0, 0]].double(), expected[clear[0, 0]].double()
+        limit = 2.0**-20 if dtype == "f32" else 0.0
+        assert ((got - wanted).abs() <= limit * wanted.abs()).all()

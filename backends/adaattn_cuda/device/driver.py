@@ -319,7 +319,8 @@ def _copy_stream(device: int) -> Any:
 
 def _free(cuda: Any, device: int, address: int) -> None:
     with OnDevice(device):
-        # cuMemFree waits for the device, so no kernel can still be reading the memory.
+        # For memory of cuMemAllocAsync, cuMemFree waits for nothing: a kernel may still read it.
+        cuda.cuCtxSynchronize()
         cuda.cuMemFree(address)
 
 
