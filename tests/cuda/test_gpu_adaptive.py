@@ -75,7 +75,7 @@ def row_errors(result: Any, q: Any, k: Any, v: Any, causal: bool = True) -> Any:
 
 
 def assert_covered(found: Any, upper: Any) -> None:
-    """Each sentence holds with confidence 0.95: of a few heads one may miss, and not by much."""
+    """A sentence holds with confidence 0.95: of a few heads one may miss, not by much."""
     assert (found > upper).sum() <= 1, (found, upper)
     assert (found <= 1.5 * upper).all(), (found, upper)
 

@@ -319,7 +319,7 @@ def _copy_stream(device: int) -> Any:
 
 def _free(cuda: Any, device: int, address: int) -> None:
     with OnDevice(device):
-        # For memory of cuMemAllocAsync, cuMemFree waits for nothing: a kernel may still read it.
+        # cuMemFree does not wait for memory of cuMemAllocAsync: a kernel may still read it.
         cuda.cuCtxSynchronize()
         cuda.cuMemFree(address)
 
