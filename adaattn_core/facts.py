@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,6 +110,53 @@ class RunFacts:
         """Facts of a head whose rows see nothing: they are 0, exactly."""
         zeros: dict[str, Any] = {f.name: 0.0 for f in fields(cls) if f.default == math.inf}
         return cls(keys_max=0, **zeros)
+
+
+_COLUMNS = tuple(f.name for f in fields(RunFacts) if f.name != "arithmetic")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FactsTable:
+    """Facts of several heads, one array per field of `RunFacts`; a row of it is a `RunFacts`.
+
+    Attributes
+    ----------
+    index : tuple of (sequence, head)
+        Which head each row is.
+    columns : dict of str to ndarray, shape (heads,)
+        Fields of `RunFacts` by name, `arithmetic` aside.
+    arithmetic : tuple of Arithmetic
+        Of each row; the same object where it is the same.
+    """
+
+    index: tuple[HeadIndex, ...]
+    columns: dict[str, NDArray[Any]]
+    arithmetic: tuple[Arithmetic, ...]
+
+    @classmethod
+    def of(cls, facts: Mapping[HeadIndex, RunFacts], heads: Sequence[HeadIndex]) -> FactsTable:
+        """Gather facts of some heads; a mapping that holds a table hands out its own."""
+        if isinstance(facts, Tabled):
+            return facts.table(heads)
+        rows = [facts[index] for index in heads]
+        columns = {name: np.array([getattr(row, name) for row in rows]) for name in _COLUMNS}
+        return cls(tuple(heads), columns, tuple(row.arithmetic for row in rows))
+
+    def row(self, number: int) -> RunFacts:
+        """Facts of one row."""
+        said: dict[str, Any] = {
+            name: column[number].item() for name, column in self.columns.items()
+        }
+        return RunFacts(arithmetic=self.arithmetic[number], **said)
+
+
+@runtime_checkable
+class Tabled(Protocol):
+    """A mapping of facts that knows them as arrays."""
+
+    def table(self, heads: Sequence[HeadIndex]) -> FactsTable:
+        """Return facts of some heads."""
+        ...
 
 
 @dataclass(slots=True)

@@ -49,6 +49,10 @@ class LazyHeads(Mapping[HeadIndex, _Value]):
     def __init__(self, make: Callable[[], Mapping[HeadIndex, _Value]]) -> None:
         self._heads = Later(make)
 
+    def made(self) -> Mapping[HeadIndex, _Value]:
+        """Return what was made, waiting for it the first time."""
+        return self._heads()
+
     def __getitem__(self, index: HeadIndex) -> _Value:
         return self._heads()[index]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from adaattn_core.backend import Measures
 from adaattn_core.bounds import minimal_sample_size
 from adaattn_core.budget import ErrorBudget
-from adaattn_core.certificates.data import Certificate, HeadCertificate
+from adaattn_core.certificates.charges import Question
+from adaattn_core.certificates.data import Certificate, HeadCertificate, HeadTable
 from adaattn_core.certificates.sample import sampled_certificate
-from adaattn_core.certificates.theorem import theorem_certificate
-from adaattn_core.facts import RawResult, RunFacts
+from adaattn_core.certificates.theorem import theorem_certificates
+from adaattn_core.facts import FactsTable, RawResult, RunFacts
 from adaattn_core.lazy import LazyHeads
 from adaattn_core.liverows import LiveRows
 from adaattn_core.plan import HeadPlan, Plan
@@ -32,41 +33,36 @@ HOPELESS = 2.5
 
 
 @dataclass(frozen=True, slots=True)
-class _Theorem:
-    """What the theorems need besides facts and plan: sizes, and the guarantee asked for."""
+class _Theorems:
+    """What the theorems need besides facts and plan; keeps no array alive."""
 
-    dim_qk: int
-    dim_v: int
-    scale: float
-    dtype: str
+    question: Question
     len_q: tuple[int, ...]
-    guarantee: str
-    confidence: float
 
     @classmethod
-    def of(cls, problem: AttentionProblem, budget: ErrorBudget | None) -> _Theorem:
+    def of(cls, problem: AttentionProblem, budget: ErrorBudget | None) -> _Theorems:
         probabilistic = budget is not None and budget.guarantee == "probabilistic"
-        return cls(
+        question = Question(
             problem.dim_qk,
             problem.dim_v,
             problem.scale,
             problem.dtype,
-            tuple(span.len_q for span in problem.sequences),
             "probabilistic" if probabilistic else "worst_case",
             budget.confidence if budget is not None and probabilistic else 0.95,
         )
+        return cls(question, tuple(span.len_q for span in problem.sequences))
 
-    def certify(self, facts: RunFacts, head: HeadPlan, sequence: int) -> HeadCertificate:
-        return theorem_certificate(
-            facts,
-            head,
-            dim_qk=self.dim_qk,
-            dim_v=self.dim_v,
-            scale=self.scale,
-            dtype=self.dtype,
-            len_q=self.len_q[sequence],
-            guarantee=self.guarantee,
-            confidence=self.confidence,
+    def certify(
+        self,
+        facts: Mapping[HeadIndex, RunFacts],
+        plans: Mapping[HeadIndex, HeadPlan],
+        heads: Sequence[HeadIndex],
+    ) -> HeadTable:
+        return theorem_certificates(
+            FactsTable.of(facts, heads),
+            [plans[index] for index in heads],
+            [self.len_q[sequence] for sequence, _ in heads],
+            self.question,
         )
 
 
@@ -98,25 +94,23 @@ class Certifier:
 
     def certify(self, raw: RawResult, plan: Plan, heads: Collection[HeadIndex]) -> Certificate:
         """Certify some heads: by theorem where that suffices, else by fresh rows."""
-        theorem = _Theorem.of(self.problem, self.budget)
-        certificates = {i: theorem.certify(raw.facts[i], plan[i], i[0]) for i in heads}
+        theorems = _Theorems.of(self.problem, self.budget)
+        certificates = theorems.certify(raw.facts, plan.heads, list(heads))
         budget = self.budget
         if budget is not None and self.sampled:
-            todo = [
-                index
-                for index in heads
-                if not certificates[index].holds(budget) and not self.exhausted(index)
-            ]
+            failing = Certificate(certificates, self.shape).violations(budget)
+            todo = [index for index in failing if not self.exhausted(index)]
             if todo:
-                certificates |= self._sample(raw, todo, budget)
+                sampled = self._sample(raw, todo, budget)
+                return Certificate({**certificates, **sampled}, self.shape)
         return Certificate(certificates, self.shape)
 
     def later(self, raw: RawResult, plan: Plan) -> Certificate:
         """Certify every head by theorem, when somebody looks; keeps no input array alive."""
-        theorem, facts = _Theorem.of(self.problem, self.budget), raw.facts
+        theorems, facts = _Theorems.of(self.problem, self.budget), raw.facts
 
-        def make() -> dict[HeadIndex, HeadCertificate]:
-            return {i: theorem.certify(facts[i], head, i[0]) for i, head in plan.heads.items()}
+        def make() -> HeadTable:
+            return theorems.certify(facts, plan.heads, list(plan.heads))
 
         return Certificate(LazyHeads(make), self.shape)
 
@@ -127,15 +121,20 @@ class Certifier:
 
         None where that is so for no failing head.
         """
-        budget, theorem = self.budget, _Theorem.of(self.problem, self.budget)
-        sizes = []
-        for index in failing:
-            facts = raw.facts[index]
-            without = replace(facts, bias_max_abs=0.0)
-            certificate = theorem.certify(without, plan[index], index[0])
-            if budget is not None and facts.bias_max_abs > 0 and certificate.holds(budget):
-                sizes.append(facts.bias_max_abs)
-        return max(sizes, default=None)
+        if self.budget is None or not failing:
+            return None
+        facts = {index: raw.facts[index] for index in failing}
+        without = {index: replace(known, bias_max_abs=0.0) for index, known in facts.items()}
+        table = _Theorems.of(self.problem, self.budget).certify(
+            without, plan.heads, list(failing)
+        )
+        would = table.holding(self.budget)
+        sizes = [
+            known.bias_max_abs
+            for known, held in zip(facts.values(), would, strict=True)
+            if held
+        ]
+        return max((size for size in sizes if size > 0), default=None)
 
     def _sample(
         self, raw: RawResult, todo: list[HeadIndex], budget: ErrorBudget

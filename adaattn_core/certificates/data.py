@@ -7,7 +7,7 @@ rows that see nothing are 0, exactly, and make the unit smaller, never the share
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaattn_core.budget import ErrorBudget
+from adaattn_core.lazy import LazyHeads
 from adaattn_core.problem import HeadIndex
 
 GUARANTEE_STRENGTH = {"none": 0, "sampled": 1, "probabilistic": 2, "worst_case": 3}
@@ -76,6 +77,54 @@ class HeadCertificate:
         }
 
 
+class HeadTable(Mapping[HeadIndex, HeadCertificate]):
+    """Certificates of several heads as arrays; a head's own sentence is made when looked at.
+
+    Parameters
+    ----------
+    index : sequence of (sequence, head)
+    columns : dict of str to ndarray, shape (heads,)
+        Fields of `HeadCertificate` by name, `terms` aside.
+    terms : dict of str to ndarray, shape (heads,)
+    """
+
+    def __init__(
+        self,
+        index: Sequence[HeadIndex],
+        columns: dict[str, NDArray[Any]],
+        terms: dict[str, NDArray[np.float64]],
+    ) -> None:
+        self.index, self.columns, self.terms = tuple(index), columns, terms
+        self._rows: dict[HeadIndex, int] | None = None
+
+    def __getitem__(self, index: HeadIndex) -> HeadCertificate:
+        if self._rows is None:
+            self._rows = {head: row for row, head in enumerate(self.index)}
+        row = self._rows[index]
+        said: dict[str, Any] = {
+            name: x if isinstance(x := column[row], str) else x.item()
+            for name, column in self.columns.items()
+        }
+        return HeadCertificate(
+            terms={name: float(column[row]) for name, column in self.terms.items()}, **said
+        )
+
+    def __iter__(self) -> Iterator[HeadIndex]:
+        return iter(self.index)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def holding(self, budget: ErrorBudget) -> NDArray[np.bool_]:
+        """Whether each head's sentence is at least as strong as what `budget` asks for."""
+        c = self.columns
+        least = GUARANTEE_STRENGTH[budget.guarantee]
+        strong = [name for name, strength in GUARANTEE_STRENGTH.items() if strength >= least]
+        kept = (c["upper"] <= budget.rel) & (c["rows"] >= budget.rows)
+        kept &= c["confidence"] >= budget.confidence
+        return np.asarray(kept & np.isin(c["guarantee"].astype(str), strong))
+
+
 @dataclass(frozen=True, slots=True)
 class Certificate:
     """Certificates of every head, and the same numbers as arrays (sequences, heads_q)."""
@@ -86,8 +135,17 @@ class Certificate:
     def __getitem__(self, index: HeadIndex) -> HeadCertificate:
         return self.heads[index]
 
+    def _table(self) -> HeadTable | None:
+        """Return the heads as arrays, where they are known so."""
+        heads = self.heads.made() if isinstance(self.heads, LazyHeads) else self.heads
+        return heads if isinstance(heads, HeadTable) else None
+
     def _array(self, name: str, dtype: Any) -> NDArray[Any]:
         out = np.empty(self.shape, dtype)
+        table = self._table()
+        if table is not None and len(table):
+            out[tuple(np.array(table.index).T)] = table.columns[name]
+            return out
         for index, head in self.heads.items():
             out[index] = getattr(head, name)
         return out
@@ -124,10 +182,13 @@ class Certificate:
 
     def holds(self, budget: ErrorBudget) -> bool:
         """Whether every head keeps the budget."""
-        return all(head.holds(budget) for head in self.heads.values())
+        return not self.violations(budget)
 
     def violations(self, budget: ErrorBudget) -> tuple[HeadIndex, ...]:
         """Heads that do not keep the budget."""
+        table = self._table()
+        if table is not None:
+            return tuple(table.index[row] for row in np.flatnonzero(~table.holding(budget)))
         return tuple(i for i, head in self.heads.items() if not head.holds(budget))
 
     def merge(self, newer: Certificate) -> Certificate:

@@ -17,13 +17,14 @@ it does not see) is computed anew in steps of 32 keys.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from adaattn_core.facts import Arithmetic, RunFacts
+from adaattn_core.facts import Arithmetic, FactsTable, RunFacts
 from adaattn_core.plan import HeadPlan
 from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_cuda.kernels.smxx_operand_norms import SLOTS
@@ -74,14 +75,16 @@ class LazyFacts(MutableMapping[HeadIndex, RunFacts]):
         self._plans = plans
         self._step_keys = min(step_keys, REPAIR_STEP_KEYS)
         self._records = records
-        self._known: dict[HeadIndex, RunFacts] = {}
+        self._told: dict[HeadIndex, RunFacts] = {}
         self._dims = problem.dim_qk, problem.dim_v
         self._group_size = problem.group_size
         self._len_q = [span.len_q for span in problem.sequences]
         extent = problem.mask.extent
         self._keys_max = [extent(span.len_q, span.len_kv)[1] for span in problem.sequences]
         self._mask_sizes = MaskSizes(problem.mask, problem.scale)
-        self._read: list[NDArray[np.float64]] | None = None
+        self._has_bias = problem.mask.bias is not None
+        self._figures: list[NDArray[np.float64]] | None = None
+        self._whole: FactsTable | None = None
 
     def replan(
         self, records: Records, plans: Mapping[HeadIndex, HeadPlan], step_keys: int
@@ -89,25 +92,32 @@ class LazyFacts(MutableMapping[HeadIndex, RunFacts]):
         """Forget some heads, which were computed again under other plans."""
         self._step_keys = min(step_keys, self._step_keys)
         self._plans = {**self._plans, **plans}
-        self._records, self._read = records, None
+        self._records, self._figures, self._whole = records, None, None
         for index in plans:
-            self._known.pop(index, None)
+            self._told.pop(index, None)
+
+    def table(self, heads: Sequence[HeadIndex]) -> FactsTable:
+        """Return facts of some heads as arrays; waits for the device."""
+        if self._told:
+            return FactsTable.of({index: self[index] for index in heads}, heads)
+        return self._measured(tuple(heads))
 
     def __getitem__(self, index: HeadIndex) -> RunFacts:
+        if index in self._told:
+            return self._told[index]
         if index not in self._plans:
             raise KeyError(index)
-        if index not in self._known:
-            if self._read is None:
-                self._read = self._records.read()
-            self._known[index] = self._facts(self._read, index)
-        return self._known[index]
+        if self._whole is None:
+            self._whole = self._measured(tuple(self._plans))
+        return self._whole.row(self._whole.index.index(index))
 
     def __setitem__(self, index: HeadIndex, facts: RunFacts) -> None:
-        self._known[index] = facts
+        self._told[index] = facts
 
     def __delitem__(self, index: HeadIndex) -> None:
         self._plans = {i: p for i, p in self._plans.items() if i != index}
-        self._known.pop(index, None)
+        self._told.pop(index, None)
+        self._whole = None
 
     def __iter__(self) -> Iterator[HeadIndex]:
         return iter(self._plans)
@@ -115,56 +125,90 @@ class LazyFacts(MutableMapping[HeadIndex, RunFacts]):
     def __len__(self) -> int:
         return len(self._plans)
 
-    def _facts(self, read: list[NDArray[np.float64]], index: HeadIndex) -> RunFacts:
-        sequence, head = index
-        plan, keys_max = self._plans[index], self._keys_max[sequence]
-        if keys_max == 0:
-            return RunFacts.of_nothing()
-        dim_qk, dim_v = self._dims
-        head_kv = head // self._group_size
-        query, key = read[0][sequence, head], read[1][sequence, head_kv]
-        value, out = read[2][sequence, head_kv], read[3][sequence, head]
-        key_norm, value_norm = _root(key, "norm"), _root(value, "norm")
-        total = float(out[SLOTS.index("norm")])
-        finite = math.isfinite(total)
-        mean = total / max(self._len_q[sequence], 1) if finite else 0.0
-        return RunFacts(
-            query_norm_upper=_root(query, "norm"),
-            key_norm_upper=key_norm,
-            value_norm_upper=value_norm,
-            query_residual_upper=_residual(query, plan.qk, dim_qk),
-            key_residual_upper=_residual(key, plan.qk, dim_qk),
-            value_residual_upper=_residual(value, plan.pv, dim_v),
-            value_diameter_upper=2 * _root(value, "distance"),
-            score_residual_upper=0.0,
-            dropped_mass_upper=0.0,
-            bias_max_abs=self._mask_sizes.largest(_root(query, "norm"), key_norm, value_norm),
-            keys_max=keys_max,
-            arithmetic=kernel_arithmetic(plan, dim_qk, keys_max, self._step_keys),
-            output_rms=math.sqrt(mean) / _SLACK**2,
-            nonfinite=not finite,
+    def _measured(self, index: tuple[HeadIndex, ...]) -> FactsTable:
+        if self._figures is None:
+            self._figures = self._records.read()
+        sequence, head = np.array(index, np.int64).reshape(-1, 2).T
+        of_query, of_kv = (sequence, head), (sequence, head // self._group_size)
+        query, key, value, out = (
+            figures[where]
+            for figures, where in zip(
+                self._figures, (of_query, of_kv, of_kv, of_query), strict=True
+            )
         )
+        plans = [self._plans[i] for i in index]
+        qk, pv = [plan.qk for plan in plans], [plan.pv for plan in plans]
+        dim_qk, dim_v = self._dims
+        keys_max = np.array(self._keys_max, np.int64)[sequence]
+        total = out[:, SLOTS.index("norm")]
+        finite = np.isfinite(total)
+        rows = np.maximum(np.array(self._len_q), 1)[sequence]
+        norms = [_root(x, "norm") for x in (query, key, value)]
+        nothing, zero = keys_max == 0, np.zeros(len(index))
+        columns = {
+            "query_norm_upper": norms[0],
+            "key_norm_upper": norms[1],
+            "value_norm_upper": norms[2],
+            "query_residual_upper": _residual(query, qk, dim_qk),
+            "key_residual_upper": _residual(key, qk, dim_qk),
+            "value_residual_upper": _residual(value, pv, dim_v),
+            "value_diameter_upper": 2 * _root(value, "distance"),
+            "score_residual_upper": zero,
+            "query_step_upper": zero,
+            "key_step_upper": zero,
+            "dropped_mass_upper": zero,
+            "bias_max_abs": self._bias(norms),
+            "output_rms": np.sqrt(np.where(finite, total, 0.0) / rows) / _SLACK**2,
+        }
+        columns = {name: np.where(nothing, 0.0, column) for name, column in columns.items()}
+        columns |= {
+            "keys_max": keys_max,
+            "share": np.ones(len(index)),
+            "rank": np.zeros(len(index), np.int64),
+            "nonfinite": ~finite & ~nothing,
+        }
+        arithmetic = tuple(
+            kernel_arithmetic(*formats, dim_qk, keys, self._step_keys)
+            for *formats, keys in zip(qk, pv, keys_max.tolist(), strict=True)
+        )
+        return FactsTable(index, columns, arithmetic)
+
+    def _bias(self, norms: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+        if not self._has_bias:
+            return np.zeros(len(norms[0]))
+        sizes = [
+            self._mask_sizes.largest(*map(float, three)) for three in zip(*norms, strict=True)
+        ]
+        return np.array(sizes, np.float64)
 
 
-def _root(record: NDArray[np.float64], slot: str) -> float:
-    """Root of a squared figure, rounded up."""
-    return math.sqrt(float(record[SLOTS.index(slot)])) * _SLACK
+def _root(records: NDArray[np.float64], slot: str) -> NDArray[np.float64]:
+    """Root of a squared figure (heads, slots), rounded up."""
+    return np.asarray(np.sqrt(records[:, SLOTS.index(slot)]) * _SLACK)
 
 
-def _residual(record: NDArray[np.float64], format_name: str, dim: int) -> float:
+def _residual(
+    records: NDArray[np.float64], formats: Sequence[str], dim: int
+) -> NDArray[np.float64]:
     """Largest distance between a vector and what its operand holds."""
-    kept = _root(record, format_name) if format_name in SLOTS else 0.0
-    return kept + (_SUBNORMAL * math.sqrt(dim) if record[0] > 0 else 0.0)
+    kept = np.where(records[:, 0] > 0, _SUBNORMAL * math.sqrt(dim), 0.0)
+    for name in set(formats) & set(SLOTS):
+        rows = np.array([other == name for other in formats])
+        kept = np.where(rows, kept + _root(records, name), kept)
+    return kept
 
 
-def kernel_arithmetic(plan: HeadPlan, dim_qk: int, keys_max: int, step_keys: int) -> Arithmetic:
+@lru_cache(maxsize=1024)
+def kernel_arithmetic(
+    qk: str, pv: str, dim_qk: int, keys_max: int, step_keys: int
+) -> Arithmetic:
     """State what the dense kernels charge; the module's text derives the numbers."""
-    score = (dim_qk / 8 + 8) * _TRUNCATION + (_SPLIT if plan.qk == "f32" else 0.0)
-    if plan.pv in ("bf16", "f16"):
+    score = (dim_qk / 8 + 8) * _TRUNCATION + (_SPLIT if qk == "f32" else 0.0)
+    if pv in ("bf16", "f16"):
         sums = (keys_max / 8 + 16) * _TRUNCATION
     else:
         sums = (32 + keys_max / (2 * step_keys)) * _TRUNCATION
-        sums += _SPLIT if plan.pv == "f32" else 0.0
+        sums += _SPLIT if pv == "f32" else 0.0
     return Arithmetic(
         step_keys=step_keys,
         score_rel_upper=score,

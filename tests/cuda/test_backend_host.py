@@ -342,7 +342,7 @@ def test_the_kernels_state_their_arithmetic(
     assert said.exp_rel_upper == 2.0**-22
     assert said.score_rel_upper == (p.dim_qk / 8 + 8) * 2.0**-22 + 2.0**-21
     assert said.sum_rel_upper == (32 + 50 / (2 * keys)) * 2.0**-22 + 2.0**-21
-    narrow = kernel_arithmetic(HeadPlan(qk="bf16", pv="bf16"), 64, 4096, 32)
+    narrow = kernel_arithmetic("bf16", "bf16", 64, 4096, 32)
     assert narrow.score_rel_upper == 16 * 2.0**-22
     assert narrow.sum_rel_upper == (4096 / 8 + 16) * 2.0**-22
 
