@@ -112,7 +112,8 @@ class RunFacts:
         return cls(keys_max=0, **zeros)
 
 
-_COLUMNS = tuple(f.name for f in fields(RunFacts) if f.name != "arithmetic")
+_KINDS = {"bool": np.bool_, "int": np.int64, "float": np.float64}
+_COLUMNS = {f.name: _KINDS[str(f.type)] for f in fields(RunFacts) if f.name != "arithmetic"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,7 +140,10 @@ class FactsTable:
         if isinstance(facts, Tabled):
             return facts.table(heads)
         rows = [facts[index] for index in heads]
-        columns = {name: np.array([getattr(row, name) for row in rows]) for name in _COLUMNS}
+        columns: dict[str, NDArray[Any]] = {
+            name: np.array([getattr(row, name) for row in rows], kind)
+            for name, kind in _COLUMNS.items()
+        }
         return cls(tuple(heads), columns, tuple(row.arithmetic for row in rows))
 
     def row(self, number: int) -> RunFacts:

@@ -144,6 +144,8 @@ def charges_of(
             number = kinds[key] = len(found)
             found.append(_charges(plan, said, keys, rows, question))
         which.append(number)
+    if not found:
+        return _charges(HeadPlan(), Arithmetic(), 0, 0, question)
     if len(found) == 1:
         return found[0]
     return Charges(

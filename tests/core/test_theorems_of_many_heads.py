@@ -254,3 +254,11 @@ def test_a_row_of_a_table_is_the_facts_it_was_made_of():
     table = FactsTable.of(facts, list(facts))
     assert [table.row(0), table.row(1)] == list(facts.values())
     assert FactsTable.of(facts, [(0, 1)]).row(0) == facts[0, 1]
+
+
+def test_no_head_at_all():
+    table = theorem_certificates(FactsTable.of({}, []), [], [], Question(8, 8, 1.0, "f32"))
+    nothing = Certificate(table, (0, 4))
+    assert len(table) == 0
+    assert nothing.holds(ErrorBudget(0.1))
+    assert nothing.upper.shape == (0, 4)
