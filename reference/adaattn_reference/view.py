@@ -158,8 +158,9 @@ class HeadView:
 
     @property
     def value_diameter_upper(self) -> float:
-        """Upper bound of the distance between two values that rows see."""
-        if self.seen_keys.all():
+        """Upper bound of the distance between two values that the head's rows see."""
+        # Intervals of consecutive rows leave no gap: every key kept here is seen by the head.
+        if self.structural or self.seen_keys.all():
             return self.kv.value_diameter_upper
         return diameter_upper(self.kv.clean_value[self.seen_keys])
 
