@@ -183,7 +183,7 @@ class TestMasks:
         check(p, dtype, dtype, LIMITS[dtype])
 
     def test_huge_scores_stay_one_hot(self, dtype: str) -> None:
-        """Scores of about 1e10: the largest key takes the row; f32 values are two tf32 parts."""
+        """Scores of about 1e10: the largest key takes the row; f32 values in two tf32 parts."""
         p = problem_of(dtype, 1, (1, 1), (100, 300), (64, 64))
         p.query.mul_(3e4), p.key.mul_(3e4)
         out, _ = run(p, dtype, dtype)

@@ -160,15 +160,16 @@ def test_rows_at_the_lowest_finite_number_are_not_hidden(dtype):
 @small
 @given(seeds, dtypes, st.sampled_from([torch.nan, torch.inf, -torch.inf]), st.integers(0, 2))
 def test_what_is_not_finite_and_seen_is_not_hidden(seed, dtype, bad, which):
-    """Where PyTorch's result is not a number, ours is none either; elsewhere they agree.
+    """Where the formula's result is not a number, ours is none either; elsewhere they agree.
 
-    PyTorch's by its formula: its fused CPU kernel turns a query of NaN into a row of zeros.
+    The formula written out: PyTorch's fused CPU kernel turns a query of NaN into a row of
+    zeros, and its plain one a row whose seen scores are all -inf.
     """
     given = [randn(seed + i, 1, 1, 5, 8, dtype=dtype) for i in range(3)]
     given[which][0, 0, 2, 3] = bad
     ours = sdpa(*given)
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        theirs = F.scaled_dot_product_attention(*given)
+    query, key, value = given
+    theirs = torch.softmax(query @ key.mT / 8**0.5, dim=-1) @ value
     assert torch.equal(torch.isnan(ours), torch.isnan(theirs))
     fine = torch.isfinite(theirs)
     assert torch.equal(torch.isfinite(ours), fine)
