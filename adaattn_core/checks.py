@@ -111,6 +111,14 @@ def truth(name: str, value: Any, error: type[AdaAttnError] = ArgumentError) -> b
     return bool(value)
 
 
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object (an `object_pairs_hook`); names that come twice are a ValueError."""
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a name comes twice in one object")
+    return fields
+
+
 def _integer(value: Any) -> int | None:
     if type(value).__name__ in ("bool", "bool_"):
         return None

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from adaattn_core.checks import real, shown, truth, whole, word
+from adaattn_core.checks import real, shown, truth, unique_names, whole, word
 from adaattn_core.errors import ArgumentError, PlanError
 from adaattn_core.files import as_path, atomic_write_text, reading
 from adaattn_core.formats import get_format
@@ -131,14 +131,6 @@ _HEAD_FIELDS: dict[str, Callable[[str, Any], Any]] = {
     "error_estimate": _number(0.0, math.inf),
 }
 """Fields of a head's plan besides its structure, and what checks them."""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a JSON object; one of two values with the same name would be ignored."""
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("a name comes twice in one object")
-    return fields
 
 
 def _require_fields(fields: Mapping[str, Any], names: tuple[str, ...], what: str) -> None:
@@ -407,4 +399,4 @@ class Plan:
             error=PlanError,
         ):
             text = path.read_text(encoding="utf-8")
-            return cls.from_json(json.loads(text, object_pairs_hook=_unique))
+            return cls.from_json(json.loads(text, object_pairs_hook=unique_names))
