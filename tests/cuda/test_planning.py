@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from adaattn_cuda.jit.compile import build
 from adaattn_cuda.kernels.shipped import budget
 from adaattn_cuda.planner import params
-from adaattn_cuda.planner.launch import kernel_specs
 from adaattn_cuda.planner.layout import CERTIFICATE, DECISION, kept_layout, scratch_layout
+from adaattn_cuda.planner.specs import kernel_specs
 from adaattn_cuda.work.far import GROUP, POOL_KEYS, SLOT, TILE, FarGeometry, far_tables
 
 

@@ -1,4 +1,4 @@
-"""One adaptive call: its launches in order, and the addresses that they lack.
+"""One adaptive call: what is made once, and how it is started.
 
 Nothing here waits for the device: the host enqueues the same launches whatever the data are,
 and every kernel finds on the device whether there is something to do.
@@ -6,55 +6,27 @@ and every kernel finds on the device whether there is something to do.
 
 from __future__ import annotations
 
-import ctypes
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from adaattn_core import bounds
 from adaattn_core.policies.table import DecisionTable
 from adaattn_cuda.device import driver
 from adaattn_cuda.device.launch import kernel_of
-from adaattn_cuda.jit.spec import KernelSpec
-from adaattn_cuda.kernels import sm90_attn_fwd_f16 as sm90
-from adaattn_cuda.planner import params as p
-from adaattn_cuda.planner.layout import kept_layout, scratch_layout, square_stride
+from adaattn_cuda.planner.layout import kept_layout, scratch_layout
+from adaattn_cuda.planner.sequence import FarArrays, Packer, Step
+from adaattn_cuda.planner.specs import kernel_specs
 from adaattn_cuda.recent import Recent
-from adaattn_cuda.tuning.sm90_attn_fwd_f16 import Tile, padded_dim
-from adaattn_cuda.work.far import LEVELS_MAX, TILE, FarGeometry, far_tables
+from adaattn_cuda.work.far import TILE, FarGeometry, far_tables
 
 __all__ = ["FarArrays", "FarLaunch"]
 
-_ARCH = "sm_90a"
 _LANDMARK_SHARE = 0.1
 """Room for landmarks over the keys, on average over groups and heads."""
 _LANDMARK_ROWS_LEAST, _LANDMARK_BYTES_MOST = 2048, 6 << 30
 """Rows of a group that there is room for in any case; bytes of the buffer at most."""
-_MOST_SHARE = 0.4
-"""Landmarks over far keys above which a level is not worth judging."""
-_SELECT_THREADS = _GATHER_THREADS = _DECIDE_THREADS = 256
-_PROBES = {"probe_stats": (0, 1), "probe_lse": (0, 0), "probe_mass": (1, 0)}
-"""Pass and statistics of each specialisation of the probe."""
 _TESTS = 2
 """Outputs of a head that one call may test on the drawn rows: the confidence is split."""
 _ADDRESSES_REMEMBERED = 16
-
-
-@dataclass(frozen=True, slots=True)
-class FarArrays:
-    """query, key, value, out, lse on the device, unit stride along the last axis."""
-
-    query: sm90.DeviceMatrix
-    key: sm90.DeviceMatrix
-    value: sm90.DeviceMatrix
-    out: sm90.DeviceMatrix
-    lse: sm90.DeviceMatrix
-
-
-Step = tuple[str, Callable[[int], None]]
 
 
 class FarLaunch:
@@ -89,8 +61,8 @@ class FarLaunch:
         self.taus = [c.plan.structure.tau for c in table.candidates]  # type: ignore[attr-defined]
         self.levels = len(self.taus)
         facts = driver.device_facts(device)
-        self._blocks = facts.multiprocessors
-        self.tables = far_tables(g, self.levels, self._blocks, seed)
+        self.blocks = facts.multiprocessors
+        self.tables = far_tables(g, self.levels, self.blocks, seed)
         self.judges = len(self.tables.judge_tiles)
         rows = max(_LANDMARK_ROWS_LEAST, int(_LANDMARK_SHARE * g.len_kv)) // TILE * TILE
         most = _LANDMARK_BYTES_MOST // (2 * (g.dim_qk + g.dim_v))
@@ -101,8 +73,8 @@ class FarLaunch:
         self.order, self.budget = order, budget
         self.kept = kept_layout(g)
         self.scratch = scratch_layout(g, self.tables, self.levels, self.landmark_rows)
-        self._constants = self._upload()
-        self._kernels = self._load(stream)
+        self.constants = self._upload()
+        self.kernels = self._load(stream)
         self._ready: Recent[list[Step]] = Recent(_ADDRESSES_REMEMBERED)
 
     # -- what is made once --------------------------------------------------------------------
@@ -151,371 +123,6 @@ class FarLaunch:
         )  # fmt: skip
         found = self._ready.get(key)
         if found is None:
-            found = self._pack(arrays, kept, scratch)
+            found = Packer(self, arrays, kept, scratch).steps()
             self._ready.put(key, found)
         return found
-
-    def _pack(self, arrays: FarArrays, kept: int, scratch: int) -> list[Step]:
-        return _Packer(self, arrays, kept, scratch).steps()
-
-
-def kernel_specs(g: FarGeometry, dtype: str, levels: int) -> dict[str, tuple[KernelSpec, int]]:
-    """Kernels of a geometry, with their threads."""
-    kind = f"adaattn::Format::{dtype}"
-    dim_qk, dim_v = padded_dim(g.dim_qk), padded_dim(g.dim_v)
-
-    def plan(stem: str, *traits: Any, smem: int = 0) -> KernelSpec:
-        return KernelSpec(stem, traits, smem, _ARCH, folder="plan")
-
-    attend = attend_tile(dim_qk, dim_v)
-    exact = exact_tile(dim_qk, dim_v)
-    found = {
-        "prepare": (plan("far_prepare", kind, row_dim(dim_qk, dim_v), 256), 256),
-        "merge": (plan("far_merge", 8), 256),
-        "attend": (attend.spec(dtype), attend.threads),
-        "exact": (exact.spec(dtype), exact.threads),
-        "certify": (plan("far_certify", kind, 256), 256),
-        "work_attend": (plan("far_work", 1), 1024),
-        "work_escalate": (plan("far_work", 2), 1024),
-    }
-    if levels:
-        columns = (dim_qk, g.samples, g.chunk_heads)
-        pool_dim = max(dim_qk, dim_v)
-        pool_blocks = pool_shape(pool_dim)
-        found |= {
-            name: (
-                plan("sm90_probe", kind, *columns, *what, smem=probe_smem(*columns, *what)),
-                256,
-            )
-            for name, what in _PROBES.items()
-        }
-        fit_smem = g.samples * (2 * dim_qk + 24)
-        pool_smem = 256 * pool_blocks * pool_dim
-        found |= {
-            "select": (plan("far_select", _SELECT_THREADS), _SELECT_THREADS),
-            "gather": (plan("far_gather", _GATHER_THREADS), _GATHER_THREADS),
-            "pool": (plan("far_pool", kind, pool_dim, pool_blocks, smem=pool_smem), 256),
-            "fit": (plan("far_fit", kind, dim_qk, g.samples, smem=fit_smem), 128),
-            "work_judge": (plan("far_work", 0), 1024),
-            "decide": (plan("far_decide", kind, _DECIDE_THREADS), _DECIDE_THREADS),
-        }
-    return found
-
-
-def attend_tile(dim_qk: int, dim_v: int) -> Tile:
-    """Specialisation that runs work lists of planning kernels."""
-    tile_n = TILE if max(dim_qk, dim_v) <= 128 else 64
-    query_stages = 2 if max(dim_qk, dim_v) <= 64 else 1
-    return Tile(dim_qk, dim_v, 2, tile_n, query_stages=query_stages, role=1, max_sources=3)
-
-
-def exact_tile(dim_qk: int, dim_v: int) -> Tile:
-    """Specialisation that computes drawn rows."""
-    tile_n = TILE if max(dim_qk, dim_v) <= 128 else 64
-    return Tile(dim_qk, dim_v, 2, tile_n, role=2)
-
-
-def probe_smem(dim: int, samples: int, heads: int, kind: int, stats: int) -> int:
-    """Shared memory of a probe; the kernel asserts it."""
-    panels, columns = dim // 64, samples * heads
-    stages = 4 if dim <= 64 else 2
-    barrier = -(-panels * columns * 128 // 1024) * 1024 + stages * panels * TILE * 128
-    merge = barrier + -(-16 * stages // 128) * 128 + 12 * columns
-    floats = (3 if stats else 2) if kind == 0 else 0
-    return -(-(merge + 32 * columns * floats + 16) // 128) * 128
-
-
-def row_dim(dim_qk: int, dim_v: int) -> int:
-    """Return the padded dim of rows that are read eight elements a lane: a power of two."""
-    return 1 << (max(dim_qk, dim_v) - 1).bit_length()
-
-
-def pool_shape(dim: int) -> int:
-    """Blocks of keys that a pooling block holds."""
-    return {64: 8, 128: 4}.get(dim, 2)
-
-
-class _Packer:
-    """Parameter blocks of one set of addresses."""
-
-    def __init__(self, launch: FarLaunch, arrays: FarArrays, kept: int, scratch: int) -> None:
-        self.launch, self.arrays = launch, arrays
-        self.at = {
-            **launch._constants,
-            **launch.kept.at(kept),
-            **launch.scratch.at(scratch),
-        }
-        self.log2 = launch.scale * math.log2(math.e)
-        self.sizes = p.sizes_of(
-            launch.geometry, launch.levels, launch.judges, launch.tables.pool_rows, self.log2,
-            launch.landmark_rows,
-        )  # fmt: skip
-        self.out: list[Step] = []
-
-    def steps(self) -> list[Step]:
-        launch = self.launch
-        g, t = launch.geometry, launch.tables
-        self._zero()
-        self._prepare()
-        self._exact()
-        self._merge()
-        if launch.levels:
-            judged = (self.at["judge_groups"], launch.judges)
-            self._probe("probe_stats", judged, 0)
-            self._probe("probe_mass", judged, 0)
-            self._select(judged, 0)
-            self._work("work_judge", "judge_slots", "judge_pool_first")
-            self._gather("judge_slots", g.heads * launch.judges * launch.levels)
-            self._pool("judge_slots", "judge_pool_first", launch.judges * launch.levels)
-            self._fit("judge_slots", "judge_pool_first", launch.judges * launch.levels)
-            self._attend("judge", "judge_out", "judge_lse")
-            self._decide()
-            if len(t.rest_groups):
-                rest = (self.at["rest_groups"], len(t.rest_groups))
-                self._probe("probe_lse", rest, self.at["decision"])
-                self._probe("probe_mass", rest, self.at["decision"])
-                self._select(rest, self.at["decision"])
-        else:
-            self._fill("decision", -1, g.heads)
-        self._work("work_attend", "landmarks", "pool_first")
-        if launch.levels:
-            self._gather("landmarks", g.heads * g.groups)
-            self._pool("landmarks", "pool_first", g.groups)
-            self._fit("landmarks", "pool_first", g.groups)
-        self._attend("attend", None, None)
-        self._certify(second=False)
-        self._work("work_escalate", "landmarks", "pool_first")
-        self._attend("escalate", None, None)
-        self._certify(second=True)
-        return self.out
-
-    # -- helpers ------------------------------------------------------------------------------
-    def _add(self, name: str, kernel: str, block: Any, grid: int) -> None:
-        call = driver.Call(self.launch._kernels[kernel], block, grid)
-        device = self.launch.device
-
-        def step(stream: int) -> None:
-            call.to(stream).start(device)
-
-        self.out.append((name, step))
-
-    def _zero(self) -> None:
-        first, size = self.at["finished"], self.at["zero_end"] - self.at["finished"]
-        self.out.append(("zero", lambda stream: driver.fill_words(first, 0, size // 4, stream)))
-
-    def _fill(self, part: str, value: int, count: int) -> None:
-        address = self.at[part]
-        self.out.append(
-            ("fill", lambda stream: driver.fill_words(address, value, count, stream))
-        )
-
-    def _rows(self, matrix: sm90.DeviceMatrix) -> p.Rows:
-        batch, head, row = matrix.strides
-        return p.Rows(matrix.pointer, row, head, batch)
-
-    def _set(self, block: Any, *names: str) -> Any:
-        for name in names:
-            setattr(block, name, self.at[name])
-        return block
-
-    # -- the launches -------------------------------------------------------------------------
-    def _prepare(self) -> None:
-        g, t = self.launch.geometry, self.launch.tables
-        padded = t.drawn_rows.shape[1]
-        copy_blocks = max(1, g.heads * padded // 32)
-        stretch = 256
-        stretches = -(-g.len_kv // stretch)
-        block = p.Prepare(
-            sizes=self.sizes, query=self._rows(self.arrays.query), drawn=padded,
-            copy_blocks=copy_blocks, stretches=stretches, stretch_rows=stretch,
-        )  # fmt: skip
-        block.arrays[0] = self._rows(self.arrays.value)
-        block.arrays[1] = self._rows(self.arrays.key)
-        self._set(block, "drawn_rows", "drawn_query", "norms", "query_norms")
-        grid = copy_blocks + 2 * g.batch * g.heads_kv * stretches
-        self._add("prepare", "prepare", block, grid)
-
-    def _probe(self, kernel: str, listed: tuple[int, int], decision: int) -> None:
-        g = self.launch.geometry
-        block = sm90.aligned(p.Probe)
-        block.sizes, block.query = self.sizes, self._rows(self.arrays.query)
-        block.group_list, block.listed = listed
-        block.decision = decision
-        sm90.encode_map(block.key_map, self.arrays.key, TILE, self.launch.dtype)
-        self._set(
-            block, "groups", "sample_rows", "partial", "partial_weighted", "lse_log2", "stats",
-            "finished", "codes",
-        )  # fmt: skip
-        self._add(kernel, kernel, block, g.units * listed[1] * g.splits)
-
-    def _select(self, listed: tuple[int, int], decision: int) -> None:
-        g = self.launch.geometry
-        block = p.Select(
-            sizes=self.sizes, group_list=listed[0], listed=listed[1], decision=decision,
-            tile_stride=g.tiles_per_group,
-        )  # fmt: skip
-        block.tau[:] = (*self.launch.taus, *([0.0] * (LEVELS_MAX - self.launch.levels)))
-        self._set(block, "groups", "codes", "selections", "tile_counts")
-        self._add("select", "select", block, g.heads * listed[1])
-
-    def _work(self, kernel: str, slots: str, pool_first: str) -> None:
-        g = self.launch.geometry
-        block = p.Work(
-            sizes=self.sizes, slots=self.at[slots], pool_first=self.at[pool_first],
-            tile_stride=g.tiles_per_group, tile_n=self._tile().tile_n, most_share=_MOST_SHARE,
-            tail=1 if self.launch.levels and g.causal else 0,
-        )  # fmt: skip
-        self._set(
-            block, "groups", "judge_tiles", "judge_groups", "selections", "decision", "failed",
-            "items", "sources", "queue", "kept",
-        )  # fmt: skip
-        block.tile_counts = self.at.get("tile_counts", 0)
-        self._add(kernel, kernel, block, 1)
-
-    def _gather(self, slots: str, count: int) -> None:
-        block = p.Gather(
-            sizes=self.sizes, key=self._rows(self.arrays.key),
-            value=self._rows(self.arrays.value), slots=self.at[slots],
-        )  # fmt: skip
-        self._set(block, "groups", "codes", "selections", "landmark_key", "landmark_value")
-        self._add("gather", "gather", block, count)
-
-    def _pool(self, slots: str, pool_first: str, slots_per_head: int) -> None:
-        g = self.launch.geometry
-        blocks = pool_shape(max(padded_dim(g.dim_qk), padded_dim(g.dim_v)))
-        stretches = -(-(g.len_kv // 64) // blocks)
-        block = p.Pool(
-            sizes=self.sizes, key=self._rows(self.arrays.key),
-            value=self._rows(self.arrays.value), slots=self.at[slots],
-            pool_first=self.at[pool_first], slots_per_head=slots_per_head,
-        )  # fmt: skip
-        self._set(block, "groups", "codes", "selections", "pool_key", "pool_value", "pool_mass")
-        self._add("pool", "pool", block, g.batch * g.heads_kv * stretches)
-
-    def _fit(self, slots: str, pool_first: str, slots_per_head: int) -> None:
-        g = self.launch.geometry
-        splits = -(-(g.len_kv // 64) // 128)
-        block = p.Fit(
-            sizes=self.sizes, query=self._rows(self.arrays.query), slots=self.at[slots],
-            pool_first=self.at[pool_first], chunk_heads=g.chunk_heads, splits=splits,
-        )  # fmt: skip
-        self._set(
-            block,
-            "groups",
-            "sample_rows",
-            "lse_log2",
-            "pool_key",
-            "pool_value",
-            "pool_mass",
-            "pool_bias",
-        )
-        self._add("fit", "fit", block, g.heads * slots_per_head * splits)
-
-    def _merge(self) -> None:
-        t = self.launch.tables
-        tiles = t.drawn_rows.size // TILE
-        block = p.Merge(tiles=tiles, dim_v=self.launch.geometry.dim_v)
-        block.partial_out, block.partial_lse = self.at["exact_out"], self.at["exact_lse"]
-        block.first_partial, block.exact = self.at["first_partial"], self.at["exact_rows"]
-        self._add("merge", "merge", block, tiles * TILE // 8)
-
-    def _tile(self) -> Tile:
-        g = self.launch.geometry
-        return attend_tile(padded_dim(g.dim_qk), padded_dim(g.dim_v))
-
-    def _attention(self, query: sm90.DeviceMatrix, tile: Tile) -> sm90.Params:
-        launch, a = self.launch, self.arrays
-        g, t = launch.geometry, launch.tables
-        keys, values = [a.key], [a.value]
-        if launch.levels:
-            pools = g.heads * max(t.pool_rows, t.judge_pool_rows) + TILE
-            for stem, rows in (("landmark", launch.landmark_rows), ("pool", pools)):
-                keys.append(_flat(self.at[f"{stem}_key"], rows, g.dim_qk))
-                values.append(_flat(self.at[f"{stem}_value"], rows, g.dim_v))
-        block = sm90.pack_arrays(
-            tile, launch.dtype, query, keys, values, a.out, a.lse, launch.scale
-        )
-        block.bias = self.at.get("pool_bias", 0)
-        return block
-
-    def _attend(self, name: str, partial_out: str | None, partial_lse: str | None) -> None:
-        block = self._attention(self.arrays.query, self._tile())
-        g = self.launch.geometry
-        self._set(block, "items", "sources", "queue", "squares")
-        block.squares_head = square_stride(g)
-        block.squares_batch = g.heads_q * block.squares_head
-        block.rounds = 2**31 - 1
-        if partial_out is not None and partial_lse is not None:
-            block.partial_out, block.partial_lse = self.at[partial_out], self.at[partial_lse]
-        self._add(name, "attend", block, self.launch._blocks)
-
-    def _exact(self) -> None:
-        launch = self.launch
-        g, t = launch.geometry, launch.tables
-        padded = t.drawn_rows.shape[1]
-        drawn = sm90.DeviceMatrix(
-            self.at["drawn_query"],
-            (g.batch, g.heads_q, padded, g.dim_qk),
-            (g.heads_q * padded * g.dim_qk, padded * g.dim_qk, g.dim_qk),
-        )
-        tile = exact_tile(padded_dim(g.dim_qk), padded_dim(g.dim_v))
-        block = self._attention(drawn, tile)
-        block.items, block.sources = t.exact.addresses(self.at["exact"])
-        block.rounds = t.exact.rounds
-        block.row_stops = self.at["drawn_stops"]
-        block.partial_out, block.partial_lse = self.at["exact_out"], self.at["exact_lse"]
-        self._add("exact", "exact", block, t.exact.grid)
-
-    def _decide(self) -> None:
-        launch = self.launch
-        g, t = launch.geometry, launch.tables
-        rows = launch.judges * TILE
-        spare = round(rows * (g.drawn - launch.order) / g.drawn)
-        block = p.Decide(
-            sizes=self.sizes, slots=self.at["judge_slots"], exact=self.at["exact_rows"],
-            exact_stride=t.drawn_rows.shape[1], finished=self.at["judged"],
-            partial_out=self.at["judge_out"], verdicts=self.at["decisions"],
-            dense_tiles=t.dense_tiles, near_tiles=t.near_tiles, far_tiles=t.far_tiles,
-            spare_rows=spare, chunk_heads=g.chunk_heads,
-        )  # fmt: skip
-        ctypes.memmove(block.table, launch.table.record.tobytes(), len(block.table))
-        self._set(
-            block, "groups", "judge_tiles", "judge_groups", "selections", "stats",
-            "sample_rows", "decision", "errors",
-        )  # fmt: skip
-        self._add("decide", "decide", block, g.heads * launch.levels)
-
-    def _certify(self, *, second: bool) -> None:
-        launch = self.launch
-        g, t, budget = launch.geometry, launch.tables, launch.budget
-        first = launch.judges * TILE if launch.levels else 0
-        sums, scores = oracle_factors(g, t.exact.sources["keys"].max(), launch.scale)
-        block = p.Certify(
-            sizes=self.sizes, out=self._rows(self.arrays.out), budget=budget.rel,
-            exact=self.at["exact_rows"], verdicts=self.at["certificates"],
-            sum_factor=sums, score_factor=scores, drawn=g.drawn,
-            drawn_stride=t.drawn_rows.shape[1], drawn_first=first,
-            square_stride=square_stride(g), order=launch.order, second=int(second),
-        )  # fmt: skip
-        self._set(block, "drawn_rows", "squares", "norms", "query_norms", "failed")
-        name = "certify_again" if second else "certify"
-        self._add(name, "certify", block, g.heads)
-
-
-def _flat(pointer: int, rows: int, dim: int) -> sm90.DeviceMatrix:
-    return sm90.DeviceMatrix(pointer, (1, 1, rows, dim), (rows * dim, rows * dim, dim))
-
-
-def oracle_factors(g: FarGeometry, split_keys: int, scale: float) -> tuple[float, float]:
-    """Return what an exact row may err by: its sums over |v|, its scores over |q| |k|.
-
-    As `adaattn_cuda.facts` charges the kernels, with weights of two 16-bit parts: 2^-16.
-    """
-    truncation = 2.0**-22
-    sums = (split_keys / 8 + 16) * truncation + 2.0**-16 + 2.0**-20
-    return sums, (g.dim_qk / 8 + 8) * truncation * scale
-
-
-def read_array(data: bytes, dtype: np.dtype[Any], shape: Sequence[int]) -> Any:
-    """Return device bytes as an array."""
-    return np.frombuffer(data, dtype, math.prod(shape)).reshape(shape)

@@ -6,10 +6,10 @@
 //              P(Binomial(rows, share) <= k - 1) reaches the confidence being the host's. 4. failed = upper above the budget.
 //              Source: this project, docs/math/10-order-statistic.md, theorem 10.
 // Numerics     f32, rounded up by 2^-16; NaN counts as infinite.
-// Tiles        256 threads: a warp a row, then a thread a row.
+// Tiles        256 threads: eight lanes a row, then a thread a row.
 // Shared mem   errors: f32, 256 rows; norms likewise.
-// Budget: registers<=64 spill_bytes=0 smem_bytes<=8192
-// Limits       at most 256 drawn rows a head; dim_v up to 256.
+// Budget: registers<=128 spill_bytes=0 smem_bytes<=8192
+// Limits       at most 256 drawn rows a head; dim_v a multiple of 8 up to 256; rows start on 16 bytes.
 // Ladder       docs/kernels/far_field.md.
 #pragma once
 
@@ -93,26 +93,35 @@ ADAATTN_DEVICE void run(const Params& params) {
     // The sums are of rows before they were rounded to 16 bits: 2^-8 at most.
     const float rms = sqrtf(squares / static_cast<float>(sizes.len_q)) * (1.0f - 3.90625e-3f);
 
-    for (int row = warp; row < params.drawn; row += T::kWarps) {
+    // Eight lanes a row, so that a warp has the loads of many rows in flight.
+#pragma unroll 4
+    for (int first = 4 * warp; first < params.drawn; first += 4 * T::kWarps) {
+        const int row = smaller(first + lane / 8, params.drawn - 1);
         const i64 index = static_cast<i64>(head) * params.drawn_stride + params.drawn_first + row;
         const u16* returned =
             params.out.at(head / sizes.heads_q, head % sizes.heads_q, params.drawn_rows[index]);
+        const float* exact = params.exact + index * sizes.dim_v;
         float error = 0.0f;
         float norm = 0.0f;
+        for (int dim = 4 * (lane % 8); dim < sizes.dim_v; dim += 32) {
+            const float4 row_truth = *reinterpret_cast<const float4*>(exact + dim);
+            const uint2 words = *reinterpret_cast<const uint2*>(returned + dim);
+            const float truth[4] = {row_truth.x, row_truth.y, row_truth.z, row_truth.w};
+            const u32 pairs[2] = {words.x, words.y};
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            if (lane + 32 * i >= sizes.dim_v) continue;
-            const float truth = params.exact[index * sizes.dim_v + lane + 32 * i];
-            const float away = quant::widen<T::kFormat>(returned[lane + 32 * i]) - truth;
-            error = fmaf(away, away, error);
-            norm = fmaf(truth, truth, norm);
+            for (int i = 0; i < 4; ++i) {
+                const u16 bits = static_cast<u16>(pairs[i / 2] >> (16 * (i % 2)) & 0xffffu);
+                const float away = quant::widen<T::kFormat>(bits) - truth[i];
+                error = fmaf(away, away, error);
+                norm = fmaf(truth[i], truth[i], norm);
+            }
         }
 #pragma unroll
-        for (int step = 16; step > 0; step /= 2) {
+        for (int step = 4; step > 0; step /= 2) {
             error += __shfl_xor_sync(kFullWarp, error, step);
             norm += __shfl_xor_sync(kFullWarp, norm, step);
         }
-        if (lane == 0) {
+        if (lane % 8 == 0 && first + lane / 8 < params.drawn) {
             errors[row] = error == error ? error : ptx::infinity();
             norms[row] = norm;
         }
@@ -120,6 +129,7 @@ ADAATTN_DEVICE void run(const Params& params) {
     __syncthreads();
     if (thread < params.drawn) {
         int smaller_ones = 0;
+#pragma unroll 8
         for (int i = 0; i < params.drawn; ++i) {
             smaller_ones +=
                 errors[i] < errors[thread] || (errors[i] == errors[thread] && i < thread);

@@ -5,10 +5,10 @@
 //              the key tiles that the level would visit, from the judged groups' counts. 4. The head's last block:
 //              decide() of the decision table.
 // Numerics     f32; a NaN error counts as infinite.
-// Tiles        256 threads: a warp a row, then a thread a row.
+// Tiles        256 threads: eight lanes a row, then a thread a row.
 // Shared mem   errors: f32, 2 x 128 rows; norms likewise.
-// Budget: registers<=64 spill_bytes=0 smem_bytes<=8192
-// Limits       dim_v up to 256; at most 2 judged tiles of 128 rows.
+// Budget: registers<=128 spill_bytes=0 smem_bytes<=8192
+// Limits       dim_v a multiple of 8 up to 256; at most 2 judged tiles of 128 rows.
 // Ladder       docs/kernels/far_field.md.
 #pragma once
 
@@ -77,7 +77,10 @@ ADAATTN_DEVICE void judge(const Params& params, int head, int level, float& erro
     rms = 0.0f;
     if (!possible) return;
     const int rows = sizes.judges * sizes.tile;
-    for (int row = warp; row < rows; row += T::kWarps) {
+    // Eight lanes a row, so that a warp has the loads of many rows in flight.
+#pragma unroll 4
+    for (int first = 4 * warp; first < rows; first += 4 * T::kWarps) {
+        const int row = first + lane / 8;
         const int j = row / sizes.tile;
         float away = 0.0f;
         float norm = 0.0f;
@@ -89,19 +92,25 @@ ADAATTN_DEVICE void judge(const Params& params, int head, int level, float& erro
                 (static_cast<i64>((head * sizes.judges + j) * sizes.levels + level) * sizes.tile +
                  row % sizes.tile) *
                     sizes.dim_v;
-            for (int dim = lane; dim < sizes.dim_v; dim += kWarpThreads) {
-                const float truth = exact[dim];
-                const float difference = approximate[dim] - truth;
-                away = fmaf(difference, difference, away);
-                norm = fmaf(truth, truth, norm);
+            for (int dim = 4 * (lane % 8); dim < sizes.dim_v; dim += 32) {
+                const float4 truth = *reinterpret_cast<const float4*>(exact + dim);
+                const float4 found = *reinterpret_cast<const float4*>(approximate + dim);
+                const float x = found.x - truth.x;
+                const float y = found.y - truth.y;
+                const float z = found.z - truth.z;
+                const float w = found.w - truth.w;
+                away = fmaf(x, x, fmaf(y, y, fmaf(z, z, fmaf(w, w, away))));
+                norm = fmaf(
+                    truth.x, truth.x,
+                    fmaf(truth.y, truth.y, fmaf(truth.z, truth.z, fmaf(truth.w, truth.w, norm))));
             }
         }
 #pragma unroll
-        for (int step = 16; step > 0; step /= 2) {
+        for (int step = 4; step > 0; step /= 2) {
             away += __shfl_xor_sync(kFullWarp, away, step);
             norm += __shfl_xor_sync(kFullWarp, norm, step);
         }
-        if (lane == 0) {
+        if (lane % 8 == 0) {
             errors[row] = away == away ? away : ptx::infinity();
             norms[row] = norm;
         }
@@ -110,6 +119,7 @@ ADAATTN_DEVICE void judge(const Params& params, int head, int level, float& erro
     if (thread < rows) {
         // The rank of this row's error; ties in order of rows.
         int larger_ones = 0;
+#pragma unroll 8
         for (int i = 0; i < rows; ++i)
             larger_ones +=
                 errors[i] > errors[thread] || (errors[i] == errors[thread] && i < thread);

@@ -1,0 +1,100 @@
+"""Specialisations of the kernels that one adaptive call runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from adaattn_cuda.jit.spec import KernelSpec
+from adaattn_cuda.tuning.sm90_attn_fwd_f16 import Tile, padded_dim
+from adaattn_cuda.work.far import TILE, FarGeometry
+
+__all__ = [
+    "GATHER_KEYS",
+    "attend_tile",
+    "exact_tile",
+    "kernel_specs",
+    "pool_shape",
+]
+
+_ARCH = "sm_90a"
+_SELECT_THREADS = _GATHER_THREADS = _DECIDE_THREADS = 256
+GATHER_KEYS = 16 * _GATHER_THREADS
+"""Keys that one block looks for landmarks in: ``kStretch`` of far_gather.cuh."""
+_PROBES = {"probe_stats": (0, 1), "probe_lse": (0, 0), "probe_mass": (1, 0)}
+"""Pass and statistics of each specialisation of the probe."""
+
+
+def kernel_specs(g: FarGeometry, dtype: str, levels: int) -> dict[str, tuple[KernelSpec, int]]:
+    """Kernels of a geometry, with their threads."""
+    kind = f"adaattn::Format::{dtype}"
+    dim_qk, dim_v = padded_dim(g.dim_qk), padded_dim(g.dim_v)
+
+    def plan(stem: str, *traits: Any, smem: int = 0) -> KernelSpec:
+        return KernelSpec(stem, traits, smem, _ARCH, folder="plan")
+
+    attend = attend_tile(dim_qk, dim_v)
+    exact = exact_tile(dim_qk, dim_v)
+    found = {
+        "prepare": (plan("far_prepare", kind, row_dim(dim_qk, dim_v), 256), 256),
+        "merge": (plan("far_merge", 8), 256),
+        "attend": (attend.spec(dtype), attend.threads),
+        "exact": (exact.spec(dtype), exact.threads),
+        "certify": (plan("far_certify", kind, 256), 256),
+        "work_attend": (plan("far_work", 1), 1024),
+        "work_escalate": (plan("far_work", 2), 1024),
+    }
+    if levels:
+        columns = (dim_qk, g.samples, g.chunk_heads)
+        pool_dim = max(dim_qk, dim_v)
+        pool_blocks = pool_shape(pool_dim)
+        found |= {
+            name: (
+                plan("sm90_probe", kind, *columns, *what, smem=probe_smem(*columns, *what)),
+                256,
+            )
+            for name, what in _PROBES.items()
+        }
+        fit_smem = g.samples * (2 * dim_qk + 24)
+        pool_smem = 256 * pool_blocks * pool_dim
+        found |= {
+            "select": (plan("far_select", _SELECT_THREADS), _SELECT_THREADS),
+            "gather": (plan("far_gather", _GATHER_THREADS), _GATHER_THREADS),
+            "pool": (plan("far_pool", kind, pool_dim, pool_blocks, smem=pool_smem), 256),
+            "fit": (plan("far_fit", kind, dim_qk, g.samples, smem=fit_smem), 128),
+            "work_judge": (plan("far_work", 0), 1024),
+            "decide": (plan("far_decide", kind, _DECIDE_THREADS), _DECIDE_THREADS),
+        }
+    return found
+
+
+def attend_tile(dim_qk: int, dim_v: int) -> Tile:
+    """Specialisation that runs work lists of planning kernels."""
+    tile_n = TILE if max(dim_qk, dim_v) <= 128 else 64
+    query_stages = 2 if max(dim_qk, dim_v) <= 64 else 1
+    return Tile(dim_qk, dim_v, 2, tile_n, query_stages=query_stages, role=1, max_sources=3)
+
+
+def exact_tile(dim_qk: int, dim_v: int) -> Tile:
+    """Specialisation that computes drawn rows."""
+    tile_n = TILE if max(dim_qk, dim_v) <= 128 else 64
+    return Tile(dim_qk, dim_v, 2, tile_n, role=2)
+
+
+def probe_smem(dim: int, samples: int, heads: int, kind: int, stats: int) -> int:
+    """Shared memory of a probe; the kernel asserts it."""
+    panels, columns = dim // 64, samples * heads
+    stages = 4 if dim <= 64 else 2
+    barrier = -(-panels * columns * 128 // 1024) * 1024 + stages * panels * TILE * 128
+    merge = barrier + -(-16 * stages // 128) * 128 + 12 * columns
+    floats = (3 if stats else 2) if kind == 0 else 0
+    return -(-(merge + 32 * columns * floats + 16) // 128) * 128
+
+
+def row_dim(dim_qk: int, dim_v: int) -> int:
+    """Return the padded dim of rows that are read eight elements a lane: a power of two."""
+    return 1 << (max(dim_qk, dim_v) - 1).bit_length()
+
+
+def pool_shape(dim: int) -> int:
+    """Blocks of keys that a pooling block holds."""
+    return {64: 8, 128: 4}.get(dim, 2)

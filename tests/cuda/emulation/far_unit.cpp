@@ -1,0 +1,40 @@
+// far_unit.cpp -- planning kernels on a CPU, block by block.
+#include "cuda_words.h"
+
+#include "adaattn/plan/far_certify.cuh"
+#include "adaattn/plan/far_decide.cuh"
+#include "adaattn/plan/far_gather.cuh"
+
+namespace {
+
+template <class Params>
+Params held;
+
+template <class Traits, class Params, void (*kBody)(const Params&)>
+void launch(const Params* params, int blocks) {
+    held<Params> = *params;
+    words::grid = static_cast<unsigned>(blocks);
+    for (int block = 0; block < blocks; ++block) {
+        adaattn::ptx::emulation::run_block(block, Traits::kThreads, 0, [] { kBody(held<Params>); });
+    }
+}
+
+constexpr auto kFormat = adaattn::Format::f16;
+using Gather = adaattn::far_gather::Traits<256>;
+using Decide = adaattn::far_decide::Traits<kFormat, 256>;
+using Certify = adaattn::far_certify::Traits<kFormat, 256>;
+
+}  // namespace
+
+extern "C" int gather_bytes() { return sizeof(adaattn::far_gather::Params); }
+extern "C" int decide_bytes() { return sizeof(adaattn::far_decide::Params); }
+extern "C" int certify_bytes() { return sizeof(adaattn::far_certify::Params); }
+extern "C" void gather(const adaattn::far_gather::Params* params, int blocks) {
+    launch<Gather, adaattn::far_gather::Params, adaattn::far_gather::run<Gather>>(params, blocks);
+}
+extern "C" void decide(const adaattn::far_decide::Params* params, int blocks) {
+    launch<Decide, adaattn::far_decide::Params, adaattn::far_decide::run<Decide>>(params, blocks);
+}
+extern "C" void certify(const adaattn::far_certify::Params* params, int blocks) {
+    launch<Certify, adaattn::far_certify::Params, adaattn::far_certify::run<Certify>>(params, blocks);
+}

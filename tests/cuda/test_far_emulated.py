@@ -1,0 +1,208 @@
+"""Planning kernels' own source, run on a CPU: gather, decide and certify against NumPy."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import adaattn_kernels_cu as kernels
+from adaattn_core.policies.table import TABLE
+from adaattn_cuda.planner import params as p
+from adaattn_cuda.planner.layout import CERTIFICATE, DECISION
+from adaattn_cuda.planner.specs import GATHER_KEYS
+from adaattn_cuda.work.far import GROUP, LEVELS_MAX, SLOT, TILE
+
+HEADS, HEADS_KV, DIM = 4, 2, 72
+SLOT_ROWS = 128
+POISON = 7.0
+
+
+@pytest.fixture(scope="module")
+def unit(cxx: str, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The kernels compiled for the CPU."""
+    emulation = Path(__file__).parent / "emulation"
+    built = tmp_path_factory.mktemp("far") / "far.so"
+    paths = ["-I", str(emulation), "-I", str(kernels.root())]
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=off"]
+    warnings = ["-Wall", "-Werror", "-Wno-unknown-pragmas"]
+    source = str(emulation / "far_unit.cpp")
+    command = [cxx, *flags, *warnings, *paths, source, "-o", str(built)]
+    subprocess.run(command, check=True, timeout=120)
+    return ctypes.CDLL(str(built))
+
+
+def rows_of(array: NDArray[Any]) -> Any:
+    """(head, row, dim) of one batch entry, as ``far::Rows``."""
+    head, row = (s // array.itemsize for s in array.strides[:2])
+    return p.Rows(array.ctypes.data, row, head, 0)
+
+
+def sizes(len_kv: int, **changed: int) -> Any:
+    """Sizes of one sequence; only what the kernels read is set."""
+    facts = {
+        "batch": 1, "heads_q": HEADS, "heads_kv": HEADS_KV, "len_q": len_kv, "len_kv": len_kv,
+        "causal": 1, "dim_qk": DIM, "dim_v": DIM, "tile": TILE, "tiles": -(-len_kv // TILE),
+        "band": 256, "groups": 1, "samples": 16, "levels": 2, "judges": 1,
+        "code_stride": -(-len_kv // TILE) * TILE,
+    }  # fmt: skip
+    made = p.Sizes()
+    for name, value in (facts | changed).items():
+        setattr(made, name, value)
+    return made
+
+
+def test_parameter_blocks_have_the_size_of_their_twins(unit: ctypes.CDLL) -> None:
+    assert unit.gather_bytes() == ctypes.sizeof(p.Gather)
+    assert unit.decide_bytes() == ctypes.sizeof(p.Decide)
+    assert unit.certify_bytes() == ctypes.sizeof(p.Certify)
+
+
+@pytest.mark.parametrize(
+    ("far_keys", "threshold"),
+    [(64, 0), (GATHER_KEYS, 128), (GATHER_KEYS + 64, 250), (2 * GATHER_KEYS + 1088, 256),
+     (2 * GATHER_KEYS + 1088, 255), (3 * GATHER_KEYS, 40)],
+)  # fmt: skip
+def test_gather_copies_the_landmarks_in_order(
+    unit: ctypes.CDLL, far_keys: int, threshold: int
+) -> None:
+    rng = np.random.default_rng(far_keys + threshold)
+    len_kv = far_keys + 320
+    key, value = (rng.standard_normal((HEADS_KV, len_kv, DIM)).astype(np.float16) for _ in "kv")
+    size = sizes(len_kv)
+    codes = rng.integers(0, 256, (HEADS, 1, size.code_stride), np.uint8)
+    groups = np.zeros(1, GROUP)
+    groups["far_keys"] = far_keys
+    selections = np.zeros((HEADS, 1, LEVELS_MAX, 2), np.int32)
+    selections[:, :, 1, 0] = threshold
+    wanted = [np.flatnonzero(codes[h, 0, :far_keys] >= threshold) for h in range(HEADS)]
+    slots = np.zeros(HEADS, SLOT)
+    room = np.array([-(-len(w) // SLOT_ROWS) * SLOT_ROWS for w in wanted])
+    first = np.cumsum(room) - room
+    slots["head"], slots["level"], slots["row_first"] = np.arange(HEADS), 1, first
+    slots["head"][2] = -1  # a slot that is not offered
+    buffer_key, buffer_value = (
+        np.full((int(room.sum()) + 1, DIM), POISON, np.float16) for _ in "kv"
+    )
+    block = p.Gather(sizes=size, key=rows_of(key), value=rows_of(value))
+    for name, array in (
+        ("groups", groups), ("codes", codes), ("selections", selections), ("slots", slots),
+        ("landmark_key", buffer_key), ("landmark_value", buffer_value),
+    ):  # fmt: skip
+        setattr(block, name, array.ctypes.data)
+    unit.gather(ctypes.byref(block), HEADS * -(-len_kv // GATHER_KEYS))
+    expected_key, expected_value = (np.full_like(buffer_key, POISON) for _ in "kv")
+    for h in (0, 1, 3):
+        rows = slice(first[h], first[h] + len(wanted[h]))
+        expected_key[rows] = key[h // 2, wanted[h]]
+        expected_value[rows] = value[h // 2, wanted[h]]
+        expected_value[rows.stop : first[h] + room[h]] = 0  # what fills a slot is finite
+    np.testing.assert_array_equal(buffer_key, expected_key)
+    np.testing.assert_array_equal(buffer_value, expected_value)
+
+
+@pytest.mark.parametrize("drawn", [59, 128, 130, 256])
+def test_certify_takes_the_order_statistic(unit: ctypes.CDLL, drawn: int) -> None:
+    rng = np.random.default_rng(drawn)
+    len_q, budget = 1000, 0.05
+    padded, order = -(-drawn // TILE) * TILE, drawn - 3
+    size = sizes(len_q)
+    out = rng.standard_normal((HEADS, len_q, DIM)).astype(np.float16)
+    drawn_rows = np.zeros((HEADS, TILE + padded), np.int32)
+    drawn_rows[:, TILE : TILE + drawn] = rng.integers(0, len_q, (HEADS, drawn))
+    exact = np.full((HEADS, TILE + padded, DIM), np.nan, np.float32)
+    noise = rng.standard_normal((HEADS, drawn, DIM)) * rng.exponential(0.02, (HEADS, drawn, 1))
+    for h in range(HEADS):
+        exact[h, TILE : TILE + drawn] = out[h, drawn_rows[h, TILE : TILE + drawn]] + noise[h]
+    exact[3, TILE + 5] = np.nan
+    squares = np.zeros((HEADS, -(-len_q // 16)), np.float32)
+    for i in range(squares.shape[1]):
+        squares[:, i] = (out[:, 16 * i : 16 * i + 16].astype(np.float64) ** 2).sum((1, 2))
+    norms = np.zeros((2, HEADS_KV), np.float32)
+    query_norms, failed = np.zeros(HEADS, np.float32), np.full(HEADS, 9, np.int32)
+    verdicts = np.zeros(HEADS, CERTIFICATE)
+    block = p.Certify(
+        sizes=size, out=rows_of(out), budget=budget, drawn=drawn, drawn_stride=TILE + padded,
+        drawn_first=TILE, square_stride=squares.shape[1], order=order,
+    )  # fmt: skip
+    for name, array in (
+        ("drawn_rows", drawn_rows), ("exact", exact), ("squares", squares), ("norms", norms),
+        ("query_norms", query_norms), ("failed", failed), ("verdicts", verdicts),
+    ):  # fmt: skip
+        setattr(block, name, array.ctypes.data)
+    unit.certify(ctypes.byref(block), HEADS)
+    rms = np.sqrt(squares.sum(1, dtype=np.float64) / len_q) * (1 - 2.0**-8)
+    np.testing.assert_allclose(verdicts["rms"], rms, rtol=1e-5)
+    away = exact[:, TILE : TILE + drawn].astype(np.float64)
+    for h in range(HEADS):
+        away[h] -= out[h, drawn_rows[h, TILE : TILE + drawn]]
+    errors = np.linalg.norm(away, axis=2)
+    errors[np.isnan(errors)] = np.inf
+    upper = np.sort(errors, axis=1)[:, order - 1] / rms
+    assert (verdicts["upper"] >= upper).all()
+    np.testing.assert_allclose(verdicts["upper"], upper, rtol=1e-4)
+    np.testing.assert_array_equal(failed, (upper > budget).astype(np.int32))
+
+
+def test_decide_measures_the_spared_quantile(unit: ctypes.CDLL) -> None:
+    rng = np.random.default_rng(5)
+    len_q, levels, spare = 1000, 2, 3
+    size = sizes(len_q, levels=levels)
+    judged = size.tiles - 1
+    alive = len_q - judged * TILE
+    judge_tiles, judge_groups = np.array([judged], np.int32), np.zeros(1, np.int32)
+    groups = np.zeros(1, GROUP)
+    groups["tiles"], groups["far_keys"] = size.tiles, 640
+    slots = np.zeros((HEADS, 1, levels), SLOT)
+    slots["head"] = np.arange(HEADS)[:, None, None]
+    slots["head"][1, 0, 0] = -1  # too many landmarks to be worth judging
+    selections = np.zeros((HEADS, 1, LEVELS_MAX, 2), np.int32)
+    selections[:, :, :levels, 1] = [256, 64]
+    exact = rng.standard_normal((HEADS, TILE, DIM)).astype(np.float32)
+    partial = np.empty((HEADS, 1, levels, TILE, DIM), np.float32)
+    scale = np.array([0.01, 0.2])[:, None, None]
+    noise = rng.standard_normal((HEADS, levels, TILE, DIM)) * scale
+    partial[:, 0] = exact[:, None] + noise
+    partial[3, 0, 1, 7] = np.nan
+    stats = np.zeros((HEADS, 1, size.samples, 4), np.float32)
+    sample_rows = np.arange(size.samples, dtype=np.int32)[None]
+    errors = np.zeros((HEADS, LEVELS_MAX + 1), np.float32)
+    finished, decision = np.zeros(HEADS, np.int32), np.full(HEADS, 9, np.int32)
+    verdicts = np.zeros(HEADS, DECISION)
+    table = np.zeros((), TABLE)
+    table["count"], table["aim"], table["worthwhile"] = levels, 0.05, 1.0
+    for name in ("entropy_below", "saturation_most", "score_most", "share_most"):
+        table["candidates"][name] = np.inf
+    table["candidates"]["slope"] = 1.0
+    block = p.Decide(
+        sizes=size, dense_tiles=36.0, near_tiles=10.0, far_tiles=5.0, spare_rows=spare,
+        chunk_heads=1, exact_stride=TILE,
+    )  # fmt: skip
+    ctypes.memmove(block.table, table.tobytes(), TABLE.itemsize)
+    for name, array in (
+        ("groups", groups), ("judge_tiles", judge_tiles), ("judge_groups", judge_groups),
+        ("slots", slots), ("selections", selections), ("exact", exact),
+        ("partial_out", partial), ("stats", stats), ("sample_rows", sample_rows),
+        ("errors", errors), ("finished", finished), ("decision", decision),
+        ("verdicts", verdicts),
+    ):  # fmt: skip
+        setattr(block, name, array.ctypes.data)
+    unit.decide(ctypes.byref(block), HEADS * levels)
+    away = np.linalg.norm(partial[:, 0].astype(np.float64) - exact[:, None], axis=3)
+    away[np.isnan(away)] = np.inf
+    away[..., alive:] = 0  # rows beyond the last one count as kept
+    rms = np.sqrt((exact[:, :alive].astype(np.float64) ** 2).sum((1, 2)) / TILE)
+    expected = -np.sort(-away, axis=2)[..., spare] / rms[:, None]
+    expected[1, 0] = np.inf
+    found = verdicts["measures"]
+    np.testing.assert_allclose(found["error"][:, :levels], expected, rtol=1e-4)
+    np.testing.assert_allclose(found["output_rms"], rms, rtol=1e-4)
+    shares = (10 + 5 * np.array([256, 64]) / 128) / 36
+    np.testing.assert_allclose(found["share"][0, :levels], shares, rtol=1e-6)
+    np.testing.assert_array_equal(decision, [0, -1, 0, 0])
+    np.testing.assert_array_equal(finished, 0)
