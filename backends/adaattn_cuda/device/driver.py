@@ -30,6 +30,7 @@ __all__ = [
     "fill_words",
     "is_capturing",
     "load_driver",
+    "new_stream",
     "read",
 ]
 
@@ -308,13 +309,18 @@ class Call:
             check(result, "launching a kernel")
 
 
-@cache
-def _copy_stream(device: int) -> Any:
-    """Return a stream of our own, which waits for no other."""
+def new_stream(device: int) -> Any:
+    """Return a new stream that waits for no other."""
     cuda = load_driver()
     with OnDevice(device):
         flag = int(cuda.CUstream_flags.CU_STREAM_NON_BLOCKING)
         return check(cuda.cuStreamCreate(flag), "making a stream")
+
+
+@cache
+def _copy_stream(device: int) -> Any:
+    """Return the stream of our own that tables are copied on."""
+    return new_stream(device)
 
 
 def _free(cuda: Any, device: int, address: int) -> None:

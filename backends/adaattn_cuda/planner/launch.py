@@ -1,4 +1,4 @@
-"""One adaptive call: what is made once, and how it is started.
+"""One adaptive call: what is made once, and its launches as one graph.
 
 Nothing here waits for the device: the host enqueues the same launches whatever the data are,
 and every kernel finds on the device whether there is something to do.
@@ -6,11 +6,13 @@ and every kernel finds on the device whether there is something to do.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from adaattn_core import bounds
 from adaattn_core.policies.table import DecisionTable
 from adaattn_cuda.device import driver
+from adaattn_cuda.device.graph import Graph
 from adaattn_cuda.device.launch import kernel_of
 from adaattn_cuda.planner.layout import kept_layout, scratch_layout
 from adaattn_cuda.planner.sequence import FarArrays, Packer, Step
@@ -75,7 +77,7 @@ class FarLaunch:
         self.scratch = scratch_layout(g, self.tables, self.levels, self.landmark_rows)
         self.constants = self._upload()
         self.kernels = self._load(stream)
-        self._ready: Recent[list[Step]] = Recent(_ADDRESSES_REMEMBERED)
+        self._ready: Recent[_Replay] = Recent(_ADDRESSES_REMEMBERED)
 
     # -- what is made once --------------------------------------------------------------------
     def _upload(self) -> dict[str, int]:
@@ -111,18 +113,51 @@ class FarLaunch:
 
     # -- a call -------------------------------------------------------------------------------
     def start(self, arrays: FarArrays, kept: int, scratch: int, stream: int) -> None:
-        """Enqueue everything; `kept` and `scratch` are addresses of the two allocations."""
-        for _, step in self.steps(arrays, kept, scratch):
-            step(stream)
+        """Enqueue everything; `kept` and `scratch` are addresses of the two allocations.
+
+        From the second start with the same addresses on, one graph is replayed.
+        """
+        self._replay(arrays, kept, scratch).start(stream)
 
     def steps(self, arrays: FarArrays, kept: int, scratch: int) -> list[Step]:
         """Return the named launches for a set of addresses, packed once."""
+        return self._replay(arrays, kept, scratch).steps
+
+    def _replay(self, arrays: FarArrays, kept: int, scratch: int) -> _Replay:
         key = (
             arrays.query.pointer, arrays.key.pointer, arrays.value.pointer,
             arrays.out.pointer, arrays.lse.pointer, kept, scratch,
         )  # fmt: skip
         found = self._ready.get(key)
         if found is None:
-            found = Packer(self, arrays, kept, scratch).steps()
+            found = _Replay(Packer(self, arrays, kept, scratch).steps(), self.device)
             self._ready.put(key, found)
         return found
+
+
+class _Replay:
+    """The launches of one set of addresses; one graph from their second start on.
+
+    A caller that records a graph itself gets the launches, one by one.
+    """
+
+    def __init__(self, steps: list[Step], device: int) -> None:
+        self.steps, self._device = steps, device
+        self._started = False
+        self._graph: Graph | None = None
+        self._lock = threading.Lock()  # a launch carries its stream: one thread at a time
+
+    def start(self, stream: int) -> None:
+        with self._lock:
+            capturing = driver.is_capturing(stream)
+            if capturing or not self._started:
+                self._enqueue(stream)
+                self._started |= not capturing
+                return
+            if self._graph is None:
+                self._graph = Graph(self._enqueue, self._device)
+            self._graph.start(stream)
+
+    def _enqueue(self, stream: int) -> None:
+        for _, step in self.steps:
+            step(stream)
