@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
+from adaattn_cuda.device import driver
 from adaattn_cuda.planner import launch
 
 
@@ -58,3 +61,40 @@ def test_a_caller_that_records_gets_the_launches_themselves(capturing: set[int])
     replay.start(7)
     assert seen == [7, 5, 99, 7]
     assert [g.started for g in _Recorder.made] == [[5]]
+
+
+def test_what_is_dropped_waits_for_a_moment_that_may_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A recording of the caller's would be broken by a wait or by a free."""
+    seen: list[object] = []
+
+    class _Here:
+        def __init__(self, device: int) -> None:
+            seen.append(("on", device))
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_: object) -> None: ...
+
+    def wait() -> tuple[int]:
+        seen.append("waited")
+        return (0,)
+
+    monkeypatch.setattr(driver, "OnDevice", _Here)
+    monkeypatch.setattr(driver, "load_driver", lambda: SimpleNamespace(cuCtxSynchronize=wait))
+
+    class _Owner: ...
+
+    owners = [_Owner(), _Owner()]
+    for i, owner in enumerate(owners):
+        driver.release_with(owner, 5, seen.append, i)
+    del owner
+    owners.clear()
+    assert not seen
+    driver.release_dropped()
+    assert seen[:2] == [("on", 5), "waited"]
+    assert {x for x in seen if isinstance(x, int)} == {0, 1}
+    assert seen.count("waited") == 1
+    driver.release_dropped()
+    assert seen.count("waited") == 1

@@ -10,6 +10,8 @@ import ctypes
 import importlib
 import threading
 import weakref
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -32,6 +34,8 @@ __all__ = [
     "load_driver",
     "new_stream",
     "read",
+    "release_dropped",
+    "release_with",
 ]
 
 _OLDEST_DRIVER = 12000
@@ -323,29 +327,52 @@ def _copy_stream(device: int) -> Any:
     return new_stream(device)
 
 
-def _free(cuda: Any, device: int, address: int) -> None:
-    with OnDevice(device):
-        # cuMemFree does not wait for memory of cuMemAllocAsync: a kernel may still read it.
-        cuda.cuCtxSynchronize()
-        cuda.cuMemFree(address)
+# What nobody holds any more, to be given back by `release_dropped`. Python may drop an object
+# at any moment, and while the caller records a CUDA graph nothing may wait or free.
+_DROPPED: deque[tuple[int, Callable[..., Any], Any]] = deque()
+
+
+def release_with(owner: object, device: int, release: Callable[..., Any], what: Any) -> None:
+    """Have `release(what)` called some time after `owner` is gone and its work is done."""
+    at = weakref.finalize(owner, _DROPPED.append, (device, release, what))
+    at.atexit = False  # the driver frees everything when the process ends
+
+
+def release_dropped() -> None:
+    """Give back what was dropped; not while the caller records a CUDA graph."""
+    cuda = load_driver()
+    waited: set[int] = set()
+    while _DROPPED:
+        try:
+            device, release, what = _DROPPED.popleft()
+        except IndexError:  # another thread took it
+            return
+        with OnDevice(device):
+            if device not in waited:
+                # cuMemFree does not wait for memory of cuMemAllocAsync: a kernel may still
+                # read it.
+                check(cuda.cuCtxSynchronize(), "waiting before memory is freed")
+                waited.add(device)
+            release(what)
 
 
 class DeviceTable:
-    """Bytes on the device, ready for every stream, freed with this object.
+    """Bytes on the device, ready for every stream, freed some time after this object.
 
-    They are copied on a stream of their own, and only that copy is waited for: nothing that the
-    caller has queued is.
+    Not to be made while the caller records a CUDA graph. They are copied on a stream of their
+    own. That copy is waited for, and what the caller has queued only where older tables are
+    given back.
     """
 
     def __init__(self, data: bytes, device: int) -> None:
         cuda = load_driver()
+        release_dropped()
         self.size_bytes = len(data)
         stream = _copy_stream(device)
         with OnDevice(device):
             address = check(cuda.cuMemAllocAsync(len(data), stream), "allocating a work list")
             self.address = int(address)
-            release = weakref.finalize(self, _free, cuda, device, self.address)
-            release.atexit = False  # the driver frees everything when the process ends
+            release_with(self, device, cuda.cuMemFree, self.address)
             check(
                 cuda.cuMemcpyHtoDAsync(address, data, len(data), stream),
                 "copying a work list",

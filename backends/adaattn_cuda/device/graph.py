@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from adaattn_cuda.device.driver import OnDevice, check, load_driver, new_stream
+from adaattn_cuda.device.driver import OnDevice, check, load_driver, new_stream, release_with
 
 __all__ = ["Graph"]
 
@@ -56,9 +55,7 @@ class Graph:
                     cuda.cuGraphDestroy(graph)
             finally:
                 cuda.cuThreadExchangeStreamCaptureMode(before)
-        # The driver lets starts in flight finish before it frees an executable graph.
-        release = weakref.finalize(self, cuda.cuGraphExecDestroy, self._graph)
-        release.atexit = False  # the driver frees everything when the process ends
+        release_with(self, device, cuda.cuGraphExecDestroy, self._graph)
 
     def start(self, stream: int) -> None:
         """Enqueue it, in the order of `stream` and behind its own last start."""
