@@ -50,7 +50,8 @@ def test_the_source_archive_holds_the_project_and_nothing_else(tmp_path: Path) -
         tops = {name.split("/")[1] for name in archive.getnames()}
     folders = {"adaattn_core", "reference", "backends", "kernels_cu", "tests", "docs"}
     folders |= {"benchmarks", ".ci"}
-    files = {"README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml", "PKG-INFO", ".gitignore"}
+    files = {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "pyproject.toml"}
+    files |= {"PKG-INFO", ".gitignore"}
     assert tops == folders | files
 
 
