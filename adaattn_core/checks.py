@@ -106,9 +106,14 @@ def word(
 
 def truth(name: str, value: Any, error: type[AdaAttnError] = ArgumentError) -> bool:
     """Return `value` as a bool; only booleans are taken."""
-    if type(value).__name__ not in ("bool", "bool_"):
+    if not is_truth(value):
         raise error(got=f"{name}={shown(value)}", needed="True or False", do=f"correct {name}")
     return bool(value)
+
+
+def is_truth(value: Any) -> bool:
+    """Whether it is a boolean, Python's own or NumPy's (``bool_`` before NumPy 2)."""
+    return type(value).__name__ in ("bool", "bool_")
 
 
 def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -120,7 +125,7 @@ def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(value: Any) -> int | None:
-    if type(value).__name__ in ("bool", "bool_"):
+    if is_truth(value):
         return None
     try:
         return operator.index(value)
@@ -129,7 +134,7 @@ def _integer(value: Any) -> int | None:
 
 
 def _float(value: Any) -> float | None:
-    if type(value).__name__ in ("bool", "bool_") or getattr(value, "ndim", 0) != 0:
+    if is_truth(value) or getattr(value, "ndim", 0) != 0:
         return None
     if not (hasattr(value, "__float__") or hasattr(value, "__index__")):
         return None
@@ -143,7 +148,7 @@ def shown(value: Any) -> str:
     """Short text of any value, on one line and without control characters."""
     try:
         text = repr(value)
-    except Exception:
+    except Exception:  # whatever a caller's object does: its error must not hide ours
         text = f"a {type(value).__name__}"
     text = printable(text)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -99,12 +99,11 @@ def compiled_for(
     policy: Policy,
     budget: ErrorBudget,
     costs: CostModel,
-    layer: str,
 ) -> DecisionTable | str:
     """Return the policy's table for a problem's heads, or why there is none.
 
-    Tables depend on sizes, not on numbers: they are remembered, as compiling one takes longer
-    than starting a call.
+    Tables depend on sizes, not on numbers, layers or seeds: they are remembered, as compiling
+    one takes longer than starting a call.
     """
     capabilities = backend.decides()
     spans = tuple((span.len_q, span.len_kv) for span in problem.sequences)
@@ -120,8 +119,8 @@ def compiled_for(
                 _tables.move_to_end(key)
                 return found
     except TypeError:  # a policy of mutable parts has no hash: it is compiled every time
-        return _compiled(problem, capabilities, policy, budget, costs, layer)
-    found = _compiled(problem, capabilities, policy, budget, costs, layer)
+        return _compiled(problem, capabilities, policy, budget, costs)
+    found = _compiled(problem, capabilities, policy, budget, costs)
     with _lock:
         _tables[key] = found
         while len(_tables) > _TABLES_REMEMBERED:
@@ -135,12 +134,11 @@ def _compiled(
     policy: Policy,
     budget: ErrorBudget,
     costs: CostModel,
-    layer: str,
 ) -> DecisionTable | str:
     if budget.guarantee != "sampled":
         return f"guarantee {budget.guarantee}: only sampled ones are kept on the device"
     context = PolicyContext.of(
-        problem, budget, capabilities, costs, seed=0, layer=layer, measures=True
+        problem, budget, capabilities, costs, seed=0, layer="", measures=True
     )
     compiled = compile_policy(policy, context)
     if compiled is None:

@@ -146,6 +146,6 @@ def _root(gram: F64) -> tuple[F64, float]:
     """Symmetric root of a Gram matrix over `unit` squared, and that unit, a power of two."""
     largest = float(np.max(np.abs(gram), initial=0.0))
     unit = 2.0 ** math.floor(math.log2(largest) / 2) if largest else 1.0
-    symmetric = (gram + gram.T) / 2 / unit / unit
-    values, vectors = np.linalg.eigh(symmetric)
+    scaled = gram / unit / unit  # first: the sum of two large entries might overflow
+    values, vectors = np.linalg.eigh((scaled + scaled.T) / 2)
     return vectors * np.sqrt(np.maximum(values, 0.0)) @ vectors.T, unit

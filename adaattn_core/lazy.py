@@ -18,7 +18,7 @@ class Later(Generic[_Value]):
     Parameters
     ----------
     make : callable
-        Called at most once, without arguments.
+        Called without arguments, once; again only where threads ask at the same moment.
     """
 
     __slots__ = ("_make", "_value")
@@ -29,8 +29,9 @@ class Later(Generic[_Value]):
 
     def __call__(self) -> _Value:
         """Return the value, waiting for it the first time."""
-        if self._make is not None:
-            self._value = self._make()
+        make = self._make  # another thread may be done, and forget it, at any moment
+        if make is not None:
+            self._value = make()
             self._make = None
         return self._value  # type: ignore[return-value]
 
@@ -43,7 +44,7 @@ class LazyHeads(Mapping[HeadIndex, _Value]):
     Parameters
     ----------
     make : callable
-        Returns the values of all heads; called at most once.
+        Returns the values of all heads; see `Later`.
     """
 
     def __init__(self, make: Callable[[], Mapping[HeadIndex, _Value]]) -> None:

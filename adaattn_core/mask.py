@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from adaattn_core.checks import shown
+from adaattn_core.checks import is_truth, shown
 from adaattn_core.errors import ArgumentError, ShapeError
 
 CausalAlignment = Literal["top_left", "bottom_right"]
@@ -83,7 +83,7 @@ class Mask:
             is_whole = isinstance(value, Integral) and not isinstance(value, bool)
             if value is not None and (not is_whole or value < 0):
                 raise ArgumentError(
-                    got=f"{name}={value!r}",
+                    got=f"{name}={shown(value)}",
                     needed="a whole number of at least 0, or None for unlimited",
                     do="count the keys to each side, the row's own position not included",
                 )
@@ -246,7 +246,7 @@ def _extent(
 def _whole_numbers(name: str, values: Sequence[int]) -> tuple[int, ...]:
     """Integers of any library as ints; nothing is rounded to become one."""
     try:
-        if any(type(n).__name__ in ("bool", "bool_") for n in values):
+        if any(map(is_truth, values)):
             raise TypeError("a truth value is no number")
         return tuple(operator.index(n) for n in values)
     except (TypeError, ValueError, RuntimeError):  # of whatever library the numbers are

@@ -51,7 +51,7 @@ def run_pipeline(
     clock = _Clock()
     reason = ""
     if plan is None and policy and budget and isinstance(backend, Decides):
-        rules = compiled_for(problem, backend, policy, budget, costs, layer)
+        rules = compiled_for(problem, backend, policy, budget, costs)
         given = None if drawn else seed
         adapted = (
             rules
@@ -91,9 +91,10 @@ def run_pipeline(
     clock.lap("plan_seconds")
     raw = backend.run(problem, plan, workspace=workspace)
     ran_dense = sorted(raw.ran_dense)
-    plan = plan.with_heads(
-        {i: replace(plan[i], structure=Dense(), reason=RAN_DENSE) for i in ran_dense}
-    )
+    if ran_dense:
+        plan = plan.with_heads(
+            {i: replace(plan[i], structure=Dense(), reason=RAN_DENSE) for i in ran_dense}
+        )
     clock.lap("run_seconds")
     certifier = Certifier(problem, sampler, budget, seed)
     steps: dict[str, list[str]] = {}
@@ -115,13 +116,14 @@ def run_pipeline(
             )
         clock.lap("escalate_seconds")
         raw, plan, certificate = attempt.raw, attempt.plan, attempt.certificate
-        failing = certificate.violations(budget)
-        check_outcome(
-            certificate,
-            budget,
-            unsampled="" if sampler else backend.name,
-            mask_max_abs=certifier.mask_to_blame(raw, plan, failing),
-        )
+        if budget.on_violation != "report":
+            failing = certificate.violations(budget)
+            check_outcome(
+                certificate,
+                budget,
+                unsampled="" if sampler else backend.name,
+                mask_max_abs=certifier.mask_to_blame(raw, plan, failing),
+            )
     notes = {**clock.seconds, "escalated": steps}
     if reason:
         notes["planned_on_host"] = reason

@@ -149,6 +149,19 @@ def _block_lengths(problem: AttentionProblem, span: SequenceSpan) -> tuple[int, 
     return span.len_q, problem.len_kv if padded else span.len_kv
 
 
+def _are_heads(heads: Any) -> bool:
+    return isinstance(heads, Mapping) and all(
+        type(index) is tuple
+        and len(index) == 2
+        and type(index[0]) is int
+        and type(index[1]) is int
+        and index[0] >= 0
+        and index[1] >= 0
+        and isinstance(head, HeadPlan)
+        for index, head in heads.items()
+    )
+
+
 def _is_score_skip(structure: Any) -> bool:
     return isinstance(structure, Mapping) and structure.get("kind") == "score_skip"
 
@@ -178,20 +191,8 @@ class Plan:
     layer: str = ""
 
     def __post_init__(self) -> None:
-        known = isinstance(self.heads, LazyHeads)  # heads of a device are not waited for
-        if not known and (
-            not isinstance(self.heads, Mapping)
-            or not all(
-                type(index) is tuple
-                and len(index) == 2
-                and type(index[0]) is int
-                and type(index[1]) is int
-                and index[0] >= 0
-                and index[1] >= 0
-                and isinstance(head, HeadPlan)
-                for index, head in self.heads.items()
-            )
-        ):
+        # Heads of a device are not waited for.
+        if not isinstance(self.heads, LazyHeads) and not _are_heads(self.heads):
             raise PlanError(
                 got=f"heads={shown(self.heads)}",
                 needed="a mapping of (sequence, head), two ints of at least 0, to HeadPlan",

@@ -64,8 +64,7 @@ def side_by_side(
     Returns
     -------
     dict, dict
-        Median, least and largest milliseconds of each; and what stopped the others. A budget
-        may fail in one call of many, since each draws fresh rows.
+        Median, least and largest milliseconds of each; and what stopped the others.
     """
     single: dict[str, float] = {}
     times: dict[str, list[float]] = {name: [] for name in bursts}

@@ -17,6 +17,16 @@ AIMS = {
 SLOWDOWN_MAX, SLOWDOWN_FROM = 1.03, 16_384
 """Largest time, as a multiple of dense, and the length from which that is asked for."""
 COVERAGE_MIN = 0.95
+PARTS = {
+    "exact rows": ("exact", "merge"),
+    "probes": ("probe_stats", "probe_mass", "probe_lse", "select"),
+    "gather, pool, fit": ("gather", "pool", "fit"),
+    "judge, decide": ("work_judge", "judge", "decide"),
+    "attend": ("work_attend", "attend"),
+    "certify, escalate": ("certify", "work_escalate", "escalate", "certify_again"),
+}
+"""Stages of a call by what they are for; those named nowhere are `REST`."""
+REST = "rest"
 
 Cell = dict[str, Any]
 
@@ -37,6 +47,14 @@ def groups(report: Cell) -> dict[tuple[str, int, int], list[Cell]]:
     for cell in report["cells"]:
         found[cell["text"], cell["len"], cell["heads"]].append(cell)
     return dict(sorted(found.items(), key=lambda item: (item[0][1], item[0][2], item[0][0])))
+
+
+def sizes(report: Cell) -> dict[tuple[int, int], list[Cell]]:
+    """Cells by length and number of heads, all texts together."""
+    found: dict[tuple[int, int], list[Cell]] = defaultdict(list)
+    for (_, length, heads), cells in groups(report).items():
+        found[length, heads] += cells
+    return found
 
 
 def milliseconds(cells: list[Cell], name: str) -> list[float] | None:
@@ -83,10 +101,13 @@ def coverage(heads: dict[str, list[float]]) -> float:
     return statistics.fmean(true <= upper for true, upper in pairs)
 
 
-def stage_means(cells: list[Cell], name: str) -> dict[str, float]:
-    """Mean milliseconds of each stage over some cells."""
-    seen: dict[str, list[float]] = defaultdict(list)
-    for cell in cells:
-        for stage, ms in cell["contenders"].get(name, {}).get("stages", {}).items():
-            seen[stage].append(ms)
-    return {stage: statistics.fmean(values) for stage, values in seen.items()}
+def part_means(cells: list[Cell], name: str) -> dict[str, float]:
+    """Mean milliseconds of `PARTS` and `REST`, over the cells that know their stages."""
+    part_of = {stage: part for part, stages in PARTS.items() for stage in stages}
+    known = [cell["contenders"].get(name, {}).get("stages") for cell in cells]
+    known = [stages for stages in known if stages]
+    total = dict.fromkeys((*PARTS, REST), 0.0) if known else {}
+    for stages in known:
+        for stage, ms in stages.items():
+            total[part_of.get(stage, REST)] += ms / len(known)
+    return total

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 from adaptive_clock import side_by_side, synchronize, whole_calls
-from adaptive_peers import CUDNN, DENSE, Contender, Heads, budget_name, contenders, ours
+from adaptive_data import CUDNN, DENSE, name_of
+from adaptive_peers import Contender, Heads, contenders, ours
 from adaptive_truth import Truth, errors
 
 
@@ -36,14 +37,10 @@ def escalated(result: Any) -> int:
 
 
 def stages(result: Any) -> dict[str, float]:
-    """Milliseconds of each stage: the device's where they were asked for, else the host's."""
+    """Milliseconds of each stage: the device's where it planned, else the host's."""
     provenance = result.provenance
-    for name in ("stage_ms", "stages_ms", "stages", "milliseconds", "profile"):
-        if isinstance(found := provenance.get(name), Mapping):
-            return {stage: float(ms) for stage, ms in found.items()}
-    device = {n[:-3]: float(x) for n, x in provenance.items() if n.endswith("_ms")}
-    if device:
-        return device
+    if (found := provenance.get("stage_ms")) is not None:
+        return {stage: float(ms) for stage, ms in found.items()}
     return {
         n.removesuffix("_seconds") + " (host)": 1e3 * float(x)
         for n, x in provenance.items()
@@ -68,10 +65,7 @@ def facts(result: Any, heads: int) -> dict[str, Any]:
 
 def _stage_times(heads: Heads, rel: float, repeats: int) -> dict[str, float]:
     call = ours(heads, rel, profile=True)
-    try:
-        call()
-    except TypeError:  # no such argument: what is always noted must do
-        call = ours(heads, rel)
+    call()
     seen = []
     for _ in range(repeats):
         result = call()
@@ -119,8 +113,8 @@ def measure(heads: Heads, truth: Truth, settings: Settings) -> dict[str, Any]:
     absent |= failed
     entries = {name: entries[name] | {"ms": ms} for name, ms in times.items()}
     for rel in settings.budgets:
-        if (entry := entries.get(budget_name(rel))) is not None:
-            call = found[budget_name(rel)].call
+        if (entry := entries.get(name_of(rel))) is not None:
+            call = found[name_of(rel)].call
             repeats = settings.whole_repeats
             _known(
                 entry,

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from adaptive_clock import Burst, by_events, by_host
+from adaptive_data import CUDNN, DENSE, name_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adaattn_core import ErrorBudget, Mask, attention, get_backend
 
-CUDNN, FA3, SAGE, SPARGE, DENSE = "cuDNN", "FA3", "SageAttention", "SpargeAttn", "dense"
+FA3, SAGE, SPARGE = "FA3", "SageAttention", "SpargeAttn"
 
 
 @dataclass
@@ -62,11 +63,6 @@ class Contender:
     call: Callable[[], Any]
     burst: Burst
     out_of: Callable[[Any], torch.Tensor] = lambda result: result
-
-
-def budget_name(rel: float) -> str:
-    """Name of this library within a budget."""
-    return f"budget {rel:g}"
 
 
 def ours(heads: Heads, rel: float, **options: Any) -> Callable[[], Any]:
@@ -174,7 +170,7 @@ def contenders(
     absent: dict[str, str] = {}
     timed = by_events if heads.q.is_cuda else by_host
     makers = {name: MAKERS[name] for name in peers} | {
-        budget_name(rel): lambda h, r=rel: Contender(
+        name_of(rel): lambda h, r=rel: Contender(
             call=(call := ours(h, r)), burst=timed(call), out_of=lambda result: result.out
         )
         for rel in budgets

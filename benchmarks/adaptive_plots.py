@@ -7,10 +7,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from adaptive_data import AIMS, groups, name_of, pooled, speedups, stage_means
+from adaptive_data import AIMS, PARTS, REST, name_of, part_means, pooled, sizes, speedups
 
 COLOURS = {0.1: "#1b6ca8", 0.2: "#e07b39"}
 OTHERS = ("#76b900", "#8e6bbf", "#b8b8b8")
+PART_COLOURS = ("#4c78a8", "#72b7b2", "#54a24b", "#eeca3b", "#e45756", "#b279a2", "#bab0ac")
 SMALLEST = 1e-4
 """Errors are drawn from here on."""
 
@@ -38,7 +39,11 @@ def _speed(axis: Any, report: dict[str, Any]) -> None:
             if points:
                 axis.plot(*zip(*points, strict=True), style, color=colour, label=label)
         aims = {n: x for n, x in AIMS.get(rel, {}).items() if n in lengths}
-        axis.scatter(list(aims), list(aims.values()), marker="_", s=220, color=colour)
+        if aims:
+            axis.scatter(
+                list(aims), list(aims.values()), marker="_", s=220, lw=4, color=colour,
+                label=f"aim of budget {rel:g}",
+            )  # fmt: skip
     for name, colour in zip(("dense", "FA3", "SageAttention"), OTHERS, strict=True):
         points = []
         for length in lengths:
@@ -51,7 +56,7 @@ def _speed(axis: Any, report: dict[str, Any]) -> None:
     axis.axhline(1, color="0.6", lw=0.8)
     axis.set_xscale("log", base=2)
     axis.set_xticks(lengths, [f"{n / 1024:g}k" for n in lengths])
-    axis.set(xlabel="tokens (bars: aims; dots: layers)", ylabel="times as fast as cuDNN")
+    axis.set(xlabel="tokens (dots: single layers)", ylabel="times as fast as cuDNN")
     axis.set_ylim(bottom=0)
     axis.legend(fontsize=7, frameon=False)
 
@@ -96,21 +101,22 @@ def _certificates(axis: Any, report: dict[str, Any]) -> None:
 def _stages(axis: Any, report: dict[str, Any]) -> None:
     rel = report["budgets"][0]
     bars = {
-        f"{length // 1024}k\n{heads} heads": stage_means(cells, name_of(rel))
-        for (text, length, heads), cells in groups(report).items()
-        if text == report["cells"][0]["text"]
+        f"{length // 1024}k\n{heads} heads": means
+        for (length, heads), cells in sizes(report).items()
+        if (means := part_means(cells, name_of(rel)))
     }
-    names = dict.fromkeys(stage for means in bars.values() for stage in means)
     foot = [0.0] * len(bars)
-    for stage in names:
-        shares = [
-            means.get(stage, 0.0) / (sum(means.values()) or 1.0) for means in bars.values()
-        ]
-        axis.bar(list(bars), shares, bottom=foot, label=stage)
+    for part, colour in zip((*PARTS, REST), PART_COLOURS, strict=True):
+        shares = [means[part] / (sum(means.values()) or 1.0) for means in bars.values()]
+        axis.bar(list(bars), shares, bottom=foot, label=part, color=colour)
         foot = [a + b for a, b in zip(foot, shares, strict=True)]
     axis.set(ylabel=f"share of the time, budget {rel:g}")
-    if names:
-        axis.legend(fontsize=6, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    if bars:
+        names = axis.get_legend_handles_labels()
+        axis.legend(
+            *(x[::-1] for x in names), fontsize=7, frameon=False,
+            loc="center left", bbox_to_anchor=(1, 0.5),
+        )  # fmt: skip
 
 
 def plot(report: dict[str, Any], path: Path) -> None:

@@ -37,8 +37,9 @@ import adaptive_truth
 import numpy as np
 import torch
 from adaptive_clock import replays
+from adaptive_data import CUDNN, DENSE
 from adaptive_measure import Settings, line, measure
-from adaptive_peers import CUDNN, DENSE, MAKERS, Heads, contenders
+from adaptive_peers import MAKERS, Heads, contenders
 
 BATCHES = ((1, 13, 25), (5, 17, 29))
 """Layers that run together as one problem with three times the heads."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -18,7 +18,7 @@ from adaattn_core.errors import ArgumentError
 from adaattn_core.facts import Arithmetic, FactsTable
 from adaattn_core.formats import get_format
 from adaattn_core.plan import HeadPlan
-from adaattn_core.structure import Landmark, ScoreSkip
+from adaattn_core.structure import BlockSparse, Landmark, ScoreSkip
 
 STEP_KEYS = 64
 """Fewest keys of a step of a streaming softmax that says nothing of its steps."""
@@ -142,7 +142,7 @@ def charges_of(
         number = kinds.get(key)
         if number is None:
             number = kinds[key] = len(found)
-            found.append(_charges(plan, said, keys, rows, question))
+            found.append(_charges(_without_blocks(plan), said, keys, rows, question))
         which.append(number)
     if not found:
         return _charges(HeadPlan(), Arithmetic(), 0, 0, question)
@@ -154,6 +154,13 @@ def charges_of(
             for f in fields(Charges)
         }
     )
+
+
+def _without_blocks(plan: HeadPlan) -> HeadPlan:
+    """Leave out given blocks: no charge depends on them, and a long list is not to be kept."""
+    if isinstance(plan.structure, BlockSparse) and plan.structure.blocks is not None:
+        return replace(plan, structure=BlockSparse())
+    return plan
 
 
 @lru_cache(maxsize=4096)

@@ -208,7 +208,7 @@ class BudgetPolicy:
         for plan, share in self._candidates(stats, context):
             cost = _ratio(context.costs.head_cost(stats, plan, share, measured=True), dense)
             if cost < best.cost_estimate and plan.error_estimate <= self._allowed(context):
-                best = replace(plan, cost_estimate=cost, reason=self._reason(plan, stats))
+                best = replace(plan, cost_estimate=cost, reason=self._reason(stats))
         return best
 
     def _allowed(self, context: PolicyContext) -> float:
@@ -272,7 +272,7 @@ class BudgetPolicy:
         )
         return replace(plan, error_estimate=certificate.upper)
 
-    def _reason(self, plan: HeadPlan, stats: HeadStats) -> str:
+    def _reason(self, stats: HeadStats) -> str:
         parts = [f"entropy {stats.entropy_relative:.2f}", f"|s| {stats.score_max_abs:.0f}"]
         parts.append(f"saturation {stats.saturation:.2f}")
         return f"cheapest within budget ({', '.join(parts)})"

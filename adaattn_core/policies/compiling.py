@@ -39,7 +39,8 @@ class CompilesToTable(Protocol):
         Parameters
         ----------
         context : PolicyContext
-            All of its shapes are alike.
+            All of its shapes are alike. Its seed and layer say nothing: a table is kept and
+            serves every call of these sizes.
 
         Returns
         -------

@@ -41,11 +41,13 @@ def knob(structure: Structure) -> float:
 
 
 def tried(stats: HeadStats, kind: type[Structure]) -> list[StructureEstimate]:
-    """Estimates of one kind whose error says something, loosest first."""
+    """Estimates of one kind whose error and share have a logarithm, loosest first."""
     found = {
         knob(e.structure): e
         for e in stats.structures
-        if isinstance(e.structure, kind) and e.row_error_estimate > NO_ERROR
+        if isinstance(e.structure, kind)
+        and NO_ERROR < e.row_error_estimate < math.inf
+        and e.share > 0
     }
     return [found[value] for value in sorted(found, reverse=True) if value > 0]
 

@@ -11,8 +11,8 @@ from adaattn_core.structure import Dense, LowRank, ScoreSkip
 
 def predicted_facts(plan: HeadPlan, stats: HeadStats) -> RunFacts:
     """Facts that a run of `plan` would report, predicted from the head's norms."""
-    unit = get_format(plan.qk).unit_roundoff
     info = get_format(plan.qk)
+    unit = info.unit_roundoff
     root = stats.dim_qk**0.5
     if info.is_quantised:  # step of the grid at the largest entry, residual of half a step each
         spacing = 1 / 127 if not info.is_float else 2 * unit

@@ -144,11 +144,8 @@ class Rules:
 
 
 @contextmanager
-def _keeping(into: list[AttentionInfo] | None, heads: tuple[int, ...] | None) -> Iterator[None]:
+def _keeping(into: list[AttentionInfo], heads: tuple[int, ...] | None) -> Iterator[None]:
     """Append the infos of what happens inside, each with the heads that it speaks of."""
-    if into is None:
-        yield
-        return
     found: list[AttentionInfo] = []
     with listening(found):
         yield

@@ -29,7 +29,10 @@ a core's cache."""
 NEAR_KEYS, FIRST_KEYS = 64, 16
 """Keys beside a tile of rows, and at the start of the sequence, that are visited first."""
 SLACK = 1e-4
-"""Relative allowance for the rounding of sums and exponentials in a reported dropped mass."""
+"""Relative allowance for the rounding of a chunk's sums and exponentials in a reported dropped
+mass."""
+STEP_ROUNDINGS = 4
+"""Units more for every chunk visited: exponential, product and sum of the running sums."""
 
 
 def score_skip(view: HeadView, operands: Operands, structure: ScoreSkip) -> HeadOutput:
@@ -110,7 +113,7 @@ class _Tile:
         self.dropped = np.zeros_like(self.total)
         self.computed = 0
         self.sum_keys_max = 1
-        self.taken = 0
+        self.steps = 0
         self._scores: list[Float] = []
         self._keys: list[NDArray[np.int64]] = []
         self._waiting = 0
@@ -121,6 +124,7 @@ class _Tile:
         NaN compares false, so a tile with a NaN score is kept and reported; so is every visible
         key while a row has kept none. Hidden keys are needed by no row.
         """
+        self.steps += 1
         size, keys = structure.tile_kv, scores.shape[1]
         shift = np.where(self.top == -np.inf, 0, self.top)
         with np.errstate(divide="ignore"):
@@ -150,7 +154,6 @@ class _Tile:
         self.total *= factor
         self.total += np.exp(scores - shift[:, None]).sum(axis=1)
         self.top = top
-        self.taken += 1
         self._scores.append(scores)
         self._keys.append(keys)
         self._waiting += len(keys)
@@ -171,4 +174,6 @@ class _Tile:
         """Largest share of a row's mass that was dropped, rounded up."""
         total = np.where(self.total > 0, self.total, 1)
         unit = float(np.finfo(self.total.dtype).eps)
-        return float((self.dropped / total).max(initial=0.0)) * (1 + SLACK + self.taken * unit)
+        return float((self.dropped / total).max(initial=0.0)) * (
+            1 + SLACK + STEP_ROUNDINGS * self.steps * unit
+        )

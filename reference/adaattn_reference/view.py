@@ -316,7 +316,8 @@ class HeadView:
             overflown = np.isinf(scores) & self.kv.finite_key[keys]
             overflown &= np.isfinite(self.query[rows]).all(axis=1, keepdims=True)
             np.copyto(scores, np.nan, where=overflown)
-        if bias is not None and not self.finite_products:
+        # -inf alone hides: neither NaN of a product nor what was taken for overflow stays.
+        if bias is not None and not (self.regular and self.finite_products):
             np.copyto(scores, -np.inf, where=bias == -np.inf)
         if self.allowed is not None:
             np.copyto(scores, -np.inf, where=~self.allowed[rows][:, keys])

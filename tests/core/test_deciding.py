@@ -114,6 +114,22 @@ def test_other_guarantees_and_policies_go_the_host_way(
     assert reason in result.provenance["planned_on_host"]
 
 
+def test_a_kept_table_knows_neither_layer_nor_seed(arrays: Any) -> None:
+    """One table serves every call of these sizes: what it depended on would be another's."""
+    seen: list[tuple[str, int]] = []
+
+    def compile_by_layer(self: BudgetPolicy, context: Any) -> Any:
+        seen.append((context.layer, context.seed))
+        return BudgetPolicy.compile(self, context)
+
+    policy = type("ByLayer", (BudgetPolicy,), {"compile": compile_by_layer})()
+    for layer in ("first", "second"):
+        attention(
+            *arrays, budget=0.1, policy=policy, backend=OnDevice(), layer=layer, seed=len(layer)
+        )
+    assert seen == [("", 0)]
+
+
 def test_a_refusal_goes_the_host_way_and_is_named(arrays: Any) -> None:
     backend = OnDevice(refuses="dtype f32: planned on the device in 16-bit formats only")
     result = attention(*arrays, budget=0.1, backend=backend)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -110,6 +112,12 @@ def test_what_is_not_finite_has_no_maps(bad: float) -> None:
     gram[1, 2] = bad
     assert feature_maps(gram, np.eye(3), 1) is None
     assert feature_maps(np.eye(3), gram, 1) is None
+
+
+def test_the_largest_numbers_overflow_nothing() -> None:
+    found = feature_maps(np.eye(3) * 1.5e308, np.eye(3) * 1e-300, 2)
+    assert found is not None
+    assert found.values == pytest.approx(np.full(3, math.sqrt(1.5e308) * 1e-150), rel=1e-12)
 
 
 def test_bad_arguments_are_refused() -> None:

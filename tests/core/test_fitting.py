@@ -1,5 +1,7 @@
 """Errors and shares between structures that were tried."""
 
+import math
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -68,3 +70,15 @@ def test_budgets_at_the_ends_of_float64_are_fitted(aim, kind):
     structure, share = fitted(stats, kind, aim)
     assert 0 < knob(structure) <= 0.9
     assert 0 < share <= 1
+
+
+def test_estimates_without_a_logarithm_say_nothing():
+    """Exact rows of zeros make every error infinite: no power goes through that."""
+    loose, tight = Landmark(tau=0.3), Landmark(tau=0.1)
+    lost = stats_of(estimate(loose, 0.1, math.inf), estimate(tight, 0.2, math.inf))
+    assert fitted(lost, Landmark, 0.05) is None
+    assert 0 < share_of(tight, lost) <= 1
+    for odd in (estimate(loose, 0.0, 0.5), estimate(loose, 0.1, math.nan)):
+        found = fitted(stats_of(odd, estimate(tight, 0.2, 0.1)), Landmark, 0.05)
+        assert found is not None
+        assert 0 < found[1] <= 1

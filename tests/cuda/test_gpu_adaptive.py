@@ -13,6 +13,7 @@ from adaattn_core.errors import AdaAttnError
 from adaattn_core.lazy import LazyHeads
 from adaattn_core.policies import FixedPolicy
 from adaattn_core.structure import Landmark
+from adaattn_cuda.device.graph import Graph
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.gpu
@@ -197,6 +198,30 @@ def test_stages_are_timed_on_demand() -> None:
     stages = result.provenance["stage_ms"]
     assert {"probe_stats", "attend", "certify"} <= set(stages)
     assert all(milliseconds > 0 for milliseconds in stages.values())
+
+
+def test_a_replay_is_bit_equal_to_separate_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One set of addresses: the first start launches, the second records, the third replays."""
+    q, k, v = smooth(seed=3)
+    replays: list[int] = []
+    start_graph = Graph.start
+
+    def counted(graph: Graph, stream: int) -> None:
+        replays.append(stream)
+        start_graph(graph, stream)
+
+    def start() -> tuple[Any, Any]:
+        result = attention(q, k, v, mask=Mask.causal(), budget=0.1, backend="cuda", seed=7)
+        return result.out.clone(), result.certificate.upper
+
+    monkeypatch.setattr(Graph, "start", counted)
+    first, upper = start()
+    assert not replays
+    for _ in range(5):  # what is freed is handed out again: the addresses come back
+        out, again = start()
+        assert torch.equal(out, first)
+        assert np.array_equal(again, upper)
+    assert len(replays) >= 2
 
 
 def test_a_call_is_captured_in_a_graph() -> None:

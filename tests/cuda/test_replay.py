@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from adaattn_cuda.device import driver
+from adaattn_core.errors import AdaAttnError, UnsupportedError
+from adaattn_cuda.device import driver, graph
 from adaattn_cuda.planner import launch
 
 
@@ -98,3 +102,92 @@ def test_what_is_dropped_waits_for_a_moment_that_may_free(
     assert seen.count("waited") == 1
     driver.release_dropped()
     assert seen.count("waited") == 1
+
+
+def test_what_could_not_be_waited_for_is_kept_for_the_next_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And what is dropped after the wait is not given back behind it."""
+    seen: list[object] = []
+    status = [901]
+
+    class _Owner: ...
+
+    late = [_Owner()]
+
+    def wait() -> tuple[int]:
+        if status[0] == 0:
+            late.clear()
+        return (status[0],)
+
+    fake = SimpleNamespace(
+        cuCtxSynchronize=wait,
+        cuCtxGetDevice=lambda: (0, 5),
+        cuGetErrorString=lambda number: (0, b"a recording elsewhere"),
+    )
+    monkeypatch.setattr(driver, "load_driver", lambda: fake)
+    driver.release_with(late[0], 5, seen.append, "late")
+    owner = _Owner()
+    driver.release_with(owner, 5, seen.append, "first")
+    del owner
+    with pytest.raises(AdaAttnError, match="recording elsewhere"):
+        driver.release_dropped()
+    assert not seen
+    status[0] = 0
+    driver.release_dropped()
+    assert seen == ["first"]
+    driver.release_dropped()
+    assert seen == ["first", "late"]
+
+
+def test_threads_record_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stream of recordings is one: a second recording on it would be refused."""
+    recording: list[bool] = []
+
+    def begin(stream: int, mode: int) -> tuple[int]:
+        status = 901 if recording else 0
+        recording.append(True)
+        return (status,)
+
+    def end(stream: int) -> tuple[int, str]:
+        recording.clear()
+        return 0, "recorded"
+
+    fake: Any = SimpleNamespace(
+        CUstreamCaptureMode=SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED=2),
+        CUstream_flags=SimpleNamespace(CU_STREAM_NON_BLOCKING=1),
+        cuStreamCreate=lambda flag: (0, 11),
+        cuCtxGetDevice=lambda: (0, 5),
+        cuGetErrorString=lambda number: (0, b"already recording"),
+        cuThreadExchangeStreamCaptureMode=lambda mode: (0, 0),
+        cuStreamBeginCapture=begin,
+        cuStreamEndCapture=end,
+        cuGraphInstantiate=lambda recorded, flags: (0, "ready"),
+        cuGraphDestroy=lambda recorded: (0,),
+        cuGraphLaunch=lambda ready, stream: (0,),
+        cuGraphExecDestroy=lambda ready: (0,),
+    )
+    for module in (driver, graph):
+        monkeypatch.setattr(module, "load_driver", lambda: fake)
+    monkeypatch.setattr(graph, "_recording_stream", lambda device: 11)
+    monkeypatch.setattr(graph, "release_with", lambda *_: None)
+    made: list[graph.Graph] = []
+
+    def work() -> None:
+        made.append(graph.Graph(lambda stream: time.sleep(0.01), 5))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 4
+
+
+def test_tables_are_not_made_while_the_caller_records(
+    monkeypatch: pytest.MonkeyPatch, capturing: set[int]
+) -> None:
+    capturing.add(7)
+    nothing: Any = None
+    with pytest.raises(UnsupportedError, match="CUDA-graph capture"):
+        launch.FarLaunch(nothing, "bf16", 1.0, nothing, nothing, 0, 0, 7)

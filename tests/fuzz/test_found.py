@@ -6,7 +6,7 @@ import pytest
 
 from adaattn_core.testing.hostile.calls import HostileCall
 from adaattn_core.testing.hostile.definition import HAS_EXTENDED_RANGE
-from adaattn_core.testing.hostile.problems import HostileProblem
+from adaattn_core.testing.hostile.problems import HostileMask, HostileProblem
 from adaattn_core.testing.hostile.suite import LAWS, Case, Run
 from adaattn_core.testing.hostile.values import Fill
 
@@ -26,6 +26,12 @@ FOUND: dict[str, Case] = {
     "a smoothed key whose own score overflows, alone in its row: lse NaN, not flagged": (
         HostileProblem(len_q=1, len_kv=1, dim_qk=16, dtype="f64", key=Fill("largest")),
         HostileCall(how="frozen", head={"qk": "i8", "pv": "f32"}),
+    ),
+    "NaN in an additive mask: keys that it hides came back as NaN in every row": (
+        HostileProblem(
+            poison=("bias", "nan"), mask=HostileMask(bias="normal", hide=0.3, blind=0.3)
+        ),
+        HostileCall(),
     ),
 }
 

@@ -40,4 +40,10 @@ def test_law(name: str) -> None:
     attack()
     run.ledger.check_shares()
     assert run.ledger.examples[name] >= 100
-    assert run.ledger.calls[name] >= run.ledger.examples[name] / 2
+    calls = run.ledger.calls[name]
+    assert calls >= run.ledger.examples[name] / 2
+    assert run.ledger.refused.total() <= calls / 2, "what is refused is not judged"
+    if name != "replay":  # which compares bits, and judges no certificate
+        assert run.ledger.trials.total() >= run.ledger.examples[name] / 2
+    if name == "shares":
+        assert any(confidence < 1 for _, confidence, _ in run.ledger.trials)

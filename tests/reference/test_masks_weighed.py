@@ -167,6 +167,23 @@ def test_a_nonfinite_mask_entry_reaches_the_rows_that_see_it(bad):
     assert result.certificate[0, 0].nonfinite
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("hiding", [-np.inf, LOWEST["f32"]])
+@pytest.mark.parametrize("bad_head", [0, 1])
+def test_a_nonfinite_entry_leaves_other_rows_hidden_keys_hidden(bad, hiding, bad_head):
+    x = normal(1, 2, 8, 16)
+    bias = np.zeros((1, 2, 8, 8), np.float32)
+    bias[0, :, 1, 2] = bias[0, :, 5, 0] = hiding
+    plain = attention(x, x, x, mask=Mask.additive(bias))
+    odd = bias.copy()
+    odd[0, bad_head, 3, 2] = bad
+    result = attention(x, x, x, mask=Mask.additive(odd))
+    lost = ~np.isfinite(result.out[0]).all(axis=2)
+    assert np.argwhere(lost).tolist() == [[bad_head, 3]]
+    np.testing.assert_array_equal(result.out[0][~lost], plain.out[0][~lost])
+    np.testing.assert_array_equal(result.lse[0][~lost], plain.lse[0][~lost])
+
+
 @pytest.mark.parametrize("form", ["boolean", "additive"])
 @pytest.mark.parametrize("qk", ["f32", "bf16", "i8", "e4m3"])
 def test_a_row_that_sees_nothing_counts_nowhere(form, qk):

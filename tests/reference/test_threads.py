@@ -72,7 +72,11 @@ def test_a_child_forked_during_a_call_finds_the_settings_of_before() -> None:
         assert inside.wait(20)
         child = os.fork()
         if not child:
-            os._exit(0 if blas_threads() == before and map_heads(abs, [-1], 0) == [1] else 1)
+            held = False
+            try:
+                held = blas_threads() == before and map_heads(abs, [-1], 0) == [1]
+            finally:  # whatever was raised: a child must not run the other tests
+                os._exit(0 if held else 1)
         done.set()
         call.join(20)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -56,7 +56,7 @@ def _hunt(law: Law, run: Run, examples: int, number: int) -> list[str]:
         attack()
     except ExceptionGroup as group:
         return [_describe(error) for error in group.exceptions]
-    except Exception as error:
+    except Exception as error:  # whatever it is, it is what the run looks for
         return [_describe(error)]
     return []
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from adaattn_core.api import attention
 from adaattn_core.backend import Backend
 from adaattn_core.budget import ErrorBudget
+from adaattn_core.formats import get_format
 from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.policies.base import Policy
 from adaattn_core.policies.budget import BudgetPolicy
@@ -32,7 +33,6 @@ from adaattn_core.testing.hostile.problems import HostileArrays, HostileProblem
 
 Fields = dict[str, Any]
 
-FORMATS_8BIT = ("i8", "e4m3")
 GUARANTEES = ("sampled", "worst_case", "probabilistic")
 
 
@@ -81,8 +81,7 @@ class HostileCall:
         return Plan.from_json(json.loads(json.dumps(plan.to_json()))) if self.saved else plan
 
     def _head_plan(self, problem: HostileProblem) -> HeadPlan:
-        fields = self._head_fields(problem)
-        return HeadPlan(**fields)
+        return HeadPlan(**self._head_fields(problem))
 
     def _head_fields(self, problem: HostileProblem) -> Fields:
         """Fields of the head plan, with the structure itself."""
@@ -260,9 +259,9 @@ def head_plans(draw: st.DrawFn, *, odd: bool = False) -> Fields:
     structure = draw(structures(chosen["kind"], odd=odd))
     head: Fields = {"structure": structure, "qk": qk, "pv": pv}
     names: tuple[str, ...] = ()
-    if qk in FORMATS_8BIT:
+    if get_format(qk).is_quantised:
         names += ("scales", "smooth_k", "rounding")
-    if pv in FORMATS_8BIT:
+    if get_format(pv).is_quantised:
         names += ("p_scale", "flush_keys")
     head |= {name: chosen[name] for name in names}
     if odd and chosen["odd"]:

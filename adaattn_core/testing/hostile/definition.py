@@ -75,8 +75,10 @@ class Head:
     visible : bool, shape (len_q, len_kv)
     slack : longdouble, shape (len_q,)
         Upper bound of this computation's own error (Euclidean norm of a row).
-    query_max, key_max, value_max, bias_max, score_max, value_tiny : float or longdouble
-        Largest finite magnitudes of what live rows see, and of their scores.
+    query_max, key_max, value_max, bias_max : float
+        Largest finite magnitudes of what live rows see.
+    score_max : longdouble
+        Largest sum of the magnitudes of a score's terms, in rows that are not `reached`.
     """
 
     out: Wide

@@ -32,8 +32,8 @@ from adaattn_core.testing.hostile.values import (
     overwrite_hidden,
 )
 
-POISONS = ("query", "key", "value")
-"""Which array holds one NaN or Inf that may be seen."""
+POISONS = ("query", "key", "value", "bias")
+"""Which array holds one NaN or Inf that may be seen; a bias only where there is one."""
 
 WINDOWS = (0, 1, 2, 5, 2**31 - 1, 2**31, 2**62, sys.maxsize - 8, sys.maxsize, 2**63, 10**30)
 
@@ -133,13 +133,12 @@ class HostileProblem:
         mask = self._mask(rng, (batch, self.heads_q, self.len_q, self.len_kv))
         if self.poison is not None:
             name, what = self.poison
-            target = {"query": query, "key": key, "value": value}[name]
-            if target.size:
+            target = {"query": query, "key": key, "value": value, "bias": mask.bias}[name]
+            if target is not None and target.size:
                 target.flat[int(rng.integers(target.size))] = float(what)
         hidden = ~keys_seen(mask, query.shape, key.shape)
-        overwrite_hidden(
-            rng, self.hidden, hidden, key, value
-        )  # last: nothing else depends on it
+        # Last: nothing else depends on it.
+        overwrite_hidden(rng, self.hidden, hidden, key, value)
         return HostileArrays(query, key, value, mask, hidden)
 
     def _mask(self, rng: np.random.Generator, full: Shape) -> Mask:

@@ -198,6 +198,8 @@ def _causality(run: Run, case: tuple[HostileProblem, HostileCall, int, str]) -> 
     changed = _with_another_key(arrays, number, what)
     results = [run.call((problem, call), a) for a in (arrays, changed.arrays)]
     if results[0] is None or results[1] is None:
+        if results[0] is not results[1]:
+            raise Lie(f"a key became {what!r}: one of the two calls is refused")
         return
     run.ledger.add(judge(problem, changed.arrays, call, results[1]))
     outs = [out_of(r, problem) for r in results if r is not None]

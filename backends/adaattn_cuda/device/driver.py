@@ -1,4 +1,4 @@
-"""The CUDA driver, called through cuda.bindings: the dozen functions that a launch needs.
+"""The CUDA driver, called through cuda.bindings: what loading, launching and tables need.
 
 Kernels are loaded as libraries, which belong to no context, so one load serves every device and
 every stream. cuda.bindings is imported with the first call, not with this module.
@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -333,27 +334,41 @@ _DROPPED: deque[tuple[int, Callable[..., Any], Any]] = deque()
 
 
 def release_with(owner: object, device: int, release: Callable[..., Any], what: Any) -> None:
-    """Have `release(what)` called some time after `owner` is gone and its work is done."""
+    """Have `release(what)` called some time after `owner` is gone and its work is done.
+
+    Whoever starts work holds `owner` until it is enqueued. A CUDA graph that a caller records
+    holds nothing: its work is not known here.
+    """
     at = weakref.finalize(owner, _DROPPED.append, (device, release, what))
     at.atexit = False  # the driver frees everything when the process ends
 
 
 def release_dropped() -> None:
-    """Give back what was dropped; not while the caller records a CUDA graph."""
-    cuda = load_driver()
-    waited: set[int] = set()
-    while _DROPPED:
-        try:
-            device, release, what = _DROPPED.popleft()
-        except IndexError:  # another thread took it
-            return
+    """Give back what was dropped so far; not while the caller records a CUDA graph.
+
+    Any thread may call it: each gives back what it took, after its own wait.
+
+    Raises
+    ------
+    AdaAttnError
+        If a device cannot be waited for; what was taken is kept for the next time.
+    """
+    taken: list[tuple[int, Callable[..., Any], Any]] = []
+    with suppress(IndexError):  # empty, or another thread took the rest
+        while True:
+            taken.append(_DROPPED.popleft())
+    try:
+        # cuMemFree does not wait for memory of cuMemAllocAsync: a kernel may still read it.
+        # What is dropped from here on may have work behind this wait, and is left for the next.
+        for device in {device for device, _, _ in taken}:
+            with OnDevice(device):
+                check(load_driver().cuCtxSynchronize(), "waiting before memory is freed")
+    except AdaAttnError:
+        _DROPPED.extend(taken)
+        raise
+    for device, release, what in taken:
         with OnDevice(device):
-            if device not in waited:
-                # cuMemFree does not wait for memory of cuMemAllocAsync: a kernel may still
-                # read it.
-                check(cuda.cuCtxSynchronize(), "waiting before memory is freed")
-                waited.add(device)
-            release(what)
+            release(what)  # its status is not looked at: nobody could do anything about it
 
 
 class DeviceTable:
@@ -361,7 +376,7 @@ class DeviceTable:
 
     Not to be made while the caller records a CUDA graph. They are copied on a stream of their
     own. That copy is waited for, and what the caller has queued only where older tables are
-    given back.
+    given back: a wait for the whole device, which breaks a recording of any other thread.
     """
 
     def __init__(self, data: bytes, device: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -9,6 +10,10 @@ from typing import Any
 from adaattn_cuda.device.driver import OnDevice, check, load_driver, new_stream, release_with
 
 __all__ = ["Graph"]
+
+
+_recording = threading.Lock()
+"""One recording at a time: all of a device's go through one stream."""
 
 
 @cache
@@ -20,7 +25,9 @@ def _recording_stream(device: int) -> Any:
 class Graph:
     """What a function enqueues on a stream, ready to be started on any stream.
 
-    The recording launches nothing. Addresses and parameters are those of the recording.
+    The recording launches nothing. Addresses and parameters are those of the recording; it
+    does not keep alive what lies there. Recordings of several threads wait for one another;
+    starts of one graph must not come from two threads at once.
 
     Parameters
     ----------
@@ -39,8 +46,8 @@ class Graph:
         self._device, self._launch = device, cuda.cuGraphLaunch
         # Relaxed: what other threads and streams do meanwhile is no error, nor is this to them.
         relaxed = cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
-        stream = _recording_stream(device)
-        with OnDevice(device):
+        with _recording, OnDevice(device):
+            stream = _recording_stream(device)
             before = check(cuda.cuThreadExchangeStreamCaptureMode(relaxed), "recording a graph")
             try:
                 check(cuda.cuStreamBeginCapture(stream, relaxed), "recording a graph")

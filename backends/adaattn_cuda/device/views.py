@@ -6,17 +6,11 @@ import importlib
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
-from adaattn_core.errors import DTypeError, UnsupportedError
+from adaattn_core.arrays import dtype_name
+from adaattn_core.errors import UnsupportedError
 
 __all__ = ["ArrayView", "broadcast", "contiguous", "view"]
 
-_NAMES = {
-    "float64": "f64",
-    "float32": "f32",
-    "float16": "f16",
-    "bfloat16": "bf16",
-    "bool": "bool",
-}
 ITEM_BYTES = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2, "bool": 1}
 
 
@@ -78,18 +72,6 @@ def _not_cuda(got: str) -> UnsupportedError:
     )
 
 
-def _format(text: str) -> str:
-    try:
-        return _NAMES[text]
-    except KeyError:
-        raise DTypeError(
-            got=f"an array of dtype {text}",
-            needed=f"one of {', '.join(_NAMES)}",
-            do="cast the array first",
-            dtype=text,
-        ) from None
-
-
 _torch_dtypes: dict[Any, str] = {}
 
 
@@ -105,7 +87,7 @@ def _torch_view(tensor: Any) -> ArrayView:
         raise _not_cuda(f"a torch tensor on {device}")
     dtype = _torch_dtypes.get(tensor.dtype)
     if dtype is None:
-        dtype = _torch_dtypes[tensor.dtype] = _format(str(tensor.dtype)[6:])  # "torch.float32"
+        dtype = _torch_dtypes[tensor.dtype] = dtype_name(tensor)
     return ArrayView(
         tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), dtype, device.index or 0
     )
@@ -114,7 +96,7 @@ def _torch_view(tensor: Any) -> ArrayView:
 def _interface_view(array: Any, interface: dict[str, Any]) -> ArrayView:
     shape = tuple(int(n) for n in interface["shape"])
     # bf16 has no type string; libraries that have it (CuPy with ml_dtypes) show it as a dtype.
-    dtype = _format(str(getattr(array, "dtype", interface["typestr"])))
+    dtype = dtype_name(array)
     strides = interface.get("strides")
     item = ITEM_BYTES[dtype]
     steps = _strides(shape) if strides is None else tuple(int(s) // item for s in strides)
@@ -157,7 +139,7 @@ def _dlpack_view(array: Any) -> ArrayView:
     seen = _memory_view().from_dlpack(array, stream_ptr=-1)
     shape = tuple(int(n) for n in seen.shape)
     strides = _strides(shape) if seen.strides is None else tuple(int(n) for n in seen.strides)
-    return ArrayView(int(seen.ptr), shape, strides, _format(str(seen.dtype)), int(device))
+    return ArrayView(int(seen.ptr), shape, strides, dtype_name(seen), int(device))
 
 
 @cache

@@ -13,7 +13,7 @@ from adaattn_core import bounds
 from adaattn_core.policies.table import DecisionTable
 from adaattn_cuda.device import driver
 from adaattn_cuda.device.graph import Graph
-from adaattn_cuda.device.launch import kernel_of
+from adaattn_cuda.device.launch import kernel_of, refuse_capture
 from adaattn_cuda.planner.layout import kept_layout, scratch_layout
 from adaattn_cuda.planner.sequence import FarArrays, Packer, Step
 from adaattn_cuda.planner.specs import kernel_specs
@@ -45,6 +45,16 @@ class FarLaunch:
         ``rel``, ``rows`` and ``confidence`` are used.
     seed : int
     device, stream : int
+
+    Raises
+    ------
+    UnsupportedError
+        If `stream` records a CUDA graph: tables must be copied first.
+
+    Notes
+    -----
+    The tables live as long as this object. A CUDA graph that a caller records reads them and
+    does not hold them: it is good only as long as something keeps this object.
     """
 
     def __init__(
@@ -58,6 +68,7 @@ class FarLaunch:
         device: int,
         stream: int,
     ) -> None:
+        refuse_capture(stream, "copies its tables to the device")
         self.geometry, self.dtype, self.scale, self.device = g, dtype, scale, device
         self.table = table
         self.taus = [c.plan.structure.tau for c in table.candidates]  # type: ignore[attr-defined]

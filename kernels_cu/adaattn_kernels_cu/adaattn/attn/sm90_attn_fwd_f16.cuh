@@ -48,6 +48,7 @@
 #include "adaattn/attn/sm90_epilogue.cuh"
 #include "adaattn/attn/sm90_params.cuh"
 #include "adaattn/attn/sm90_producer.cuh"
+#include "adaattn/attn/sm90_skip.cuh"
 #include "adaattn/common/format.cuh"
 #include "adaattn/mask/sm90_mask.cuh"
 #include "adaattn/ptx/mbarrier.cuh"
@@ -63,11 +64,6 @@
 namespace adaattn::sm90_attn_fwd_f16 {
 
 using Params = AttentionParams;
-
-enum NamedBarrier : u32 {
-    kTurnOfFirstConsumer = 1,
-    kVoteOfFirstConsumer = 5
-};  // 0 is __syncthreads; one id per consumer warpgroup from here on
 
 template <Format kFormatT, int kDimQkT, int kDimVT, int kConsumersT, int kTileNT, int kStagesT,
           int kQueryStagesT, int kPingPongT, int kRoleT, int kMaxSourcesT, int kSkipT>
@@ -312,54 +308,6 @@ struct Consumer {
         return state.exponentiate(scores, params.scale_log2, params.slack, fresh, factor);
     }
 
-    // Whether the tile's values count: alike for the whole warpgroup, which multiplies together.
-    ADAATTN_DEVICE bool vote(const float (&scores)[T::kTileN / 2]) {
-        const float skip_log2 = cursor.item().skip_log2;
-        if (skip_log2 == 0.0f) return true;
-        const bool mine = state.matters(scores, params.scale_log2, skip_log2);
-        const bool kept =
-            ptx::named_barrier_any(kVoteOfFirstConsumer + warpgroup, kWarpgroupThreads, mine);
-        if (!kept) skipped_keys += smaller(cursor.keys_left(), T::kTileN);
-        return ptx::warp_uniform(kept) != 0;
-    }
-
-    // From a tile that was skipped on to the next one that counts, with the scores' products alone;
-    // where the item ends first, weights of 0 stand for its last tile. Nothing else is in flight.
-    ADAATTN_DEVICE void scan(float (&acc)[T::kDimV / 2], float (&scores)[T::kTileN / 2],
-                             float (&factor)[2]) {
-        bool kept = false;
-#pragma unroll 1
-        while (!kept && !cursor.at_last()) {
-            const int stage = TileRing::index(tiles - 1);
-            ptx::mbarrier_wait(barriers.value_full(stage), TileRing::parity(tiles - 1));
-            release(barriers.value_empty(stage));
-            cursor.next();
-            start_scores(scores);
-            pass_turn();
-            ptx::wgmma_wait<0>();
-            finish_scores(scores);
-            hide(scores);
-            kept = vote(scores);
-        }
-        if (!kept) {
-            softmax::clear(scores);
-        } else if (state.exponentiate(scores, params.scale_log2, params.slack, false, factor)) {
-            softmax::rescale_rows(acc, factor);
-        }
-    }
-
-    ADAATTN_DEVICE void count_skipped() const {
-        if (skipped_keys == 0 || threadIdx.x % kWarpgroupThreads != 0) return;
-        const work::WorkItem& item = cursor.item();
-        const int rows = smaller(larger(item.rows - 64 * warpgroup, 0), 64);
-        if (rows == 0) return;
-        const i64 head = (static_cast<i64>(item.batch) * params.squares_batch +
-                          static_cast<i64>(item.head) * params.squares_head) /
-                         params.squares_head;
-        atomicAdd(params.skipped + head, static_cast<u64>(rows) * static_cast<u64>(skipped_keys));
-        atomicMax(params.skipped_most + head, static_cast<u32>(skipped_keys));
-    }
-
     // One loop over the tiles of all items: the scores of a tile and the output of the tile before
     // it are in flight together, also where the two belong to different items, so that only the
     // block's very first and last products stand alone.
@@ -383,7 +331,7 @@ struct Consumer {
         while (true) {
             const bool boundary = cursor.at_last();
             if (boundary) {
-                if constexpr (T::kSkip) count_skipped();
+                if constexpr (T::kSkip) count_skipped(*this);
                 write_lse<T::kRole, T::kTileM>(params, *cursor.record, state, row(), lane(),
                                                factor);
                 if (!open_item()) break;
@@ -396,7 +344,7 @@ struct Consumer {
             ptx::wgmma_wait<1>();
             finish_scores(scores);
             hide(scores);
-            const bool kept = T::kSkip ? boundary || vote(scores) : true;
+            const bool kept = T::kSkip ? boundary || vote(*this, scores) : true;
             bool moved = false;
             if (kept) {
                 moved =
@@ -418,7 +366,7 @@ struct Consumer {
                 if (moved) softmax::rescale_rows(acc, factor);
             }
             if constexpr (T::kSkip) {
-                if (!kept) scan(acc, scores, factor);
+                if (!kept) scan<T>(*this, acc, scores, factor);
             }
             round_weights(scores, weights, rest);
         }

@@ -4,7 +4,7 @@
 // Algorithm    A block takes `split_keys` keys of one group of query tiles and kHeads query heads of one key head.
 //              1. s = k q^T: rows are keys, columns the sampled queries of the heads, so sums over queries stay in a thread.
 //              kPass 0 (lse):  2. per column the running reference and sum of 2^(c s - c r), over the keys that the row sees;
-//                              3. partial (c r, sum) of every split; the last block of a group merges them, in order of splits;
+//                              3. partial (c r, sum) of every split; the last block of a group merges them, in order of splits (sm90_probe_merge.cuh);
 //                              4. with kStats: entropy, largest weight and largest score of every column.
 //              kPass 1 (mass): 2. m_j = sum over a head's columns of 2^(c s - lse), over rows for which key j is far;
 //                              3. one byte per key and head: the mass on a logarithmic scale (far_field.cuh).
@@ -25,6 +25,7 @@
 #pragma once
 
 #include "adaattn/plan/far_field.cuh"
+#include "adaattn/plan/sm90_probe_merge.cuh"
 #include "adaattn/ptx/mbarrier.cuh"
 #include "adaattn/ptx/tma.cuh"
 #include "adaattn/ptx/wgmma.cuh"
@@ -80,17 +81,6 @@ struct Traits {
     static_assert(kColumns % 32 == 0 && kColumns <= 128, "columns of one wgmma");
 };
 
-// Merges (reference, sum) pairs in units of 2: the reference is the larger, the sum follows it.
-ADAATTN_DEVICE void merge(float& reference, float& sum, float& weighted, float other,
-                          float other_sum, float other_weighted) {
-    const float next = fmaxf(reference, other);
-    const float mine = reference == next ? 1.0f : ptx::exp2_approx(reference - next);
-    const float theirs = other == next ? 1.0f : ptx::exp2_approx(other - next);
-    sum = sum * mine + other_sum * theirs;
-    weighted = weighted * mine + other_weighted * theirs;
-    reference = next;
-}
-
 template <class T>
 struct Block {
     const Params& params;
@@ -142,14 +132,6 @@ struct Block {
         const int keys = smaller(stop - key_first, sizes.split_keys);
         tiles = keys > 0 ? ceil_div(keys, T::kTileKeys) : 0;
         return true;
-    }
-
-    // Number of splits of this group that have keys.
-    ADAATTN_DEVICE int live_splits() const {
-        const far::Sizes& sizes = params.sizes;
-        const far::Group& own = params.groups[group];
-        const int last_row = smaller((own.tile_first + own.tiles) * sizes.tile, sizes.len_q) - 1;
-        return ceil_div(sizes.visible(last_row), sizes.split_keys);
     }
 
     // Copies the sampled rows of every head to shared memory, as panels of 64 columns, and their limits.
@@ -324,58 +306,6 @@ struct Block {
         }
     }
 
-    // After run_lse: one thread a column.
-    ADAATTN_DEVICE void write_partials() const {
-        const int column = static_cast<int>(threadIdx.x);
-        if (column < T::kColumns) {
-            float reference = -ptx::infinity();
-            float sum = 0.0f;
-            float weighted = 0.0f;
-            if (tiles > 0) {
-                for (int warp = 0; warp < T::kConsumerWarps; ++warp) {
-                    const float* own =
-                        merge_space() + (warp * T::kColumns + column) * T::kMergeFloats;
-                    merge(reference, sum, weighted, own[0], own[1], T::kStats ? own[2] : 0.0f);
-                }
-            }
-            const i64 place = (group_index() * params.sizes.splits + split) * T::kColumns + column;
-            params.partial[place] = make_float2(reference, sum);
-            if constexpr (T::kStats) params.partial_weighted[place] = weighted;
-        }
-    }
-
-    // The block that finishes last merges all splits of the group, always in the same order.
-    ADAATTN_DEVICE void merge_splits() const {
-        __shared__ int last;
-        __threadfence();
-        __syncthreads();
-        const int live = live_splits();
-        if (threadIdx.x == 0) last = atomicAdd(params.finished + group_index(), 1) == live - 1;
-        __syncthreads();
-        if (!last) return;
-        __threadfence();
-        const int column = static_cast<int>(threadIdx.x);
-        if (column < T::kColumns) {
-            float reference = -ptx::infinity();
-            float sum = 0.0f;
-            float weighted = 0.0f;
-            for (int s = 0; s < live; ++s) {
-                const i64 place = (group_index() * params.sizes.splits + s) * T::kColumns + column;
-                const float2 part = __ldcg(params.partial + place);
-                merge(reference, sum, weighted, part.x, part.y,
-                      T::kStats ? __ldcg(params.partial_weighted + place) : 0.0f);
-            }
-            const float lse = sum > 0.0f ? reference + log2f(sum) : -ptx::infinity();
-            const i64 place = group_index() * T::kColumns + column;
-            params.lse_log2[place] = lse;
-            if constexpr (T::kStats) {
-                const float entropy = sum > 0.0f ? lse - weighted / sum : 0.0f;
-                params.stats[place] = make_float4(entropy, exp2f(reference - lse), reference, 0.0f);
-            }
-        }
-        if (threadIdx.x == 0) params.finished[group_index()] = 0;
-    }
-
     ADAATTN_DEVICE void run_mass() const {
         const far::Sizes& sizes = params.sizes;
         const float c = sizes.scale_log2;
@@ -459,8 +389,8 @@ ADAATTN_DEVICE void run(const Params& params) {
     } else {
         block.run_lse();
         __syncthreads();
-        block.write_partials();
-        block.merge_splits();
+        write_partials<T>(block);
+        merge_splits<T>(block);
     }
 }
 
