@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 from adaattn_core.checks import shown
 from adaattn_core.errors import ArgumentError
@@ -103,7 +104,13 @@ class CostModel:
 
     def dense_cost(self, stats: HeadStats, qk: str = "f32", pv: str = "f32") -> float:
         """Predicted seconds of the dense head."""
-        return self.head_cost(stats, HeadPlan(structure=Dense(), qk=qk, pv=pv), 1.0)
+        return self.head_cost(stats, _dense(qk, pv), 1.0)
+
+
+@cache
+def _dense(qk: str, pv: str) -> HeadPlan:
+    """Return one plan per pair of formats: plans are checked when made, and prices are many."""
+    return HeadPlan(structure=Dense(), qk=qk, pv=pv)
 
 
 CERTIFY_ROWS = 350

@@ -117,10 +117,10 @@ def _scaled_norms(x: NDArray[Any]) -> tuple[Float64 | None, Float64]:
     with np.errstate(all="ignore"):
         squares = np.einsum("...i,...i->...", x, x)
         low, high = _SQUARES[x.dtype]
-        odd = ~((squares >= low) & (squares <= high))
         norms = np.array(np.sqrt(squares, dtype=np.float64))
-        if not odd.any():
-            return None, norms
+        if low <= squares.min(initial=low) and squares.max(initial=high) <= high:
+            return None, norms  # NaN is in no range
+        odd = ~((squares >= low) & (squares <= high))
         wide = np.abs(x[odd].astype(np.float64))
         peak = wide.max(axis=-1, initial=0.0)
         exponent = np.frexp(np.where(np.isfinite(peak), peak, 1.0))[1]

@@ -160,9 +160,9 @@ class BudgetPolicy:
         """Whether the structure could beat dense on any head, at its least possible share."""
         if not sampled and isinstance(structure, Landmark | BlockSparse):
             return False  # no theorem bounds what they leave out
+        plan = HeadPlan(structure=structure)
         for shape in context.shapes.values():
             share = fitting.least_share(structure, shape)
-            plan = HeadPlan(structure=structure)
             dense = context.costs.dense_cost(shape)
             if context.costs.head_cost(shape, plan, share) < self.worthwhile * dense:
                 return True
@@ -234,14 +234,14 @@ class BudgetPolicy:
                     shares.append((*between, aim))
         for structure, share, error in shares:
             for qk, pv in self._pairs(context):
-                plan = HeadPlan(structure=structure, qk=qk, pv=pv)
                 if context.budget.guarantee == "sampled":
                     exact = (qk, pv) == (context.exact_format,) * 2
                     rounding = 0.0 if exact else stats.format_errors.get((qk, pv), float("inf"))
                     total = error + rounding
                     total = math.inf if math.isnan(total) else total
-                    yield replace(plan, error_estimate=total), share
+                    yield HeadPlan(structure, qk, pv, error_estimate=total), share
                 else:
+                    plan = HeadPlan(structure, qk, pv)
                     yield self._with_theorem(plan, stats, context), share
 
     def _admissible(self, structure: Structure, stats: HeadStats) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -67,7 +68,9 @@ class ArrayHome:
                 copied = np.ascontiguousarray(copied)
             wide = self.namespace.asarray(copied, device=self.device)
             return self.namespace.astype(wide, self.namespace.bfloat16)
-        return self.namespace.asarray(x, device=self.device)
+        with warnings.catch_warnings():  # broadcast arrays are read-only; nobody writes them
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            return self.namespace.asarray(x, device=self.device)
 
     def fetch(self, x: Any) -> NDArray[Any]:
         """Copy an array of any library to NumPy; bf16 comes back as float32."""

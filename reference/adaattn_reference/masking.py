@@ -94,13 +94,17 @@ class HeadMask:
 
     def visible(self, rows: slice, len_kv: int) -> NDArray[np.bool_]:
         """Whether the masks let rows see each key, shape (rows, len_kv), its weight aside."""
-        keys = np.arange(len_kv)
-        seen = (keys >= self.start[rows][:, None]) & (keys < self.stop[rows][:, None])
-        if self.allowed is not None:
-            seen &= self.allowed[rows]
+        start, stop = self.start[rows], self.stop[rows]
+        parts = [] if self.allowed is None else [self.allowed[rows]]
         if self.bias is not None:
-            seen &= self.bias[rows] != -np.inf
-        return np.asarray(seen)
+            parts.append(self.bias[rows] != -np.inf)
+        if not parts or start.max(initial=0) > 0 or stop.min(initial=len_kv) < len_kv:
+            keys = np.arange(len_kv)
+            parts.append((keys >= start[:, None]) & (keys < stop[:, None]))
+        seen = np.array(parts[0])
+        for part in parts[1:]:
+            seen &= part
+        return seen
 
     def live(self, len_kv: int) -> NDArray[np.bool_]:
         """Whether each row sees a key."""

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from adaattn_core.formats import FORMATS
 from adaattn_core.problem import AttentionProblem
+from adaattn_core.testing.kit import ArrayHome
 from adaattn_core.testing.oracles import (
     cosine_similarity,
     exact_attention,
@@ -275,3 +276,16 @@ def test_everything_promised_is_drawn(wish: Any) -> None:
 @given(spec=mask_specs(("causal", "boolean")))
 def test_masks_keep_to_the_kinds_asked_for(spec: MaskSpec) -> None:
     assert spec.kinds() <= {"causal", "boolean"}
+
+
+def test_read_only_arrays_are_sent_as_they_are_without_a_warning() -> None:
+    """Warnings are errors here; PyTorch would give this one on the first array only."""
+    torch = pytest.importorskip("torch")
+    told = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        sent = ArrayHome.parse("torch:cpu").send(np.broadcast_to(np.float32(2), (3, 4)))
+    finally:
+        torch.set_warn_always(told)
+    assert sent.stride() == (0, 0)
+    assert (sent == 2).all()

@@ -14,8 +14,10 @@ import pytest
 pytestmark = pytest.mark.gpu
 LIMIT_S = 580
 SMALL = Path(__file__).parent / "small_launches.py"
+# Without plugins that warn beside xdist or in a read-only folder: warnings are errors here.
 KIT = (
-    "-m", "pytest", "-q", "-p", "adaattn_core.testing.pytest_plugin",
+    "-m", "pytest", "-q", "-p", "no:benchmark", "-p", "no:cacheprovider",
+    "-p", "adaattn_core.testing.pytest_plugin",
     "--pyargs", "adaattn_core.testing.conformance",
     "--adaattn-backend", "cuda", "--adaattn-arrays", "torch:cuda",
 )  # fmt: skip
