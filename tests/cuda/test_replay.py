@@ -191,3 +191,20 @@ def test_tables_are_not_made_while_the_caller_records(
     nothing: Any = None
     with pytest.raises(UnsupportedError, match="CUDA-graph capture"):
         launch.FarLaunch(nothing, "bf16", 1.0, nothing, nothing, 0, 0, 7)
+
+
+def test_what_a_caller_records_keeps_the_tables(
+    capturing: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The caller's graph reads them after every cache has forgotten the launch."""
+    held: set[launch.FarLaunch] = set()
+    monkeypatch.setattr(launch, "_RECORDED", held)
+    far = object.__new__(launch.FarLaunch)
+    replay = launch._Replay([("a", lambda stream: None)], device=0)
+    monkeypatch.setattr(launch.FarLaunch, "_replay", lambda *_: replay)
+    arrays = SimpleNamespace()
+    far.start(arrays, 0, 0, 5)  # type: ignore[arg-type]
+    assert not held
+    capturing.add(7)
+    far.start(arrays, 0, 0, 7)  # type: ignore[arg-type]
+    assert held == {far}

@@ -31,6 +31,10 @@ _TESTS = 2
 _ADDRESSES_REMEMBERED = 16
 
 
+_RECORDED: set[FarLaunch] = set()
+"""Launches that callers have recorded in CUDA graphs of their own."""
+
+
 class FarLaunch:
     """An adaptive call of one geometry, table, budget and seed.
 
@@ -53,8 +57,7 @@ class FarLaunch:
 
     Notes
     -----
-    The tables live as long as this object. A CUDA graph that a caller records reads them and
-    does not hold them: it is good only as long as something keeps this object.
+    The tables live as long as this object.
     """
 
     def __init__(
@@ -126,9 +129,12 @@ class FarLaunch:
     def start(self, arrays: FarArrays, kept: int, scratch: int, stream: int) -> None:
         """Enqueue everything; `kept` and `scratch` are addresses of the two allocations.
 
-        From the second start with the same addresses on, one graph is replayed.
+        From the second start with the same addresses on, one graph is replayed. Under a
+        recording of the caller's this object, and so its tables, stays for good: nobody says
+        when the caller's graph has run for the last time.
         """
-        self._replay(arrays, kept, scratch).start(stream)
+        if self._replay(arrays, kept, scratch).start(stream):
+            _RECORDED.add(self)
 
     def steps(self, arrays: FarArrays, kept: int, scratch: int) -> list[Step]:
         """Return the named launches for a set of addresses, packed once."""
@@ -158,16 +164,18 @@ class _Replay:
         self._graph: Graph | None = None
         self._lock = threading.Lock()  # a launch carries its stream: one thread at a time
 
-    def start(self, stream: int) -> None:
+    def start(self, stream: int) -> bool:
+        """Enqueue everything; return whether a recording of the caller's took it."""
         with self._lock:
             capturing = driver.is_capturing(stream)
             if capturing or not self._started:
                 self._enqueue(stream)
                 self._started |= not capturing
-                return
+                return capturing
             if self._graph is None:
                 self._graph = Graph(self._enqueue, self._device)
             self._graph.start(stream)
+            return False
 
     def _enqueue(self, stream: int) -> None:
         for _, step in self.steps:
