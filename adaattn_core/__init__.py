@@ -5,6 +5,8 @@ from adaattn_core.budget import ErrorBudget
 from adaattn_core.certificates.data import Certificate, HeadCertificate
 from adaattn_core.errors import AdaAttnError
 from adaattn_core.mask import Mask
+from adaattn_core.paged import PagedKV
+from adaattn_core.pages import Pages, quantise_pages
 from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.plugins.registry import get_backend, list_backends
 from adaattn_core.policies import (
@@ -12,6 +14,7 @@ from adaattn_core.policies import (
     CalibratedPolicy,
     EntropyPolicy,
     FixedPolicy,
+    PagedPolicy,
 )
 from adaattn_core.problem import AttentionProblem
 from adaattn_core.result import AttentionResult
@@ -36,10 +39,14 @@ __all__ = [
     "Landmark",
     "LowRank",
     "Mask",
+    "PagedKV",
+    "PagedPolicy",
+    "Pages",
     "Plan",
     "ScoreSkip",
     "__version__",
     "attention",
     "get_backend",
     "list_backends",
+    "quantise_pages",
 ]

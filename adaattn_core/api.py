@@ -21,6 +21,7 @@ from adaattn_core.plugins.registry import get_backend, get_policy
 from adaattn_core.policies.base import Policy
 from adaattn_core.policies.budget import BudgetPolicy
 from adaattn_core.policies.fixed import ExactPolicy
+from adaattn_core.policies.paged import PagedPolicy
 from adaattn_core.problem import AttentionProblem
 from adaattn_core.result import AttentionResult
 
@@ -28,7 +29,7 @@ from adaattn_core.result import AttentionResult
 def attention(
     query: Any,
     key: Any,
-    value: Any,
+    value: Any = None,
     *,
     mask: Mask | None = None,
     scale: float | None = None,
@@ -50,7 +51,7 @@ def attention(
     key : array, shape (batch, heads_kv, len_kv, dim_qk)
     value : array, shape (batch, heads_kv, len_kv, dim_v)
         Any library that speaks DLPack or the array API; f64, f32, f16 or bf16, all three alike.
-        heads_q must be a multiple of heads_kv.
+        heads_q must be a multiple of heads_kv. Or `key` is a `PagedKV` and `value` left out.
     mask : Mask, optional
         Default: every key is visible.
     scale : float, optional
@@ -59,7 +60,7 @@ def attention(
         Tolerated error; a float is ``ErrorBudget(rel=budget)``. None asks for exact attention
         in the input's own format.
     policy : Policy or str, optional
-        Default `BudgetPolicy`; or the name of an installed policy.
+        Default `BudgetPolicy` (`PagedPolicy` over pages); or the name of an installed policy.
     plan : Plan, optional
         Run this plan and decide nothing. A budget is then what its certificate is held against;
         with ``on_violation="escalate"`` (the default of a budget) heads that miss it climb on.
@@ -132,7 +133,7 @@ def attention(
             needed="a Plan",
             do="read a saved one with Plan.load(path)",
         )
-    deciding = _policy(policy, asked, plan)
+    deciding = _policy(policy, asked, plan, problem.paged is not None)
     word("layer", layer)
     truth("profile", profile)
     drawn = seed is None
@@ -165,11 +166,15 @@ def attention(
     )
 
 
-def _policy(policy: Any, budget: ErrorBudget | None, plan: Plan | None) -> Policy | None:
+def _policy(
+    policy: Any, budget: ErrorBudget | None, plan: Plan | None, paged: bool
+) -> Policy | None:
     if plan is not None:
         return None
+    if policy is None and budget is not None:
+        return PagedPolicy() if paged else BudgetPolicy()
     if policy is None:
-        return ExactPolicy() if budget is None else BudgetPolicy()
+        return ExactPolicy()
     chosen = get_policy(policy) if isinstance(policy, str) else policy
     if isinstance(chosen, type) or not isinstance(chosen, Policy):
         raise ArgumentError(

@@ -46,6 +46,8 @@ class Capabilities:
     sizes : tuple of Structure
         Structures with the sizes (tiles, groups, bands, ...) that it prefers to run; policies
         change what they leave out. Kinds that are not named come in the policy's own sizes.
+    paged : bool
+        Whether keys and values may come as pages (`adaattn_core.paged.PagedKV`).
     """
 
     qk_formats: tuple[str, ...]
@@ -63,6 +65,7 @@ class Capabilities:
         "additive",
     )
     sizes: tuple[Structure, ...] = ()
+    paged: bool = False
 
 
 @runtime_checkable

@@ -49,8 +49,20 @@ def run_pipeline(
     problem takes them one by one. `drawn` says that the seed was drawn, not given.
     """
     clock = _Clock()
+    if problem.paged is not None and not capabilities.paged:
+        raise UnsupportedError(
+            got=f'pages on backend "{backend.name}", which takes arrays only',
+            needed="a backend whose capabilities say paged",
+            do='use backend="numpy", or PagedKV.gather() and pass the arrays',
+        )
     reason = ""
-    if plan is None and policy and budget and isinstance(backend, Decides):
+    if (
+        plan is None
+        and problem.paged is None
+        and policy
+        and budget
+        and isinstance(backend, Decides)
+    ):
         rules = compiled_for(problem, backend, policy, budget, costs)
         given = None if drawn else seed
         adapted = (
@@ -70,7 +82,9 @@ def run_pipeline(
         reason = adapted
     # An exact call asks for neither stats nor samples, and the question costs host time.
     exact = budget is None and (policy is None or type(policy) is ExactPolicy)
-    sampler = backend if not exact and isinstance(backend, Measures) else None
+    # What 8-bit pages were rounded from is gone: only theorems speak about a cache.
+    asks = not exact and problem.paged is None
+    sampler = backend if asks and isinstance(backend, Measures) else None
     context = PolicyContext.of(
         problem, budget, capabilities, costs,
         seed=seed, layer=layer, measures=sampler is not None,
@@ -82,7 +96,7 @@ def run_pipeline(
         request = policy.request(context)
         if request is not None:
             if sampler is None:
-                raise _measures_nothing(policy, backend)
+                raise _measures_nothing(problem, policy, backend)
             stats, workspace = sampler.measure(problem, request)
             clock.lap("measure_seconds")
         heads = policy.decide(stats.heads if stats else {}, context)
@@ -132,7 +146,15 @@ def run_pipeline(
     return raw, plan, certificate, stats, notes
 
 
-def _measures_nothing(policy: Policy, backend: Backend) -> UnsupportedError:
+def _measures_nothing(
+    problem: AttentionProblem, policy: Policy, backend: Backend
+) -> UnsupportedError:
+    if problem.paged is not None:
+        return UnsupportedError(
+            got=f'policy "{policy.name}" over pages, where nothing is measured',
+            needed="a policy that asks for no measurements",
+            do="leave the policy out (PagedPolicy), or use FixedPolicy",
+        )
     return UnsupportedError(
         got=f'policy "{policy.name}" on backend "{backend.name}", which measures nothing',
         needed="a backend that measures, or a plan that needs none",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from adaattn_core.arrays import (
 from adaattn_core.checks import real, shown
 from adaattn_core.errors import ArgumentError, DTypeError, ShapeError
 from adaattn_core.mask import Mask
+from adaattn_core.paged import PagedKV
 
 HeadIndex = tuple[int, int]
 """(sequence, head_q): what a plan, a certificate and an escalation speak about."""
@@ -59,7 +60,8 @@ class AttentionProblem:
     query : array, shape (batch, heads_q, len_q, dim_qk)
     key : array, shape (batch, heads_kv, len_kv, dim_qk)
     value : array, shape (batch, heads_kv, len_kv, dim_v)
-        Arrays of the caller's own library, as (possibly strided) views.
+        Arrays of the caller's own library, as (possibly strided) views. None where the keys
+        and values are `paged`.
     mask : Mask
     scale : float
         Factor on the scores, > 0; 1/sqrt(dim_qk) unless given.
@@ -69,6 +71,9 @@ class AttentionProblem:
         Input format: ``f64``, ``f32``, ``f16`` or ``bf16``.
     device : str
         Where the arrays live, as text.
+    paged : PagedKV or None
+        Keys and values as pages; lengths and left padding are then theirs, and positions count
+        from a sequence's first visible key.
     """
 
     query: Any
@@ -79,6 +84,7 @@ class AttentionProblem:
     sequences: tuple[SequenceSpan, ...]
     dtype: str
     device: str
+    paged: PagedKV | None = None
 
     @classmethod
     def from_arrays(
@@ -97,6 +103,7 @@ class AttentionProblem:
         ----------
         query, key, value : array
             Four-dimensional, in `layout` ``"bhsd"`` (batch, heads, len, dim) or ``"bshd"``.
+            Or `key` is a `PagedKV`, which holds the values too, and `value` is None.
         mask : Mask, optional
             Default: every key is visible.
         scale : float, optional
@@ -117,15 +124,11 @@ class AttentionProblem:
                 needed='"bhsd" (batch, heads, len, dim) or "bshd" (batch, len, heads, dim)',
                 do="name the layout of your arrays",
             )
+        if isinstance(key, PagedKV):
+            return paged_problem(cls, query, key, value, mask=mask, scale=scale, layout=layout)
         named = (("query", query), ("key", key), ("value", value))
         for name, x in named:
-            require_array(name, x)
-            if len(x.shape) != 4:
-                raise ShapeError(
-                    got=f"{name} of shape {tuple(x.shape)}",
-                    needed="four dimensions: batch, heads, len, dim",
-                    do="add the missing dimensions, e.g. x[None] for a single batch entry",
-                )
+            _check_axes(name, x)
         dtypes = {name: dtype_name(x) for name, x in named}
         if len(set(dtypes.values())) != 1 or dtypes["query"] not in INPUT_FORMATS:
             raise DTypeError(
@@ -142,25 +145,7 @@ class AttentionProblem:
             )
         query, key, value = (move_axis_layout(x, layout) for x in (query, key, value))
         _check_shapes(query.shape, key.shape, value.shape)
-        dim_qk = int(query.shape[3])
-        scale = (
-            1.0 / math.sqrt(max(dim_qk, 1))
-            if scale is None
-            else real("scale", scale, do=NO_SCALE)
-        )
-        if not (math.isfinite(scale) and scale > 0):
-            raise ArgumentError(
-                got=f"scale={scale}",
-                needed="a positive finite number",
-                do=NO_SCALE,
-            )
-        mask = Mask.none() if mask is None else mask
-        if not isinstance(mask, Mask):
-            raise ArgumentError(
-                got=f"mask of type {type(mask).__name__}",
-                needed="a Mask",
-                do="wrap the array: Mask.boolean(x) (True = may attend) or Mask.additive(x)",
-            )
+        scale, mask = _checked_scale(scale, int(query.shape[3])), _checked_mask(mask)
         sequences = _sequences(mask, query.shape, key.shape)
         _check_mask(mask, query.shape, key.shape, sequences)
         return cls(query, key, value, mask, scale, sequences, dtypes["query"], devices["query"])
@@ -179,7 +164,7 @@ class AttentionProblem:
     @property
     def heads_kv(self) -> int:
         """Key/value heads; divides heads_q."""
-        return int(self.key.shape[1])
+        return self._key_shape[1]
 
     @property
     def len_q(self) -> int:
@@ -188,8 +173,8 @@ class AttentionProblem:
 
     @property
     def len_kv(self) -> int:
-        """Keys of the key array, padding included."""
-        return int(self.key.shape[2])
+        """Keys of the key array, padding included; of pages, the most that a sequence sees."""
+        return self._key_shape[2]
 
     @property
     def dim_qk(self) -> int:
@@ -199,7 +184,13 @@ class AttentionProblem:
     @property
     def dim_v(self) -> int:
         """Length of a value vector."""
-        return int(self.value.shape[3])
+        return self.paged.value.dim if self.paged is not None else int(self.value.shape[3])
+
+    @property
+    def _key_shape(self) -> tuple[int, ...]:
+        if self.paged is not None:
+            return self.paged.key_shape
+        return tuple(int(n) for n in self.key.shape)
 
     @property
     def group_size(self) -> int:
@@ -227,6 +218,94 @@ class AttentionProblem:
         """Count the scores that the structural mask leaves in one head of the sequence."""
         span = self.sequences[sequence]
         return self.mask.extent(span.len_q, span.len_kv)[0]
+
+
+def paged_problem(
+    cls: type[AttentionProblem],
+    query: Any,
+    paged: PagedKV,
+    value: Any,
+    *,
+    mask: Mask | None,
+    scale: float | None,
+    layout: str,
+) -> AttentionProblem:
+    """Build a problem on pages; see `AttentionProblem.from_arrays`."""
+    if value is not None:
+        raise ArgumentError(
+            got=f"a PagedKV as key, and value of type {type(value).__name__}",
+            needed="no value: the pages hold it",
+            do="pass attention(query, paged)",
+        )
+    _check_axes("query", query)
+    name, device, query = (
+        dtype_name(query),
+        array_device(query),
+        move_axis_layout(query, layout),
+    )
+    if name != paged.dtype:
+        raise DTypeError(
+            got=f"query: {name}, wide pages: {paged.dtype}",
+            needed="one format",
+            do="check that the cache belongs to this model: newest pages are in its format",
+        )
+    if device != paged.device:
+        raise ShapeError(
+            got=f"query on {device}, pages on {paged.device}",
+            needed="one device",
+            do="move them first: nothing is copied between devices silently",
+        )
+    try:
+        _check_shapes(query.shape, paged.key_shape, paged.value_shape)
+    except ShapeError as error:
+        do = "check that the cache belongs to this model"
+        raise ShapeError(got=error.got, needed=error.needed, do=do) from None
+    scale, mask = _checked_scale(scale, int(query.shape[3])), _checked_mask(mask)
+    if mask.lengths is not None or mask.cu_seqlens_q is not None or not mask.is_structural:
+        raise ArgumentError(
+            got=f"a mask ({mask.describe()}) over pages",
+            needed="a causal or window mask, or none: the pages state lengths and padding",
+            do="leave key lengths to PagedKV; gather() the pages for mask arrays",
+        )
+    if mask.has_window and mask.alignment != "bottom_right":
+        raise ArgumentError(
+            got=f"a mask aligned {mask.alignment} over pages",
+            needed='alignment="bottom_right": the rows are those of the newest keys',
+            do='pass Mask.causal("bottom_right")',
+        )
+    mask = replace(mask, lengths=paged.visible)
+    sequences = _sequences(mask, query.shape, paged.key_shape)
+    return cls(query, None, None, mask, scale, sequences, name, device, paged)
+
+
+def _check_axes(name: str, x: Any) -> None:
+    require_array(name, x)
+    if len(x.shape) != 4:
+        raise ShapeError(
+            got=f"{name} of shape {tuple(x.shape)}",
+            needed="four dimensions: batch, heads, len, dim",
+            do="add the missing dimensions, e.g. x[None] for a single batch entry",
+        )
+
+
+def _checked_scale(scale: float | None, dim_qk: int) -> float:
+    if scale is None:
+        return 1.0 / math.sqrt(max(dim_qk, 1))
+    scale = real("scale", scale, do=NO_SCALE)
+    if math.isfinite(scale) and scale > 0:
+        return scale
+    raise ArgumentError(f"scale={scale}", needed="a positive finite number", do=NO_SCALE)
+
+
+def _checked_mask(mask: Mask | None) -> Mask:
+    mask = Mask.none() if mask is None else mask
+    if not isinstance(mask, Mask):
+        raise ArgumentError(
+            got=f"mask of type {type(mask).__name__}",
+            needed="a Mask",
+            do="wrap the array: Mask.boolean(x) (True = may attend) or Mask.additive(x)",
+        )
+    return mask
 
 
 def _check_shapes(q: Any, k: Any, v: Any) -> None:

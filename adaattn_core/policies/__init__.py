@@ -6,6 +6,7 @@ from adaattn_core.policies.calibrated import CalibratedPolicy
 from adaattn_core.policies.compiling import CompiledPolicy, CompilesToTable, compile_policy
 from adaattn_core.policies.entropy import EntropyPolicy
 from adaattn_core.policies.fixed import ExactPolicy, FixedPolicy
+from adaattn_core.policies.paged import PagedPolicy
 from adaattn_core.policies.table import DecisionTable, decide_table, escalate_table
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "EntropyPolicy",
     "ExactPolicy",
     "FixedPolicy",
+    "PagedPolicy",
     "Policy",
     "PolicyContext",
     "compile_policy",

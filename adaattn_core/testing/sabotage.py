@@ -160,6 +160,20 @@ def _shift_lse(problem: AttentionProblem, raw: RawResult) -> None:
     raw.lse += np.float32(0.01)
 
 
+def _reverse_pages(problem: AttentionProblem) -> AttentionProblem:
+    """Read every row of the page table from its end."""
+    paged = problem.paged
+    if paged is None:
+        return problem
+    table = np.array(paged.table)
+    for b in range(paged.batch):
+        for h in range(paged.heads_kv):
+            used = paged.used_pages(b, h)
+            first = int(paged.starts[b]) // paged.page_len
+            table[b, h, first : first + len(used)] = used[::-1]
+    return replace(problem, paged=replace(paged, table=table))
+
+
 class _Restless:
     """Changes the last bit of the output on every other call."""
 
@@ -198,6 +212,9 @@ SABOTAGES: dict[str, Sabotage] = {
         after=_hide_nonfinite,
     ),
     "wrong_lse": Sabotage("lse off by 0.01", "test_lse_is_right", after=_shift_lse),
+    "reversed_pages": Sabotage(
+        "pages read in reverse", "test_paged_worst_case_holds", before=_reverse_pages
+    ),
     "restless": Sabotage(
         "last bit changes from call to call", "test_two_runs_are_equal", after=_Restless()
     ),

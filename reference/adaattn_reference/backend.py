@@ -66,6 +66,7 @@ class NumpyBackend:
             array_devices=("cpu",),
             target="cpu",
             emulated_formats=("tf32", "f16", "bf16", "i8", "e4m3"),
+            paged=True,
         )
 
     def measure(
@@ -124,7 +125,8 @@ class NumpyBackend:
                 probe is not None and space.seed == plan.seed and probe.serves(head.structure)
             )
             probes = probe.probes if probe is not None and usable else None
-            return index, *_run_head(view, head, plan.seed, probes)
+            output, facts = _run_head(view, head, plan.seed, probes)
+            return index, output, _with_page_facts(facts, problem, index)
 
         todo.sort(key=lambda index: -problem.visible_scores(index[0]))
         for index, output, facts in map_heads(work, todo, _most_scores(problem)):
@@ -272,6 +274,23 @@ def _with_run_facts(
         key_step_upper=operands.key_step_upper,
         dropped_mass_upper=output.dropped_mass_upper,
         arithmetic=output.arithmetic,
+    )
+
+
+def _with_page_facts(facts: RunFacts, problem: AttentionProblem, index: HeadIndex) -> RunFacts:
+    """Speak of the keys and values that narrow pages were rounded from, not of their codes."""
+    if problem.paged is None:
+        return facts
+    key, value = problem.paged.residuals(index[0], index[1] // problem.group_size)
+    if key == value == 0.0:
+        return facts
+    return replace(
+        facts,
+        key_norm_upper=float(add_up(facts.key_norm_upper, key)),
+        value_norm_upper=float(add_up(facts.value_norm_upper, value)),
+        key_residual_upper=float(add_up(facts.key_residual_upper, key)),
+        value_residual_upper=float(add_up(facts.value_residual_upper, value)),
+        value_diameter_upper=float(add_up(facts.value_diameter_upper, mul_up(2.0, value))),
     )
 
 

@@ -331,13 +331,18 @@ class ProblemViews:
         self.problem = problem
         self.dtype = np.dtype(dtype)
         self._query = to_numpy(problem.query)
-        self._key = to_numpy(problem.key)
-        self._value = to_numpy(problem.value)
         self._allowed = self._mask_array(problem.mask.allowed)
         self._bias = self._mask_array(problem.mask.bias)
         self._kv: dict[tuple[int, int], KeyValues] = {}
         self._views: dict[HeadIndex, HeadView] = {}
         self._lock = Lock()
+
+    @cached_property
+    def _key_value(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        p = self.problem
+        if p.paged is not None:
+            return p.paged.gather()
+        return to_numpy(p.key), to_numpy(p.value)
 
     def _mask_array(self, mask: Any) -> NDArray[Any] | None:
         if mask is None:
@@ -388,9 +393,10 @@ class ProblemViews:
             if (sequence, head_kv) not in self._kv:
                 span = self.problem.sequences[sequence]
                 rows = slice(span.kv_start + low, span.kv_start + high)
+                key, value = self._key_value
                 self._kv[sequence, head_kv] = KeyValues(
-                    self._convert(self._key[span.batch, head_kv, rows]),
-                    self._convert(self._value[span.batch, head_kv, rows]),
+                    self._convert(key[span.batch, head_kv, rows]),
+                    self._convert(value[span.batch, head_kv, rows]),
                 )
             return self._kv[sequence, head_kv]
 
