@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import array_api_compat
-import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -24,6 +20,7 @@ from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.plugins.registry import get_backend
 from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_core.result import AttentionResult
+from adaattn_core.testing.homes import ArrayHome
 from adaattn_core.testing.oracles import (
     ExactAttention,
     exact_attention,
@@ -39,47 +36,6 @@ WORST_CASE = ErrorBudget(
 
 _NATURAL_DTYPE = {"f64": "f64", "f32": "f32", "tf32": "f32", "f16": "f16"}
 _DIM_CANDIDATES = (1, 2, 3, 7, 8, 16, 24, 33, 40, 64, 96, 128)
-
-
-@dataclass(frozen=True, slots=True)
-class ArrayHome:
-    """Where arrays are put for the backend: ``numpy``, ``torch:cuda``, ``cupy``, ..."""
-
-    namespace: Any = None
-    device: str | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> ArrayHome:
-        """Read ``MODULE`` or ``MODULE:DEVICE``."""
-        module, _, device = text.partition(":")
-        if module == "numpy":
-            return cls()
-        return cls(importlib.import_module(f"array_api_compat.{module}"), device or None)
-
-    def send(self, x: NDArray[Any]) -> Any:
-        """Put a NumPy array there; bf16 keeps its values."""
-        if self.namespace is None:
-            return x
-        if x.dtype == ml_dtypes.bfloat16:
-            # A copy of a broadcast array may put its last axis outermost: no layout that a
-            # backend has to take.
-            copied = x.astype(np.float32)
-            if copied.strides[-1] != copied.itemsize:
-                copied = np.ascontiguousarray(copied)
-            wide = self.namespace.asarray(copied, device=self.device)
-            return self.namespace.astype(wide, self.namespace.bfloat16)
-        with warnings.catch_warnings():  # broadcast arrays are read-only; nobody writes them
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-            return self.namespace.asarray(x, device=self.device)
-
-    def fetch(self, x: Any) -> NDArray[Any]:
-        """Copy an array of any library to NumPy; bf16 comes back as float32."""
-        if isinstance(x, np.ndarray):
-            return x.copy()
-        xp = array_api_compat.array_namespace(x)
-        if str(x.dtype).endswith("bfloat16"):
-            x = xp.astype(x, xp.float32)
-        return np.from_dlpack(array_api_compat.to_device(x, "cpu")).copy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,14 +201,9 @@ class Kit:
         """Move a host problem to where the backend wants its arrays."""
         if self.home.namespace is None:
             return problem
-        mask = problem.mask
         return AttentionProblem.from_arrays(
             *(self.home.send(x) for x in (problem.query, problem.key, problem.value)),
-            mask=replace(
-                mask,
-                allowed=None if mask.allowed is None else self.home.send(mask.allowed),
-                bias=None if mask.bias is None else self.home.send(mask.bias),
-            ),
+            mask=self.home.send_mask(problem.mask),
             scale=problem.scale,
         )
 

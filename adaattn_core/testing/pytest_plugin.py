@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, settings
 
 from adaattn_core.errors import AdaAttnError
 from adaattn_core.plugins.registry import Registration, default_registry, get_backend
-from adaattn_core.testing.kit import ArrayHome, Kit
+from adaattn_core.testing.homes import ArrayHome
+from adaattn_core.testing.kit import Kit
 from adaattn_core.testing.sabotage import SABOTAGES, sabotage
 
 _COMMON = {

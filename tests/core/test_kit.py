@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from adaattn_core.formats import FORMATS
 from adaattn_core.problem import AttentionProblem
-from adaattn_core.testing.kit import ArrayHome
+from adaattn_core.testing.homes import ArrayHome
 from adaattn_core.testing.oracles import (
     cosine_similarity,
     exact_attention,

@@ -1,21 +1,27 @@
 """Small launches of every path of the kernels, for compute-sanitizer to watch.
 
-    compute-sanitizer --tool memcheck python tests/cuda/small_launches.py
+    compute-sanitizer --tool memcheck python tests/cuda/small_launches.py exact
+    compute-sanitizer --tool racecheck python tests/cuda/small_launches.py few adaptive
 
-Formats, masks, rows on and off the 16-byte grid, packed batches, NaN and Inf; the figures of
+"exact": formats, masks, rows on and off the 16-byte grid, packed batches, NaN and Inf; "few" of
+them: every mask and every head dim, not each with each, for the tools that take a second a
+launch; "adaptive": what plans, runs and certifies a budget on the device. The figures of
 certificates are read. Nothing is compared here. Needs torch with CUDA.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from itertools import accumulate
 
 import torch
 
+from adaattn_core.api import attention
 from adaattn_core.mask import Mask
 from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.problem import AttentionProblem
+from adaattn_cuda.adaptive import LEAST_KEYS
 from adaattn_cuda.backend import CudaBackend
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
@@ -25,7 +31,7 @@ PACKED = Mask(cu_seqlens_q=EDGES, cu_seqlens_kv=EDGES)
 LEN = EDGES[-1]
 
 
-def problems(dtype: torch.dtype) -> list[AttentionProblem]:
+def problems(dtype: torch.dtype, few: bool) -> list[AttentionProblem]:
     """Every kind of mask, with head dims that fill 16 bytes and some that do not."""
     allowed = torch.rand((1, 1, LEN, LEN), device="cuda") < 0.5
     masks = (
@@ -38,8 +44,9 @@ def problems(dtype: torch.dtype) -> list[AttentionProblem]:
         Mask.additive(torch.randn((LEN,), device="cuda")),
     )
     found = []
-    for mask in masks:
-        for dims in ((64, 64), (37, 51), (128, 64), (256, 256)):
+    all_dims = ((64, 64), (37, 51), (128, 64), (256, 256))
+    for i, mask in enumerate(masks):
+        for dims in (all_dims[i % 4],) if few else all_dims:
             shapes = ((4, dims[0]), (2, dims[0]), (2, dims[1]))
             query, key, value = (
                 torch.randn((1, heads, LEN, dim), device="cuda").to(dtype)
@@ -50,16 +57,40 @@ def problems(dtype: torch.dtype) -> list[AttentionProblem]:
     return found
 
 
-def main() -> None:
-    """Run them all and say how many heads were looked at."""
+def exact(few: bool) -> int:
+    """Run them all; returns how many heads were looked at."""
     backend, heads = CudaBackend(), 0
     for name, dtype in DTYPES.items():
-        for problem in problems(dtype):
+        for problem in problems(dtype, few):
             for operand in (name, "bf16"):
                 plan = Plan.uniform(problem, HeadPlan(qk=operand, pv=operand))
                 heads += len(dict(backend.run(problem, plan).facts))
+    return heads
+
+
+def adaptive() -> int:
+    """Plan, run and certify on the device: a smooth head, a hard one, their group's keys."""
+    smooth = torch.randn((1, 1, LEAST_KEYS // 128, 64), device="cuda").repeat_interleave(128, 2)
+    noise = torch.randn((1, 1, LEAST_KEYS, 64), device="cuda")
+    query = torch.cat((smooth, 4 * noise), 1).bfloat16()
+    key, value = smooth.bfloat16(), (smooth + 0.1 * noise).bfloat16()
+    heads = 0
+    for mask in (Mask.causal(), Mask()):
+        result = attention(query, key, value, mask=mask, budget=0.2, backend="cuda", seed=0)
+        if result.provenance.get("planned_on") != "device":
+            raise SystemExit(f"not planned on the device: {dict(result.provenance)}")
+        heads += len(dict(result.certificate.heads))
+    return heads
+
+
+def main() -> None:
+    """Run what the command line names and say how many heads were looked at."""
+    chosen = sys.argv[1:] or ["exact", "adaptive"]
+    heads = 0
+    for what in chosen:
+        heads += adaptive() if what == "adaptive" else exact(few=what == "few")
     torch.cuda.synchronize()
-    print(f"facts of {heads} heads")
+    print(f"figures of {heads} heads")
 
 
 if __name__ == "__main__":

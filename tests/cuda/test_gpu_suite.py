@@ -38,14 +38,18 @@ def run(command: list[str], environment: dict[str, str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
-def test_sanitizer(tool: str, environment: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("tool", "launches"),
+    [("memcheck", "exact"), ("racecheck", "few"), ("synccheck", "exact")]
+    + [(tool, "adaptive") for tool in ("memcheck", "racecheck", "synccheck")],
+)
+def test_sanitizer(tool: str, launches: str, environment: dict[str, str]) -> None:
     """Of the kernels alone: the array library may ask the driver in vain."""
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("no compute-sanitizer on this machine (it comes with the CUDA toolkit)")
     options = ["--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9"]
-    run([sanitizer, *options, sys.executable, str(SMALL)], environment)
+    run([sanitizer, *options, sys.executable, str(SMALL), launches], environment)
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from adaattn_core.errors import AdaAttnError
 from adaattn_core.plugins.registry import get_backend
+from adaattn_core.testing.homes import ArrayHome
 from adaattn_core.testing.hostile.definition import HAS_EXTENDED_RANGE
 from adaattn_core.testing.hostile.laws import Lie
 from adaattn_core.testing.hostile.suite import LAWS, Law, Ledger, Run
@@ -27,6 +28,9 @@ from adaattn_core.testing.hostile.suite import LAWS, Law, Ledger, Run
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m adaattn_core.testing.hostile")
     parser.add_argument("--backend", default="numpy", help="backend under test")
+    parser.add_argument(
+        "--arrays", default="numpy", help="library and device of the arrays, e.g. torch:cuda"
+    )
     parser.add_argument("--examples", type=int, default=100_000, help="in all")
     parser.add_argument("--chunk", type=int, default=2_000, help="examples between two savings")
     parser.add_argument("--seed", type=int, default=0, help="of the first chunk")
@@ -75,6 +79,7 @@ def main() -> int:
         return 2
     try:
         backend = get_backend(wanted.backend)
+        home = ArrayHome.parse(wanted.arrays)
     except AdaAttnError as error:
         print(error)
         return 2
@@ -93,7 +98,7 @@ def main() -> int:
             break
         start = time.monotonic()
         for name, law in laws.items():
-            run = Run(name, backend)
+            run = Run(name, backend, home=home, offered=backend.capabilities().qk_formats)
             found = _hunt(
                 law, run, round(wanted.chunk * law.share / whole), wanted.seed + chunks
             )

@@ -28,6 +28,7 @@ from adaattn_core.policies.fixed import ExactPolicy, FixedPolicy
 from adaattn_core.problem import AttentionProblem
 from adaattn_core.result import AttentionResult
 from adaattn_core.structure import structure_from_json
+from adaattn_core.testing.homes import ArrayHome
 from adaattn_core.testing.hostile.choices import choices
 from adaattn_core.testing.hostile.problems import HostileArrays, HostileProblem
 
@@ -108,9 +109,12 @@ class HostileCall:
         problem: HostileProblem,
         arrays: HostileArrays,
         backend: Backend | str = "numpy",
+        home: ArrayHome = ArrayHome(),  # noqa: B008 (frozen)
         **replaced: Any,
     ) -> AttentionResult:
-        """Call attention; `replaced` arguments win.
+        """Call attention with arrays put into `home`; `replaced` arguments win.
+
+        Output and lse come back as NumPy's arrays.
 
         Raises
         ------
@@ -122,7 +126,7 @@ class HostileCall:
         if problem.layout == "bshd":
             qkv = [x.transpose(0, 2, 1, 3) for x in qkv]
         arguments: dict[str, Any] = {
-            "mask": arrays.mask,
+            "mask": home.send_mask(arrays.mask),
             "scale": problem.scale,
             "budget": budget,
             "target": self.target,
@@ -134,7 +138,11 @@ class HostileCall:
             arguments["plan"] = self.plan(problem, arrays)
         else:
             arguments["policy"] = self._policy(problem)
-        return attention(*qkv, **(arguments | replaced))
+        result = attention(*(home.send(x) for x in qkv), **(arguments | replaced))
+        if home.namespace is None:
+            return result
+        out = home.fetch(result.out).astype(arrays.query.dtype)  # bf16 comes back widened
+        return replace(result, out=out, lse=home.fetch(result.lse))
 
 
 def _some_blocks(problem: HostileProblem, body: Fields) -> list[list[int]]:

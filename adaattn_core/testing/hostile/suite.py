@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from adaattn_core.backend import Backend
-from adaattn_core.errors import AdaAttnError
+from adaattn_core.errors import AdaAttnError, UnsupportedError
 from adaattn_core.files import atomic_write_text
 from adaattn_core.result import AttentionResult
+from adaattn_core.testing.homes import ArrayHome
 from adaattn_core.testing.hostile.calls import HostileCall, hostile_calls, out_of
 from adaattn_core.testing.hostile.laws import (
     Lie,
@@ -116,11 +117,29 @@ class Ledger:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Where the calls of a law go, and where they are counted."""
+    """Where the calls of a law go, and where they are counted.
+
+    Attributes
+    ----------
+    law : str
+    backend : Backend or str
+    ledger : Ledger
+    home : ArrayHome
+        Library and device of the arrays that are handed over.
+    offered : tuple of str
+        Dtypes that the backend takes; calls with others must be refused, whatever they ask.
+    """
 
     law: str
     backend: Backend | str = "numpy"
     ledger: Ledger = field(default_factory=Ledger)
+    home: ArrayHome = field(default_factory=ArrayHome)
+    offered: tuple[str, ...] = ("f16", "bf16", "f32", "f64")
+
+    def takes(self, problem: HostileProblem) -> bool:
+        """Whether the backend claims the dtypes of a problem and of its additive mask."""
+        used = {problem.dtype} | ({problem.mask.bias_dtype} if problem.mask.bias else set())
+        return used <= set(self.offered)
 
     def call(
         self, case: Case, arrays: HostileArrays, **replaced: Any
@@ -130,10 +149,11 @@ class Run:
         self.ledger.calls[self.law] += 1
         before = arrays.content()
         try:
-            result = call.run(problem, arrays, self.backend, **replaced)
+            result = call.run(problem, arrays, self.backend, self.home, **replaced)
             dict(result.certificate.heads)  # made when somebody looks
         except AdaAttnError as error:
-            judge_refusal(call, error)
+            if self.takes(problem) or not isinstance(error, UnsupportedError):
+                judge_refusal(call, error)
             self.ledger.refused[type(error).__name__] += 1
             return None
         if arrays.content() != before:
