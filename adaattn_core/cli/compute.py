@@ -11,6 +11,7 @@ from adaattn_core.cli.inputs import Inputs
 from adaattn_core.mask import Mask
 from adaattn_core.plugins.registry import get_backend
 from adaattn_core.problem import AttentionProblem
+from adaattn_core.report.predict import Prediction, predict
 from adaattn_core.report.summary import HeadRow, Totals, head_rows, totals, true_errors
 from adaattn_core.result import AttentionResult
 
@@ -22,6 +23,7 @@ class Outcome:
     result: AttentionResult
     rows: list[HeadRow]
     totals: Totals
+    prediction: Prediction | None = None
 
 
 def compute(
@@ -31,6 +33,7 @@ def compute(
     measure: bool,
     backend: str = "auto",
     layer: str = "",
+    predicted_on: str | None = None,
     **choices: Any,
 ) -> Outcome:
     """Run attention and time it.
@@ -46,6 +49,8 @@ def compute(
         By name. It is imported before the clock starts.
     layer : str
         Name of the layer, kept in the plan and in tables.
+    predicted_on : str, optional
+        Target whose cost model predicts what the plan would take there.
     **choices
         Passed on to `adaattn_core.attention`: budget, policy, plan, target, seed.
     """
@@ -63,4 +68,5 @@ def compute(
         attention(q, k, v, **shared)
         dense_seconds = time.perf_counter() - start
     rows = head_rows(result, errors, layer)
-    return Outcome(result, rows, totals(rows, seconds, dense_seconds))
+    prediction = None if predicted_on is None else predict(problem, result, predicted_on)
+    return Outcome(result, rows, totals(rows, seconds, dense_seconds), prediction)

@@ -12,12 +12,18 @@ from adaattn_core.cli.compute import Outcome, compute
 from adaattn_core.cli.inputs import read_inputs
 from adaattn_core.cli.options import parse_budget
 from adaattn_core.errors import ArgumentError
+from adaattn_core.files import atomic_write_text, check_writable
 from adaattn_core.mask import Mask
 from adaattn_core.report.figure import can_draw, check_figure, draw_choices
+from adaattn_core.report.predict import Prediction, joined
+from adaattn_core.report.run_page import render_report
 from adaattn_core.report.summary import HeadRow, Totals, totals
 from adaattn_core.report.tables import console, head_table, print_json, progress, total_lines
 
 DEFAULT_FIGURE = Path("adaattn-demo.png")
+TITLE = "SmolLM2-135M-Instruct, 8,192 tokens of prose, causal, heads of two layers"
+PREDICTED_ON = "sm90"
+"""Machine whose time is predicted beside what is measured here."""
 
 
 def demo(
@@ -30,6 +36,9 @@ def demo(
         typer.Option(help=f"write the map of choices there [default: {DEFAULT_FIGURE}]"),
     ] = None,
     no_figure: Annotated[bool, typer.Option("--no-figure", help="write no figure")] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="write a self-contained HTML page")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="print JSON instead of tables")
     ] = False,
@@ -37,26 +46,31 @@ def demo(
     """Show plans, certificates and true errors on shipped real data."""
     error_budget = parse_budget(budget)
     drawn = _figure_path(figure, no_figure=no_figure)
+    if report is not None:
+        check_writable(report)
     outcomes = _run_layers(budget=error_budget, backend=backend)
     rows = [row for outcome in outcomes.values() for row in outcome.rows]
     seconds = sum(outcome.totals.seconds for outcome in outcomes.values())
     dense_seconds = sum(outcome.totals.dense_seconds or 0.0 for outcome in outcomes.values())
     sums = totals(rows, seconds, dense_seconds)
+    prediction = joined(o.prediction for o in outcomes.values() if o.prediction is not None)
     if drawn is not None:
         draw_choices(drawn, rows, "Structure and formats per head; share of scores kept")
+    body = {
+        "heads": [row.to_json() for row in rows],
+        "totals": sums.to_json(),
+        "prediction": prediction.to_json(),
+        "settings": {"budget": "exact" if error_budget is None else str(error_budget)},
+        "provenance": dict(next(iter(outcomes.values())).result.provenance),
+        "figure": None if drawn is None else str(drawn),
+    }
+    if report is not None:
+        rel = None if error_budget is None else error_budget.rel
+        atomic_write_text(report, render_report(TITLE, body, budget=rel))
     if as_json:
-        provenance = next(iter(outcomes.values())).result.provenance
-        print_json(
-            {
-                "heads": [row.to_json() for row in rows],
-                "totals": sums.to_json(),
-                "settings": {"budget": "exact" if error_budget is None else str(error_budget)},
-                "provenance": dict(provenance),
-                "figure": None if drawn is None else str(drawn),
-            }
-        )
+        print_json(body)
         return
-    _show(rows, sums, drawn, no_figure=no_figure)
+    _show(rows, sums, prediction, drawn, no_figure=no_figure)
 
 
 def _figure_path(figure: Path | None, *, no_figure: bool) -> Path | None:
@@ -91,18 +105,29 @@ def _run_layers(**choices: Any) -> dict[str, Outcome]:
                 inputs = read_inputs(path)
             layer = name.removesuffix(".npz").removeprefix("smollm2_layer").lstrip("0") or "0"
             outcomes[layer] = compute(
-                inputs, mask=Mask.causal(), measure=True, layer=layer, **choices
+                inputs,
+                mask=Mask.causal(),
+                measure=True,
+                layer=layer,
+                predicted_on=PREDICTED_ON,
+                **choices,
             )
             bar.advance(task)
     return outcomes
 
 
-def _show(rows: list[HeadRow], sums: Totals, drawn: Path | None, *, no_figure: bool) -> None:
+def _show(
+    rows: list[HeadRow],
+    sums: Totals,
+    prediction: Prediction,
+    drawn: Path | None,
+    *,
+    no_figure: bool,
+) -> None:
     screen = console()
-    title = "SmolLM2-135M-Instruct, 8,192 tokens of prose, causal, heads of two layers"
-    screen.print(head_table(rows, title))
+    screen.print(head_table(rows, TITLE))
     screen.print()
-    for line in total_lines(sums):
+    for line in (*total_lines(sums), *prediction.lines()):
         screen.print(line)
     if drawn is not None:
         screen.print(f"map of choices: {drawn}")

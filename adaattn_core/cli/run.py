@@ -13,9 +13,11 @@ from adaattn_core.cli.compute import Outcome, compute
 from adaattn_core.cli.inputs import Inputs, read_inputs
 from adaattn_core.cli.options import parse_budget, parse_mask, parse_policy
 from adaattn_core.cli.outputs import check_array_output, check_writable_apart, write_output
+from adaattn_core.errors import ArgumentError
 from adaattn_core.files import atomic_write_text
 from adaattn_core.plan import Plan
-from adaattn_core.report.page import render_report
+from adaattn_core.report.diff import read_run
+from adaattn_core.report.run_page import render_report
 from adaattn_core.report.tables import console, head_table, print_json, progress, total_lines
 
 Option = typer.Option
@@ -74,6 +76,10 @@ def run(
         Path | None, Option(help="write out and lse to this .npz or .safetensors")
     ] = None,
     report: Annotated[Path | None, Option(help="write a self-contained HTML page")] = None,
+    compare: Annotated[
+        Path | None,
+        Option(help="with --report: JSON or page of an earlier run, to show what changed"),
+    ] = None,
     seed: Annotated[int | None, Option(min=0, help="seed of every random choice")] = None,
     as_json: Annotated[bool, Option("--json", help="print JSON instead of tables")] = False,
 ) -> None:
@@ -86,6 +92,7 @@ def run(
     if out is not None:
         check_array_output(out)
     check_writable_apart(file, *(path for path in (out, save_plan, report) if path is not None))
+    before = None if compare is None else (str(compare), _read_earlier(compare, report))
     inputs = read_inputs(file)
     mask = mask & inputs.mask
     if scale is not None:
@@ -117,11 +124,15 @@ def run(
         write_output(out, *_in_file_axes(inputs, outcome))
     if save_plan is not None:
         outcome.result.plan.save(save_plan)
+    body = _document(outcome, settings)
     if report is not None:
-        provenance = outcome.result.provenance
-        page = render_report(file.name, outcome.rows, outcome.totals, settings, provenance)
+        rel = None if error_budget is None else error_budget.rel
+        page = render_report(file.name, body, budget=rel, before=before)
         atomic_write_text(report, page)
-    _show(outcome, settings, as_json=as_json)
+    if as_json:
+        print_json(body)
+    else:
+        _show(outcome, settings)
 
 
 def _in_file_axes(inputs: Inputs, outcome: Outcome) -> tuple[Any, Any]:
@@ -129,17 +140,26 @@ def _in_file_axes(inputs: Inputs, outcome: Outcome) -> tuple[Any, Any]:
     return arrays if inputs.batched else (arrays[0][0], arrays[1][0])
 
 
-def _show(outcome: Outcome, settings: dict[str, Any], *, as_json: bool) -> None:
-    if as_json:
-        print_json(
-            {
-                "heads": [row.to_json() for row in outcome.rows],
-                "totals": outcome.totals.to_json(),
-                "settings": settings,
-                "provenance": dict(outcome.result.provenance),
-            }
+def _read_earlier(compare: Path, report: Path | None) -> dict[str, Any]:
+    if report is None:
+        raise ArgumentError(
+            got=f"--compare {compare} without --report",
+            needed="a page that shows the comparison",
+            do="add --report out.html",
         )
-        return
+    return read_run(compare)
+
+
+def _document(outcome: Outcome, settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "heads": [row.to_json() for row in outcome.rows],
+        "totals": outcome.totals.to_json(),
+        "settings": settings,
+        "provenance": dict(outcome.result.provenance),
+    }
+
+
+def _show(outcome: Outcome, settings: dict[str, Any]) -> None:
     screen = console()
     title = f"{settings['file']}: {settings['mask']} mask, budget {settings['budget']}"
     screen.print(head_table(outcome.rows, title))

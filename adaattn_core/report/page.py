@@ -1,127 +1,223 @@
-"""One self-contained HTML page about a run: no script, no link to anything outside."""
+"""One self-contained HTML page: pictures first, tables after; nothing is loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
+from importlib.resources import files
 from typing import Any
 
-from adaattn_core.report.summary import HeadRow, Totals
-from adaattn_core.report.tables import number, total_lines
+from adaattn_core.report.svg import text_of
 
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto;
-       padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd; }
-th { background: #f4f4f4; } td.text, th.text { text-align: left; }
-.bar { background: linear-gradient(#4477aa, #4477aa) no-repeat left / var(--w) 100%;
-       height: .7em; width: 6em; display: inline-block; border: 1px solid #4477aa;
-       margin-right: .4em; }
-.broken { color: #b00020; font-weight: bold; }
-"""
+DATA_ID = "adaattn-data"
+"""Name of the element that holds the page's numbers as JSON."""
 
-_COLUMNS = (
-    ("batch", False),
-    ("head", False),
-    ("structure", True),
-    ("qk", True),
-    ("pv", True),
-    ("rank", False),
-    ("share of scores", True),
-    ("certified upper", False),
-    ("guarantee", True),
-    ("estimate", False),
-    ("true error", False),
-    ("true row error", False),
-    ("held", True),
-    ("why", True),
-)
+FILTER_FROM = 8
+"""Rows from which a table is worth filtering."""
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+"""Content security policy: a page that tried to load something could not."""
 
 
-def render_report(
-    title: str,
-    rows: Iterable[HeadRow],
-    totals: Totals,
-    settings: Mapping[str, Any],
-    provenance: Mapping[str, Any],
-) -> str:
-    """Return the page as text.
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One number that a reader sees first, and what it is."""
 
-    Parameters
+    value: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A figure with what it says.
+
+    Attributes
+    ----------
+    svg : str
+        From `adaattn_core.report.charts`.
+    caption : str
+        HTML.
+    faces : sequence of str
+        Names of the faces of a grid's cells, for the buttons that switch between them.
+    wide : bool
+    """
+
+    svg: str
+    caption: str
+    faces: Sequence[str] = ()
+    wide: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column of a table; `text` columns are aligned to the left."""
+
+    name: str
+    text: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Cells of a row as HTML, and what it stands for (`Mark.key`)."""
+
+    cells: Sequence[str]
+    key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A heading, what is said below it, figures side by side, then HTML."""
+
+    title: str
+    lead: str = ""
+    figures: Sequence[Figure] = ()
+    body: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Everything on a page.
+
+    Attributes
     ----------
     title : str
-        Heading, for example the input's name.
-    rows : iterable of HeadRow
-    totals : Totals
-    settings : mapping of str to object
-        What was asked: budget, mask, shapes.
-    provenance : mapping of str to object
-        What computed it.
+    lines : sequence of str
+        What is to be read first, in sentences.
+    tiles : sequence of Tile
+    sections : sequence of Section
+    data : mapping
+        The numbers behind the page; kept in it as JSON (`page_data`).
     """
-    head = "".join(_cell("th", name, text) for name, text in _COLUMNS)
-    body = "\n".join(f"<tr>{_row(row)}</tr>" for row in rows)
-    sums = "".join(f"<p>{escape(line)}</p>" for line in total_lines(totals))
-    return f"""<!DOCTYPE html>
+
+    title: str
+    lines: Sequence[str] = ()
+    tiles: Sequence[Tile] = ()
+    sections: Sequence[Section] = ()
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    def render(self) -> str:
+        """Return the page as text."""
+        names = [f"s{number}" for number in range(len(self.sections))]
+        links = "".join(
+            f'<a href="#{name}">{escape(section.title)}</a>'
+            for name, section in zip(names, self.sections, strict=True)
+        )
+        sections = "\n".join(
+            _section(name, section) for name, section in zip(names, self.sections, strict=True)
+        )
+        tiles = "".join(
+            f"<li><b>{text_of(tile.value)}</b>{text_of(tile.name)}</li>" for tile in self.tiles
+        )
+        lines = "".join(f"<p>{text_of(line)}</p>" for line in self.lines)
+        return f"""<!DOCTYPE html>
 <html lang="en">
-<head><meta charset="utf-8"><title>AdaAttn: {escape(title)}</title>
-<style>{_STYLE}</style></head>
+<head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<meta name="viewport" content="width=device-width">
+<title>AdaAttn: {text_of(self.title)}</title>
+<style>{_asset("page.css")}</style></head>
 <body>
-<h1>{escape(title)}</h1>
-{sums}
-<h2>Asked</h2>
-{_facts(settings)}
-<h2>Heads</h2>
-<p>With the stated confidence, at least the stated share of a head's query rows err by at most
-<em>certified upper</em> times the head's root-mean-square output row. The estimate and the true
-error are relative Frobenius errors; the true row error is the row quantile that the certificate
-speaks about.</p>
-<table><thead><tr>{head}</tr></thead>
-<tbody>
-{body}
-</tbody></table>
-<h2>Computed by</h2>
-{_facts(provenance)}
+<header><h1>{text_of(self.title)}</h1>
+<ul class="tiles">{tiles}</ul>
+{lines}
+<nav aria-label="Sections">{links}</nav></header>
+<main>
+{sections}
+</main>
+<div id="tip" role="status" hidden></div>
+<script type="application/json" id="{DATA_ID}">{_json(self.data)}</script>
+<script>{_asset("page.js")}</script>
 </body>
 </html>
 """
 
 
-def _cell(tag: str, content: str, text: bool, *, is_html: bool = False) -> str:
-    css = ' class="text"' if text else ""
-    return f"<{tag}{css}>{content if is_html else escape(content)}</{tag}>"
+def page_data(text: str) -> Any:
+    """Return the numbers that a page was made from.
+
+    Raises
+    ------
+    ValueError
+        If the text is no such page.
+    """
+    _, found, rest = text.partition(f'id="{DATA_ID}">')
+    if not found:
+        raise ValueError("a page without AdaAttn's data")
+    return json.loads(rest.partition("</script>")[0])
 
 
-def _row(row: HeadRow) -> str:
-    certificate = row.certificate
-    bar = f'<span class="bar" style="--w:{100 * row.share:.1f}%"></span>{row.share:.3f}'
-    held = {None: "-", True: "yes", False: '<span class="broken">no</span>'}[row.covered]
-    values = (
-        str(row.index[0]),
-        str(row.index[1]),
-        row.plan.structure.kind,
-        row.plan.qk,
-        row.plan.pv,
-        str(row.rank),
-        bar,
-        number(certificate.upper),
-        f"{certificate.guarantee}, {certificate.rows:g} of rows at {certificate.confidence:g}",
-        number(certificate.estimate),
-        number(row.true_frobenius),
-        number(row.true_rows),
-        held,
-        row.plan.reason,
+def _asset(name: str) -> str:
+    return files("adaattn_core.report").joinpath("assets", name).read_text("utf-8")
+
+
+def _json(data: Mapping[str, Any]) -> str:
+    """JSON that cannot end the element that holds it."""
+    return json.dumps(data, allow_nan=False, default=str).replace("<", "\\u003c")
+
+
+def _section(name: str, section: Section) -> str:
+    lead = f"<p>{section.lead}</p>" if section.lead else ""
+    figures = "".join(_figure(name, n, figure) for n, figure in enumerate(section.figures))
+    figures = f'<div class="figures">{figures}</div>' if figures else ""
+    return (
+        f'<section id="{name}"><h2>{escape(section.title)}</h2>{lead}{figures}'
+        f"{section.body}</section>"
     )
-    columns: Sequence[tuple[str, bool]] = _COLUMNS
-    return "".join(
-        _cell("td", value, text, is_html=name in ("share of scores", "held"))
-        for value, (name, text) in zip(values, columns, strict=True)
+
+
+def _figure(section: str, number: int, figure: Figure) -> str:
+    buttons = ""
+    if len(figure.faces) > 1:
+        group = f"{section}-{number}"
+        choices = "".join(
+            f'<label><input type="radio" name="{group}" value="{i}"{" checked" * (i == 0)}>'
+            f" {escape(face)}</label>"
+            for i, face in enumerate(figure.faces)
+        )
+        # Hidden until the script shows it: without one it would switch nothing.
+        buttons = f'<fieldset class="faces" hidden>Colour by: {choices}</fieldset>'
+    css = ' class="wide"' if figure.wide else ""
+    return (
+        f"<figure{css}>{buttons}{figure.svg}<figcaption>{figure.caption}</figcaption></figure>"
     )
 
 
-def _facts(facts: Mapping[str, Any]) -> str:
+def table(name: str, columns: Sequence[Column], rows: Sequence[Row]) -> str:
+    """Return a table that its headings sort and a field filters."""
+    heads = "".join(
+        f'<th scope="col"{_css(column)}>'
+        f'<button type="button">{escape(column.name)}</button></th>'
+        for column in columns
+    )
+    lines = []
+    for row in rows:
+        cells = "".join(
+            f"<td{_css(column)}>{cell}</td>"
+            for column, cell in zip(columns, row.cells, strict=True)
+        )
+        key = f' data-key="{text_of(row.key)}"' if row.key else ""
+        lines.append(f"<tr{key}>{cells}</tr>")
+    field = f'<label hidden>Filter <input type="search" data-table="{name}"></label>'
+    return (
+        (field if len(rows) > FILTER_FROM else "")
+        + f'<div class="scroll"><table class="sortable" id="{name}">'
+        f"<thead><tr>{heads}</tr></thead><tbody>\n"
+        + "\n".join(lines)
+        + "\n</tbody></table></div>"
+    )
+
+
+def facts_table(facts: Mapping[str, Any]) -> str:
+    """Return a table of names and values."""
     lines = "".join(
-        f"<tr>{_cell('th', str(name), True)}{_cell('td', str(value), True)}</tr>"
+        f'<tr><th scope="row" class="text">{text_of(name)}</th>'
+        f'<td class="text">{text_of(value)}</td></tr>'
         for name, value in facts.items()
     )
-    return f"<table>{lines}</table>"
+    return f'<div class="scroll"><table>{lines}</table></div>'
+
+
+def _css(column: Column) -> str:
+    return ' class="text"' if column.text else ""

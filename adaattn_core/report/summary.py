@@ -68,6 +68,7 @@ class HeadRow:
             "head": self.index[1],
             "layer": self.layer,
             "structure": self.plan.structure.kind,
+            "parameters": self.plan.structure.to_json(),
             "qk": self.plan.qk,
             "pv": self.plan.pv,
             "rank": self.rank,

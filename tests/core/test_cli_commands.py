@@ -152,6 +152,8 @@ def test_demo_keeps_its_budget_on_real_heads_and_draws(
     # Each certificate may fail with probability 0.05; 3 of 6 failing has probability 0.002.
     assert body["totals"]["coverage"] > 0.5
     assert body["totals"]["share"] < 0.8
+    assert body["prediction"]["kind"] == "prediction by a cost model, not a measurement"
+    assert 0 < body["prediction"]["seconds"] < body["prediction"]["dense_seconds"] < 1e-3
     figure = tmp_path / "adaattn-demo.png"
     assert figure.read_bytes().startswith(b"\x89PNG")
     assert list(tmp_path.iterdir()) == [figure]
@@ -165,6 +167,8 @@ def test_demo_without_matplotlib_says_so(
     code, out, _ = cli("demo")
     assert code == 0
     assert "no figure: matplotlib is not installed" in out
+    assert re.search(r"^predicted on sm90, bf16: these structures and shares \d+ us", out, re.M)
+    assert "not a measurement" in out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -174,6 +178,7 @@ def test_demo_without_matplotlib_says_so(
         ("--figure", "choices.bmp2"),
         ("--figure", "no/such/folder/choices.png"),
         ("--figure", "choices.png", "--no-figure"),
+        ("--report", "no/such/folder/page.html"),
         ("--budget", "-1"),
         ("--backend", "no-such-backend"),
     ],
