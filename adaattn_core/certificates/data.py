@@ -125,9 +125,23 @@ class HeadTable(Mapping[HeadIndex, HeadCertificate]):
         return np.asarray(kept & np.isin(c["guarantee"].astype(str), strong))
 
 
+_NOTHING_CLAIMED: dict[str, Any] = {
+    "upper": np.inf,
+    "estimate": np.nan,
+    "rows": 0.0,
+    "confidence": 0.0,
+    "guarantee": "",
+    "nonfinite": False,
+}
+"""What stands in the arrays for a head without a certificate."""
+
+
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """Certificates of every head, and the same numbers as arrays (sequences, heads_q)."""
+    """Certificates of every head, and the same numbers as arrays (sequences, heads_q).
+
+    A head that is missing from `heads` claims nothing: its upper bound is inf, its shares are 0.
+    """
 
     heads: Mapping[HeadIndex, HeadCertificate]
     shape: tuple[int, int]
@@ -141,7 +155,7 @@ class Certificate:
         return heads if isinstance(heads, HeadTable) else None
 
     def _array(self, name: str, dtype: Any) -> NDArray[Any]:
-        out = np.empty(self.shape, dtype)
+        out = np.full(self.shape, _NOTHING_CLAIMED[name], dtype)
         table = self._table()
         if table is not None and len(table):
             out[tuple(np.array(table.index).T)] = table.columns[name]

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
+from adaattn_core.certificates.data import Certificate
 from adaattn_core.certificates.sample import sampled_certificate
 from adaattn_core.certificates.theorem import theorem_certificate
 from adaattn_core.errors import ArgumentError
@@ -297,3 +298,15 @@ def test_sampled_coverage_over_draws_is_at_least_the_confidence():
         false += certificate.upper < quantile
     # Hoeffding: more than this many false ones has probability below 1e-6.
     assert false <= trials * (1 - confidence) + math.sqrt(trials * math.log(1e6) / 2)
+
+
+def test_a_head_without_a_certificate_claims_nothing():
+    known = theorem_certificate(FACTS, HeadPlan(), **SIZES)
+    found = Certificate({(0, 1): known}, (1, 3))
+    assert found.upper[0, 1] == known.upper
+    for missing in (0, 2):
+        assert found.upper[0, missing] == math.inf
+        assert found.rows[0, missing] == found.confidence[0, missing] == 0
+        assert found.guarantee[0, missing] == ""
+        assert not found.nonfinite[0, missing]
+        assert math.isnan(found.estimate[0, missing])
