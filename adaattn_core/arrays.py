@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ _DTYPE_NAMES = {
     "bfloat16": "bf16",
     "bool": "bool",
 }
+
+_HOST = re.compile(r"(tfrt_)?cpu([:_]\d+)?")
 
 
 def require_array(name: str, x: Any) -> None:
@@ -81,7 +84,9 @@ def array_device(x: Any) -> str:
         ) from error
     if device.startswith("<CUDA Device"):  # CuPy's spelling
         return f"cuda:{device.removeprefix('<CUDA Device ').removesuffix('>')}"
-    return device.lower()
+    device = device.lower()
+    # Host memory is one place, whatever a library numbers it as (JAX: cpu:0, TFRT_CPU_0).
+    return "cpu" if _HOST.fullmatch(device) else device
 
 
 def to_numpy(x: Any) -> NDArray[Any]:

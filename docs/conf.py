@@ -13,7 +13,7 @@ project_copyright = "2026, the AdaAttn authors"
 release = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build", "examples/**"]
+exclude_patterns = ["_build", "examples/**", "figures/*.py"]
 
 html_theme = "furo"
 html_title = f"AdaAttn {release}"

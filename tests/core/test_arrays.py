@@ -85,6 +85,23 @@ def test_devices() -> None:
     assert array_device(torch.zeros(2)) == "cpu"
 
 
+@pytest.mark.parametrize(
+    ("told", "kept"),
+    [
+        ("cpu:0", "cpu"),
+        ("TFRT_CPU_0", "cpu"),
+        ("CPU", "cpu"),
+        ("cuda:1", "cuda:1"),
+        ("cpux", "cpux"),
+    ],
+)
+def test_host_memory_is_one_place_whatever_it_is_numbered(told: str, kept: str) -> None:
+    class Array:
+        device = told
+
+    assert array_device(Array()) == kept
+
+
 def test_like_can_keep_the_values_dtype() -> None:
     values = np.arange(3, dtype=np.float32)
     kept = like(values, torch.zeros(3, dtype=torch.bfloat16), keep_dtype=False)

@@ -1,38 +1,30 @@
-"""Pages: links resolve, Python blocks run, the README keeps its promises."""
+"""Pages: links resolve, what they show runs, the README keeps its promises."""
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
-ROOT = Path(__file__).parents[2]
-DOCS = ROOT / "docs"
-PAGES = sorted(
-    [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")]
-    + [p for p in DOCS.rglob("*.md") if "_build" not in p.parts]
-)
+from adaattn_core.cli.app import build_app
+
+sys.path.insert(0, str(Path(__file__).parent))
+from pages import DOCS, PAGES, ROOT, Block, blocks, commands, name
+
 LINK = re.compile(r"\[[^\]]*\]\((?!https?:|#|mailto:)([^)#\s]+)[^)]*\)")
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-README_LINES_MOST = 120
+README_LINES_MOST = 130
+SLOW_COMMANDS = ("demo", "kernels", "warmup", "bench", "eval")
+"""Not run here: each has tests of its own. Their options are checked all the same."""
 
 
-def name(page: Path) -> str:
-    return str(page.relative_to(ROOT))
-
-
-def with_python() -> list[Path]:
-    kinds = (DOCS / "tutorial", DOCS / "how-to")
-    chosen = [
-        p for p in PAGES if (p.name == "README.md" and p.parent == ROOT) or p.parent in kinds
-    ]
-    return [p for p in chosen if PYTHON.search(p.read_text(encoding="utf-8"))]
-
-
-def needs_gpu(page: Path) -> bool:
-    return page.name == "gpu.md"
+def with_code(kind: str) -> list[Path]:
+    return [page for page in PAGES if any(block.kind == kind for block in blocks(page))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -42,23 +34,63 @@ def test_links_between_pages_resolve(page: Path) -> None:
     assert not broken
 
 
-@pytest.mark.parametrize("page", with_python(), ids=name)
-def test_python_blocks_run_in_order(
+@pytest.mark.parametrize("page", with_code("python"), ids=name)
+def test_what_a_page_shows_runs_in_order(
     page: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    if needs_gpu(page):
-        pytest.skip("its blocks need a CUDA device")
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "page"}
-    for block in PYTHON.findall(page.read_text(encoding="utf-8")):
-        exec(compile(block, str(page), "exec"), namespace)
+    for block in blocks(page):
+        if block.kind == "console":
+            run_commands(block, tmp_path)
+            continue
+        code = compile(block.text, str(page), "exec")
+        if not block.needs:
+            exec(code, namespace)
     if page.name == "README.md":
         printed = capsys.readouterr().out
         assert re.search(r"with confidence \d+%, \d+% of the rows", printed)
         assert re.search(r"most \d\S* of the rms row \((sampled|worst_case)\)", printed)
+
+
+def run_commands(block: Block, folder: Path) -> None:
+    """Run those `adaattn` commands whose input the page has made, or that need none."""
+    for words in commands(block.text):
+        if words[0] != "adaattn" or words[1] in SLOW_COMMANDS or block.needs:
+            continue
+        reads = words[2] if words[1] in ("run", "explain") else ""
+        if reads and not (folder / reads).exists():
+            continue
+        outcome = CliRunner().invoke(build_app(), words[1:])
+        assert outcome.exit_code == 0, (
+            f"{' '.join(words)}: {outcome.output} {outcome.exception}"
+        )
+
+
+@pytest.mark.parametrize("page", with_code("console"), ids=name)
+def test_commands_that_a_page_names_exist(page: Path) -> None:
+    group = typer.main.get_command(build_app())
+    for block in blocks(page):
+        for words in commands(block.text):
+            if words[0] == "adaattn" and not words[1].startswith("-"):
+                command = find(group, words[1:])
+                known = {o for p in command.params for o in (*p.opts, *p.secondary_opts)}
+                asked = {word.split("=")[0] for word in words if word.startswith("-")}
+                assert asked - known <= {"--help"}, words
+            elif words[0] in ("python", "python3") and words[1].endswith(".py"):
+                assert (ROOT / words[1]).is_file(), words
+            elif words[0] == "pytest":
+                paths = [w for w in words[1:] if w.startswith("tests/")]
+                assert all((ROOT / path).exists() for path in paths), words
+
+
+def find(group: object, words: list[str]) -> typer.core.TyperCommand:
+    """The command, or subcommand, that a command line names."""
+    found = group.commands[words[0]]  # type: ignore[attr-defined]
+    return find(found, words[1:]) if hasattr(found, "commands") else found
 
 
 def test_readme_is_short_and_its_example_is_twelve_lines() -> None:
@@ -84,3 +116,13 @@ def test_readme_maps_folders_that_exist() -> None:
     folders = re.findall(r"^\| `([a-z_/]+/)` \|", text, re.MULTILINE)
     assert len(folders) >= 6
     assert [folder for folder in folders if not (ROOT / folder).is_dir()] == []
+
+
+def test_every_page_is_reached_from_the_index() -> None:
+    """By a table of contents: Sphinx warns of others, unless a page says that it is none."""
+    orphans = [
+        name(page)
+        for page in PAGES
+        if page.is_relative_to(DOCS) and ":orphan:" in page.read_text(encoding="utf-8")
+    ]
+    assert not orphans
