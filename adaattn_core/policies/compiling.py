@@ -125,7 +125,7 @@ def priced(plan: HeadPlan, context: PolicyContext, **limits: float) -> Candidate
     """
     shape, costs = one_shape(context), context.costs
     dense = costs.dense_cost(shape, context.exact_format, context.exact_format)
-    none, whole = (costs.head_cost(shape, plan, share) / dense for share in (0.0, 1.0))
+    none, whole = (_relative(costs.head_cost(shape, plan, x), dense) for x in (0.0, 1.0))
     return Candidate(plan, fixed=none, slope=whole - none, **limits)
 
 
@@ -133,8 +133,13 @@ def dense_fallback(context: PolicyContext) -> HeadPlan:
     """Dense at the inputs' own precision; its cost is relative to dense f32, as plans' are."""
     exact = context.exact_format
     shape, costs = one_shape(context), context.costs
-    ratio = costs.dense_cost(shape, exact, exact) / costs.dense_cost(shape)
+    ratio = _relative(costs.dense_cost(shape, exact, exact), costs.dense_cost(shape))
     return HeadPlan(qk=exact, pv=exact, cost_estimate=ratio)
+
+
+def _relative(cost: float, dense: float) -> float:
+    """Ratio of two costs; where a head without rows or keys costs nothing, nothing saves."""
+    return cost / dense if dense > 0 else 1.0
 
 
 def worth_measuring(

@@ -375,14 +375,50 @@ def test_nonfinite_values_reach_the_rows_that_see_them(
     check(emulator, p, dtype, arch=arch)
 
 
-@pytest.mark.parametrize("masked", ["lengths", "boolean"])
-def test_nothing_leaks_from_masked_keys(emulator: Emulator, masked: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "qk", "pv"),
+    [
+        ("bf16", "bf16", "bf16"),
+        ("f32", "f32", "f32"),
+        ("f32", "f32", "f16"),
+    ],
+)
+@pytest.mark.parametrize("masked", ["lengths", "boolean", "additive", "causal"])
+def test_nothing_leaks_from_hidden_keys(
+    emulator: Emulator, masked: str, dtype: str, qk: str, pv: str
+) -> None:
+    """Whatever they hold: not finite, or finite until it is rounded to an operand."""
     allowed = np.ones((1, 1, 50, 90), bool)
-    allowed[..., 60:] = False
-    mask = Mask.key_lengths([60]) if masked == "lengths" else Mask.boolean(allowed)
-    p = problem("bf16", (50, 90), mask=mask)
-    p.value[:, :, 60:], p.key[:, :, 60:] = np.nan, np.inf
-    check(emulator, p, "bf16")
+    allowed[..., 60:] = allowed[..., 7, :] = False
+    mask = {
+        "lengths": Mask.key_lengths([60]),
+        "boolean": Mask.boolean(allowed),
+        "additive": Mask.additive(np.where(allowed, 0, -np.inf).astype(np.float32)),
+        "causal": Mask.causal("top_left"),  # rows 0 to 49: nobody sees key 50
+    }[masked]
+    ordinary = problem(dtype, (50, 90), mask=mask)
+    expected = emulator.run(ordinary, qk, pv)[:2]
+    largest = float(ml_dtypes.finfo(DTYPES[dtype]).max)
+    for held in (np.nan, np.inf, -np.inf, largest, -largest):
+        p = problem(dtype, (50, 90), mask=mask)
+        p.value[:, :, 60:], p.key[:, :, 60:] = held, held
+        for found, wanted in zip(emulator.run(p, qk, pv)[:2], expected, strict=True):
+            assert found.tobytes() == wanted.tobytes(), held
+
+
+@pytest.mark.parametrize("operand", ["f32", "f16"])
+@pytest.mark.parametrize("array", ["query", "key", "value"])
+@pytest.mark.parametrize("held", [np.nan, np.inf, -np.inf])
+def test_nothing_that_is_not_finite_becomes_finite(
+    emulator: Emulator, array: str, held: float, operand: str
+) -> None:
+    """In no operand format: f16 saturates finite numbers only."""
+    p = problem("f32", (3, 1))
+    getattr(p, array)[0, 0, 0, 5] = held
+    out, lse, _ = emulator.run(p, operand, operand)
+    rows = slice(0, 1) if array == "query" else slice(None)
+    assert not np.isfinite(out[0, 0, rows, 5]).any()
+    assert np.isnan(lse[0, 0, rows]).all() or array == "value"
 
 
 def test_huge_scores_stay_one_hot(emulator: Emulator) -> None:

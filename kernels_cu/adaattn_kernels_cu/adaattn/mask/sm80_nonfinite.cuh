@@ -5,6 +5,7 @@
 #include "adaattn/mask/array_mask.cuh"
 #include "adaattn/mask/interval.cuh"
 #include "adaattn/mma/sm80_products.cuh"
+#include "adaattn/quant/convert.cuh"
 #include "adaattn/tile/sm80_tile.cuh"
 
 namespace adaattn::mask {
@@ -18,12 +19,9 @@ ADAATTN_DEVICE bool holds_nonfinite(u32 tile) {
         ptx::load_shared_128(x, tile + TileT::chunk_offset(i / TileT::kChunks, i % TileT::kChunks));
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
+            found |= quant::is_nonfinite_operand<kFormat>(x[e]);
             if constexpr (is_narrow(kFormat)) {
-                constexpr u32 kExponent = kFormat == Format::bf16 ? 0x7f80u : 0x7c00u;
-                found |= (x[e] & kExponent) == kExponent;
-                found |= ((x[e] >> 16) & kExponent) == kExponent;
-            } else {
-                found |= (x[e] & 0x7f800000u) == 0x7f800000u;
+                found |= quant::is_nonfinite_operand<kFormat>(x[e] >> 16);
             }
         }
     }
@@ -39,24 +37,21 @@ ADAATTN_DEVICE void zero_nonfinite(u32 tile) {
         ptx::load_shared_128(x, address);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-            if constexpr (is_narrow(kFormat)) {
-                constexpr u32 kExponent = kFormat == Format::bf16 ? 0x7f80u : 0x7c00u;
-                if ((x[e] & kExponent) == kExponent) {
-                    x[e] &= 0xffff0000u;
-                }
-                if (((x[e] >> 16) & kExponent) == kExponent) {
-                    x[e] &= 0x0000ffffu;
-                }
-            } else if ((x[e] & 0x7f800000u) == 0x7f800000u) {
-                x[e] = 0u;
+            constexpr bool kNarrow = is_narrow(kFormat);
+            if (kNarrow && quant::is_nonfinite_operand<kFormat>(x[e] >> 16)) {
+                x[e] &= 0x0000ffffu;
+            }
+            if (quant::is_nonfinite_operand<kFormat>(x[e])) {
+                x[e] &= kNarrow ? 0xffff0000u : 0u;
             }
         }
         ptx::store_shared_128(address, x);
     }
 }
 
-// A value that is NaN or Inf must reach the rows that see its key and no others, but 0 * NaN is
-// NaN. Rare, so simple: add such values to the outputs that see them, then zero them in the tile.
+// A value that is NaN or Inf, or becomes one as an operand, must reach the rows that see its key and
+// no others, but 0 * NaN is NaN. Rare, so simple: add such values to the outputs that see them, then
+// zero them in the tile.
 template <class T>
 ADAATTN_DEVICE void separate_nonfinite(mma::Output<T>& out, u32 value, const WorkItem& item,
                                        const ArrayMask& arrays, int first_row, int first_key) {
@@ -84,10 +79,12 @@ ADAATTN_DEVICE void separate_nonfinite(mma::Output<T>& out, u32 value, const Wor
                 const int column = 8 * n + 2 * (lane & 3) + (e & 1);
                 const float x =
                     tile::shared_element<T::kPv>(value + ValueTile::element_offset(k, column));
-                if ((ptx::float_bits(x) & 0x7f800000u) == 0x7f800000u) {
+                // A narrow format's Inf is one as a float, and only that is asked here.
+                if (quant::is_nonfinite_operand<Format::tf32>(ptx::float_bits(x))) {
+                    const float added = x + (x > 0.0f ? ptx::infinity() : -ptx::infinity());
 #pragma unroll
                     for (int m = 0; m < T::kRowTiles; ++m) {
-                        out[m][n][e] += sees[m][e / 2] ? x : 0.0f;
+                        out[m][n][e] += sees[m][e / 2] ? added : 0.0f;
                     }
                 }
             }

@@ -36,18 +36,31 @@ ADAATTN_DEVICE float load_element(const void* base, i64 index) {
     }
 }
 
-// Largest finite f16; a plan that asks for f16 operands saturates there, NaN stays NaN.
+// A plan that asks for f16 operands saturates finite numbers; NaN and Inf stay what they are.
 ADAATTN_DEVICE float saturate_f16(float x) {
     const float limit = 65504.0f;
-    return x > limit ? limit : (x < -limit ? -limit : x);
+    const bool beyond = (x > limit && x < ptx::infinity()) || (x < -limit && x > -ptx::infinity());
+    return beyond ? (x > 0.0f ? limit : -limit) : x;
 }
 
-// high = x to 11 significant bits, ties away from zero. An Inf stays one; a NaN may turn into any
-// number, but then `low` is NaN.
+// high = x to 11 significant bits, ties away from zero. An Inf stays one, and what rounds beyond
+// the largest tf32 becomes one; a NaN may turn into any number, but then `low` is NaN.
 ADAATTN_DEVICE u32 tf32_high(u32 x) { return (x + 0x1000u) & 0xffffe000u; }
 // low = x - high is exact; the tensor core reads it to 11 significant bits.
 ADAATTN_DEVICE u32 tf32_low(u32 x, u32 high) {
     return ptx::float_bits(ptx::add_rn(ptx::bits_float(x), -ptx::bits_float(high)));
+}
+
+// Whether a number of the format, as an operand of a product, is NaN or Inf. Stored are the low 16
+// bits of a narrow format, and of a wide one an f32 that is rounded to tf32 when it is read.
+template <Format kFormat>
+ADAATTN_DEVICE bool is_nonfinite_operand(u32 stored) {
+    if constexpr (is_narrow(kFormat)) {
+        constexpr u32 kExponent = kFormat == Format::bf16 ? 0x7f80u : 0x7c00u;
+        return (stored & kExponent) == kExponent;
+    } else {
+        return (stored & 0x7fffffffu) >= 0x7f7ff000u;
+    }
 }
 
 }  // namespace adaattn::quant
