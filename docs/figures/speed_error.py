@@ -91,8 +91,7 @@ def draw_speed_error() -> Path:
     axes[0].text(1.7e-3, 0.04, "slower than cuDNN", fontsize=8, color="#8c3b2e")
     axes[0].set_ylabel("cuDNN's time / time")
     axes[len(axes) // 2].set_xlabel(
-        "measured error of 95% of a head's rows, relative to the rms row: "
-        "median and worst head"
+        "measured error of 95% of a head's rows, relative to the rms row: median and worst head"
     )
     handles, labels = axes[-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=len(handles), fontsize=8,
