@@ -16,6 +16,7 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 
+from budgets import draw_budgets
 from certificate import draw_certificate
 from diagrams import draw_call, draw_pipeline
 from far_field import draw_far_field
@@ -25,6 +26,7 @@ from structures import draw_landmark, draw_structures
 
 FIGURES: dict[str, Callable[[], Path]] = {
     "one_setting": draw_one_setting,
+    "budgets": draw_budgets,
     "structures": draw_structures,
     "landmark": draw_landmark,
     "certificate": draw_certificate,

@@ -25,9 +25,9 @@ CHOICES: dict[str, Policy | None] = {
 }
 
 
-def outcome(one: Head, policy: Policy | None) -> HeadRow:
+def outcome(one: Head, policy: Policy | None, rel: float = BUDGET) -> HeadRow:
     """What a policy did with a head; None is the default one, which escalates."""
-    budget = ErrorBudget(rel=BUDGET, on_violation="report" if policy else "escalate")
+    budget = ErrorBudget(rel=rel, on_violation="report" if policy else "escalate")
     result = attention(
         one.query, one.key, one.value, **one.arguments(), budget=budget, policy=policy, seed=0
     )
