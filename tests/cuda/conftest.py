@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,9 @@ from adaattn_core.errors import BackendUnavailableError
 from adaattn_cuda import plugin
 from adaattn_cuda.device import driver
 from adaattn_cuda.jit.toolchain import nvrtc_version
+
+sys.path.insert(0, str(Path(__file__).parent / "emulation"))
+from sm80_on_cpu import Emulator
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -59,3 +64,9 @@ def no_driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("cuda.bindings.driver.cuInit", fail)
     yield
     driver.load_driver.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def emulator(cxx: str, tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    """The sm80 kernel on a CPU; a specialisation is compiled once for all tests."""
+    return Emulator(cxx, tmp_path_factory.mktemp("emulated"))

@@ -36,7 +36,7 @@ def test_every_field_of_a_trait_reaches_the_unit() -> None:
     for field in dataclasses.fields(base):
         value = getattr(base, field.name)
         changed = {str: "f16", bool: not value, int: value}[type(value)]
-        changed = value * 2 if type(value) is int else changed
+        changed = (value * 2 or 1) if type(value) is int else changed
         text = render(dataclasses.replace(base, **{field.name: changed}).spec("sm_90a"))
         assert text not in seen, field.name
         seen.add(text)

@@ -41,6 +41,8 @@ MATRIX = [
     ("sm_90a", ("f32", "bf16", "f16"), 128, {}),
     ("sm_100", ("bf16",) * 3, 128, {}),
     ("sm_100", ("f32", "tf32", "tf32"), 128, {}),
+    ("sm_80", ("bf16",) * 3, 64, {"rule": 3}),
+    ("sm_80", ("f32",) * 3, 128, {"rule": 3, "array_mask": True}),
     ("sm_120", ("f32",) * 3, 128, {}),
     ("sm_120", ("bf16",) * 3, 160, {}),
 ]
@@ -206,7 +208,7 @@ def test_unaligned_arrays_take_the_slow_loads(
 
 def test_addresses_go_where_they_belong() -> None:
     ((params, _),) = sm80.launches(task(), 128)
-    sm80.pointer_slots(params)[:] = (1, 2, 3, 4, 5, 6, 0)
+    sm80.place(params, (1, 2, 3, 4, 5, 6, 0))
     names = ("query", "key", "value", "out", "lse", "allowed", "bias")
     assert [getattr(params, name) for name in names] == [1, 2, 3, 4, 5, 6, None]
 

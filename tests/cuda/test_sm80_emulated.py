@@ -6,156 +6,17 @@ is what a GPU runs. The tolerance is one rounding of each operand and of the out
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
-import subprocess
-from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
+from sm80_on_cpu import DTYPES, UNIT, Emulator, aligned, assert_close, problem
 
-import adaattn_kernels_cu as kernels
 from adaattn_core.mask import Mask
-from adaattn_core.problem import AttentionProblem, HeadIndex
+from adaattn_core.problem import AttentionProblem
 from adaattn_core.testing.oracles import exact_attention
-from adaattn_cuda.device.views import ArrayView, broadcast
-from adaattn_cuda.jit.spec import cpp
-from adaattn_cuda.kernels import sm80_attn_fwd as sm80
-from adaattn_cuda.kernels.task import Task
-from adaattn_cuda.tuning.sm80_attn_fwd import Specialisation
-
-DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype("f2"), "f32": np.dtype("f4")}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {np.dtype(bool): "bool"}
-_UNIT = """\
-#include "cpu.h"
-#include "adaattn/attn/sm80_attn_fwd.cuh"
-
-using Traits = adaattn::sm80_attn_fwd::Traits<{arguments}>;
-static_assert(Traits::kSmemBytes == {smem_bytes}, "host and kernel disagree on smem");
-
-namespace {{
-adaattn::sm80_attn_fwd::Params shared_params;
-}}
-
-extern "C" int params_bytes() {{ return sizeof(adaattn::sm80_attn_fwd::Params); }}
-extern "C" void run(const adaattn::sm80_attn_fwd::Params* params, int blocks) {{
-    shared_params = *params;
-    for (int block = 0; block < blocks; ++block) {{
-        adaattn::ptx::emulation::run_block(
-            block, Traits::kThreads, Traits::kSmemBytes,
-            [] {{ adaattn::sm80_attn_fwd::run<Traits>(shared_params); }});
-    }}
-}}
-"""
-UNIT = {"bf16": 2.0**-8, "f16": 2.0**-11, "tf32": 2.0**-11, "f32": 2.0**-22}
-"""Relative error of one operand, the tensor core's three-product f32 included."""
-
-
-class Emulator:
-    """The kernel compiled for the CPU, one library per specialisation, kept in a folder."""
-
-    def __init__(self, cxx: str, folder: Path) -> None:
-        self._cxx, self._folder = cxx, folder
-
-    def library(self, chosen: Specialisation) -> ctypes.CDLL:
-        """Compile one specialisation, once."""
-        traits = chosen.spec("sm_80").traits
-        unit = _UNIT.format(
-            arguments=", ".join(cpp(t) for t in traits), smem_bytes=chosen.smem_bytes
-        )
-        stem = self._folder / hashlib.sha256(unit.encode()).hexdigest()[:16]
-        built = stem.with_suffix(".so")
-        if not built.exists():
-            stem.with_suffix(".cpp").write_text(unit)
-            emulation = Path(__file__).parent / "emulation"
-            # The emulation shadows the shipped instruction header: it must come first.
-            paths = ["-I", str(emulation), "-I", str(kernels.root())]
-            warnings = ["-Wall", "-Werror", "-Wno-unknown-pragmas"]
-            flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=off", *warnings]
-            command = [
-                self._cxx,
-                *flags,
-                *paths,
-                str(stem.with_suffix(".cpp")),
-                "-o",
-                str(built),
-            ]
-            subprocess.run(command, check=True, timeout=120)
-        return ctypes.CDLL(str(built))
-
-    def run(
-        self,
-        problem: AttentionProblem,
-        qk: str,
-        pv: str,
-        *,
-        arch: str = "sm_90a",
-        heads: tuple[HeadIndex, ...] | None = None,
-    ) -> tuple[NDArray[Any], NDArray[np.float32], Specialisation]:
-        """Outputs (where nothing was written: the poison 7) and the specialisation that ran."""
-        rows = (problem.batch, problem.heads_q, problem.len_q)
-        out = np.full((*rows, problem.dim_v), 7, problem.query.dtype)
-        lse = np.full(rows, 7, np.float32)
-        mask, shape = problem.mask, (*rows, problem.len_kv)
-        task = Task(
-            *(describe(x) for x in (problem.query, problem.key, problem.value, out, lse)),
-            *(x if x is None else broadcast(describe(x), shape)
-              for x in (mask.allowed, mask.bias)),
-            problem.sequences, mask.left, mask.right, mask.alignment == "bottom_right",
-            problem.scale, qk, pv, heads,
-        )  # fmt: skip
-        chosen = sm80.specialisation(task, arch)
-        library = self.library(chosen)
-        assert library.params_bytes() == ctypes.sizeof(sm80.Params)
-        arrays = (task.query, task.key, task.value, task.out, task.lse, task.allowed, task.bias)
-        for params, blocks in sm80.launches(task, chosen.tile_m):
-            sm80.pointer_slots(params)[:] = [a.pointer if a else 0 for a in arrays]
-            library.run(ctypes.byref(params), blocks)
-        return out, lse, chosen
-
-
-def describe(x: NDArray[Any]) -> ArrayView:
-    """View of a host array, as the kernel sees a device one."""
-    strides = tuple(s // x.dtype.itemsize for s in x.strides)
-    return ArrayView(x.ctypes.data, x.shape, strides, _NAMES[x.dtype], -1)
-
-
-def aligned(x: NDArray[Any]) -> NDArray[Any]:
-    """Copy that begins on a 16-byte boundary."""
-    room = np.zeros(x.nbytes + 16, np.uint8)
-    first = -room.ctypes.data % 16
-    copy = room[first : first + x.nbytes].view(x.dtype).reshape(x.shape)
-    copy[...] = x
-    return copy
-
-
-@pytest.fixture(scope="session")
-def emulator(cxx: str, tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    return Emulator(cxx, tmp_path_factory.mktemp("emulated"))
-
-
-def problem(
-    dtype: str,
-    lens: tuple[int, int],
-    dims: tuple[int, int] = (64, 64),
-    heads: tuple[int, int] = (1, 1),
-    batch: int = 1,
-    mask: Mask | None = None,
-    seed: int = 0,
-) -> AttentionProblem:
-    rng = np.random.default_rng(seed)
-    shapes = (
-        (batch, heads[0], lens[0], dims[0]),
-        (batch, heads[1], lens[1], dims[0]),
-        (batch, heads[1], lens[1], dims[1]),
-    )
-    arrays = [aligned(rng.standard_normal(s).astype(DTYPES[dtype])) for s in shapes]
-    return AttentionProblem.from_arrays(*arrays, mask=mask)
 
 
 def check(
@@ -171,14 +32,6 @@ def check(
     spread = np.abs(lse[reached] - exact.lse[reached])
     size = np.maximum(np.abs(exact.lse[reached]), 1.0)
     assert (spread <= 8 * (UNIT[qk] if qk != p.dtype else 2.0**-20) * size).all()
-
-
-def assert_close(out: NDArray[Any], exact: NDArray[np.float64], unit: float) -> None:
-    got = out.astype(np.float64)
-    finite = np.isfinite(exact)
-    np.testing.assert_array_equal(np.isfinite(got), finite)
-    error = np.linalg.norm(got[finite] - exact[finite])
-    assert error <= unit * np.linalg.norm(exact[finite]), (error, unit)
 
 
 @pytest.mark.parametrize(

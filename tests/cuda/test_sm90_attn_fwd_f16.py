@@ -18,6 +18,7 @@ from adaattn_cuda.device.launch import DeviceWork, upload
 from adaattn_cuda.device.views import ArrayView, contiguous
 from adaattn_cuda.jit.compile import Compiler
 from adaattn_cuda.jit.resources import parse_budget
+from adaattn_cuda.jit.spec import SINKS, SOFTCAP
 from adaattn_cuda.kernels import sm90_attn_fwd_f16 as sm90
 from adaattn_cuda.kernels.task import Task
 from adaattn_cuda.tuning.sm90_attn_fwd_f16 import (
@@ -48,6 +49,8 @@ COMPILED = [
     (candidates(192, 128)[0][1], "f16"),
     (candidates(64, 256)[0][1], "bf16"),
     (candidates(256, 192)[0][1], "f16"),
+    *[(candidates(dim, dim, SOFTCAP | SINKS)[0][1], "bf16") for dim in (64, 128, 256)],
+    (candidates(64, 64, SINKS)[0][1], "f16"),
     (Tile(128, 128, 2, 128, ping_pong=True), "f16"),
     (Tile(128, 128, 2, 128, role=1, max_sources=3), "bf16"),
     (Tile(64, 64, 2, 128, query_stages=2, role=1, max_sources=3, skip=True), "f16"),
@@ -64,7 +67,7 @@ def compiler():
 @pytest.mark.parametrize(
     ("tile", "dtype"),
     COMPILED,
-    ids=[f"{t.dim_qk}-{t.dim_v}-{t.consumers}x{t.tile_n}-{d}" for t, d in COMPILED],
+    ids=[f"{t.dim_qk}-{t.dim_v}-{t.consumers}x{t.tile_n}-{t.rule}-{d}" for t, d in COMPILED],
 )
 def test_compiles_within_its_budget(compiler: Compiler, tile: Tile, dtype: str) -> None:
     """Also holds the host's shared-memory arithmetic to the kernel's, by a static_assert."""

@@ -18,13 +18,16 @@ def render(spec: KernelSpec) -> str:
     """
     namespace = f"adaattn::{spec.stem}"
     arguments = ", ".join(cpp(trait) for trait in spec.traits)
+    traits, params = f"{namespace}::Traits<{arguments}>", "Params"
+    if spec.rule:
+        traits, params = f"adaattn::softmax::Ruled<{traits}, {spec.rule}>", "RuledParams"
     return f"""#include "{spec.header}"
 
-using Traits = {namespace}::Traits<{arguments}>;
+using Traits = {traits};
 static_assert(Traits::kSmemBytes == {spec.smem_bytes}, "host and kernel disagree on smem");
 
 extern "C" __global__ void __launch_bounds__(Traits::kThreads, 1)
-{ENTRY}(const __grid_constant__ {namespace}::Params params) {{
+{ENTRY}(const __grid_constant__ {namespace}::{params} params) {{
     {namespace}::run<Traits>(params);
 }}
 """

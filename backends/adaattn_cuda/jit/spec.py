@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["KernelSpec", "Trait"]
+__all__ = ["PLAIN", "SINKS", "SOFTCAP", "KernelSpec", "Trait"]
+
+PLAIN, SOFTCAP, SINKS = 0, 1, 2
+"""Bits of a score rule; the twin of ``ScoreRule`` in softmax/score_rule.cuh."""
 
 Trait = bool | int | str
 
@@ -27,6 +30,9 @@ class KernelSpec:
         Further ptxas options.
     folder : str
         Of the header, below ``adaattn/``.
+    rule : int
+        ``ScoreRule`` of softmax/score_rule.cuh: 0 none, 1 softcap, 2 sinks, 3 both. The kernel
+        takes ``RuledParams`` then.
     """
 
     stem: str
@@ -35,6 +41,7 @@ class KernelSpec:
     arch: str
     options: tuple[str, ...] = ()
     folder: str = "attn"
+    rule: int = 0
 
     @property
     def header(self) -> str:
@@ -43,8 +50,9 @@ class KernelSpec:
 
     @property
     def name(self) -> str:
-        """Short printable name: the stem and its template arguments."""
-        return f"{self.stem}<{', '.join(cpp(trait) for trait in self.traits)}>"
+        """Short printable name: the stem, its template arguments, and its score rule."""
+        rule = ("", "+softcap", "+sinks", "+softcap+sinks")[self.rule]
+        return f"{self.stem}<{', '.join(cpp(trait) for trait in self.traits)}>{rule}"
 
 
 def cpp(trait: Trait) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
-from typing import Any
+from collections.abc import Sequence
 
 from adaattn_core.errors import UnsupportedError
 from adaattn_cuda.device import driver
@@ -21,10 +21,11 @@ from adaattn_cuda.work.geometry import UNLIMITED, extent
 
 __all__ = [
     "Params",
+    "RuledParams",
     "Sm80Launch",
     "Unit",
     "launches",
-    "pointer_slots",
+    "place",
     "specialisation",
     "units",
 ]
@@ -73,7 +74,7 @@ class UnitList(ctypes.Structure):
 
 
 class Params(ctypes.Structure):
-    """The twin of ``Params`` in sm80_params.cuh."""
+    """The twin of ``Params`` in sm80_params.cuh; of ``RuledParams`` below."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _POINTERS),
@@ -82,6 +83,12 @@ class Params(ctypes.Structure):
         ("score_scale", ctypes.c_float),
         ("work", UnitList),
     )
+
+
+class RuledParams(Params):
+    """The twin of ``RuledParams``: for kernels with a score rule."""
+
+    _fields_ = (("sinks", ctypes.c_void_p), ("softcap_rate", ctypes.c_float))
 
 
 def is_vectorised(task: Task) -> bool:
@@ -130,6 +137,7 @@ def specialisation(task: Task, arch: str) -> tuning.Specialisation:
         dim_v,
         array_mask=task.allowed is not None or task.bias is not None,
         vectorised=is_vectorised(task),
+        rule=task.rule,
     )
 
 
@@ -161,7 +169,7 @@ def launches(task: Task, tile_m: int) -> list[tuple[Params, int]]:
     """Parameters and number of blocks of every launch that the task takes.
 
     One launch, but for lists of more than 128 units; none where there is nothing to do. The
-    addresses are still missing (see `pointer_slots`).
+    addresses are still missing (see `place`).
     """
     batch, heads_q, len_q, _ = task.query.shape
     if task.is_uniform:
@@ -179,7 +187,7 @@ def launches(task: Task, tile_m: int) -> list[tuple[Params, int]]:
 
 
 def _pack(task: Task, tiles: int, chunk: list[tuple[int, ...]]) -> Params:
-    params = Params()
+    params = RuledParams() if task.rule else Params()
     work = params.work
     work.batch, heads_q, work.len_q, params.dim_qk = task.query.shape
     work.len_kv, params.dim_v = task.value.shape[2:]
@@ -203,16 +211,21 @@ def _pack(task: Task, tiles: int, chunk: list[tuple[int, ...]]) -> Params:
                 setattr(params, f"{name}_{axis}", stride)
     params.bias_type = 0 if task.bias is None else BIAS_TYPES[task.bias.dtype]
     array_mask = task.allowed is not None or task.bias is not None
-    params.score_scale = task.scale * (1.0 if array_mask else math.log2(math.e))
+    params.score_scale = task.factor * (1.0 if array_mask else math.log2(math.e))
+    if isinstance(params, RuledParams):
+        params.softcap_rate = task.softcap_rate
     return params
 
 
-def pointer_slots(params: Params) -> Any:
-    """Return the addresses of `params` as one assignable array (0 = none).
+def place(params: Params, pointers: Sequence[int]) -> None:
+    """Write the addresses of query, key, value, out, lse, allowed, bias (0 = none), and sinks.
 
-    In order: query, key, value, out, lse, allowed, bias; they are the structure's first fields.
+    All but the last are the structure's first fields.
     """
-    return (ctypes.c_uint64 * len(_POINTERS)).from_buffer(params)
+    count = len(_POINTERS)
+    (ctypes.c_uint64 * count).from_buffer(params)[:] = list(pointers[:count])
+    if pointers[count:]:
+        params.sinks = pointers[count]
 
 
 class Sm80Launch:
@@ -246,7 +259,7 @@ class Sm80Launch:
         self._kernel = kernel_of(spec, chosen.threads, stream)
         self._kernel.prepare(device)
         self._ready = [
-            (driver.Call(self._kernel, params, blocks), pointer_slots(params))
+            (driver.Call(self._kernel, params, blocks), params)
             for params, blocks in launches(task, chosen.tile_m)
         ]
         self._lock = threading.Lock()
@@ -254,6 +267,6 @@ class Sm80Launch:
     def start(self, pointers: tuple[int, ...], device: int, stream: int) -> None:
         """Enqueue the launches; the driver copies the parameters before each call returns."""
         with self._lock:
-            for call, slots in self._ready:
-                slots[:] = pointers
+            for call, params in self._ready:
+                place(params, pointers)
                 call.to(stream).start(device)

@@ -18,6 +18,7 @@ from adaattn_core.errors import ArgumentError
 from adaattn_cuda.device import driver, tensor_maps
 from adaattn_cuda.device.launch import DeviceWork, kernel_of, upload
 from adaattn_cuda.device.views import ArrayView
+from adaattn_cuda.jit.spec import SINKS
 from adaattn_cuda.kernels.task import Task
 from adaattn_cuda.recent import Recent
 from adaattn_cuda.tuning.sm90_attn_fwd_f16 import ARCH, Tile, choose
@@ -50,6 +51,8 @@ _PANEL_COLUMNS = 64
 _MAX_STRIDE_BYTES = 1 << 40
 _ADDRESSES_REMEMBERED = 128
 _NAMES = ("query", "key", "value", "out")
+_SINKS_PLACE = 7
+"""Of the sinks' address among those of `Arrays`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +124,9 @@ class Params(ctypes.Structure):
         ("squares_batch", ctypes.c_int32),
         ("skipped", ctypes.c_uint64),
         ("skipped_most", ctypes.c_uint64),
-        ("padding", ctypes.c_ubyte * 48),
+        ("sinks", ctypes.c_uint64),
+        ("softcap_rate", ctypes.c_float),
+        ("padding", ctypes.c_ubyte * 36),
     )
 
 
@@ -245,8 +250,8 @@ def move_params(params: Params, pointers: Sequence[int]) -> Params:
     ----------
     params : Params
     pointers : sequence of int
-        Addresses of query, key, value, out and lse, whatever follows is not looked at. Further
-        pairs of keys and values stay where they are.
+        Addresses of query, key, value, out and lse, of two masks that are not looked at, and of
+        sinks; what is left out at the end stays where it is, as further keys and values do.
 
     Raises
     ------
@@ -258,6 +263,8 @@ def move_params(params: Params, pointers: Sequence[int]) -> Params:
     matrices = (moved.query, moved.key[0], moved.value[0], moved.out, moved.lse)
     for matrix, pointer in zip(matrices, pointers, strict=False):
         matrix.data = pointer
+    if len(pointers) > _SINKS_PLACE:
+        moved.sinks = pointers[_SINKS_PLACE]
     for place, pointer in zip(
         (moved.query_map, moved.key_map[0], moved.value_map[0]), pointers, strict=False
     ):
@@ -301,13 +308,15 @@ class Sm90Launch:
     arrays : sequence of ArrayView
         query, key, value, out, lse (whatever follows is not looked at); `start` says where.
     scale : float
-        Factor on the scores, > 0.
+        Factor on the scores, > 0; with a softcap in the tile's rule, the cap.
     work : DeviceWork
         From `upload`, or written by a kernel.
     stream : int
         Where it will be started first.
     further : sequence of (DeviceMatrix, DeviceMatrix)
         Pairs of keys and values that stay where they are, for sources of another ``tensor``.
+    softcap_rate : float
+        Scale over cap, for tiles with a softcap.
 
     Raises
     ------
@@ -325,6 +334,7 @@ class Sm90Launch:
         work: DeviceWork,
         stream: int,
         further: Sequence[tuple[DeviceMatrix, DeviceMatrix]] = (),
+        softcap_rate: float = 0.0,
     ) -> None:
         if work.max_sources > tile.max_sources:
             raise ArgumentError(
@@ -335,7 +345,7 @@ class Sm90Launch:
         self._tile, self._dtype = tile, arrays[0].dtype
         self._matrices = tuple(DeviceMatrix.of(array) for array in arrays[:5])
         self._further = tuple(further)
-        self._scale, self._work = scale, work
+        self._scale, self._work, self._softcap_rate = scale, work, softcap_rate
         self._calls: Recent[driver.Call] = Recent(_ADDRESSES_REMEMBERED)
         self._packed: Params | None = None
         self._lock = threading.Lock()
@@ -368,11 +378,15 @@ class Sm90Launch:
                 for matrix, pointer in zip(self._matrices, pointers, strict=False)
             )
             keys, values = zip((key, value), *self._further, strict=True)
-            self._packed = pack_params(
+            packed = pack_params(
                 self._tile, self._dtype, query, keys, values, out, lse, self._scale,
                 self._work,
             )  # fmt: skip
-            return self._packed
+            packed.softcap_rate = self._softcap_rate
+            if self._tile.rule & SINKS:
+                packed.sinks = pointers[_SINKS_PLACE]
+            self._packed = packed
+            return packed
 
 
 def launch(task: Task, stream: int, tile: Tile | None = None) -> Sm90Launch:
@@ -395,7 +409,7 @@ def launch(task: Task, stream: int, tile: Tile | None = None) -> Sm90Launch:
     device = task.query.device
     geometry = task.geometry
     blocks = driver.device_facts(device).multiprocessors
-    tile = choose(geometry, blocks) if tile is None else tile
+    tile = choose(geometry, blocks, task.rule) if tile is None else tile
     work = upload(work_list(geometry, tile.tile_m, tile.tile_n, blocks), device, stream)
     arrays = (task.query, task.key, task.value, task.out, task.lse)
-    return Sm90Launch(tile, arrays, task.scale, work, stream)
+    return Sm90Launch(tile, arrays, task.factor, work, stream, softcap_rate=task.softcap_rate)

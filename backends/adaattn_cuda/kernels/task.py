@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from adaattn_core.problem import AttentionProblem, HeadIndex, SequenceSpan
 from adaattn_cuda.device.views import ArrayView
+from adaattn_cuda.jit.spec import PLAIN, SINKS, SOFTCAP
 from adaattn_cuda.work.geometry import Geometry
 
 __all__ = ["Arrays", "Task", "addresses"]
@@ -16,9 +17,10 @@ Arrays = tuple[
 """query, key, value, out, lse, boolean mask, additive mask."""
 
 
-def addresses(arrays: Arrays) -> tuple[int, ...]:
-    """Return what `Launch.start` takes: where each array is, 0 for none."""
-    return tuple(array.pointer if array else 0 for array in arrays)
+def addresses(arrays: Arrays, sinks: ArrayView | None = None) -> tuple[int, ...]:
+    """Return what `Launch.start` takes: where each array is, 0 for none; sinks last, if any."""
+    found = tuple(array.pointer if array else 0 for array in arrays)
+    return found if sinks is None else (*found, sinks.pointer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,10 @@ class Task:
         Operand formats.
     heads : tuple of (sequence, head) or None
         Which to compute; None is all.
+    softcap : float
+        Scaled scores are capped to ``softcap * tanh(score / softcap)``; 0 for not at all.
+    sinks : ArrayView or None
+        f32, (heads_q,), contiguous: one more logit in the denominator of each head's rows.
     """
 
     query: ArrayView
@@ -58,6 +64,8 @@ class Task:
     qk: str
     pv: str
     heads: tuple[HeadIndex, ...] | None = None
+    softcap: float = 0.0
+    sinks: ArrayView | None = None
 
     @classmethod
     def of(
@@ -73,6 +81,21 @@ class Task:
             *arrays, problem.sequences, mask.left, mask.right,
             mask.alignment == "bottom_right", problem.scale, *formats, heads,
         )  # fmt: skip
+
+    @property
+    def rule(self) -> int:
+        """Bits of the score rule that a kernel must know."""
+        return (SOFTCAP if self.softcap else PLAIN) | (SINKS if self.sinks else PLAIN)
+
+    @property
+    def factor(self) -> float:
+        """What scales scores as the rule leaves them: a softcap leaves numbers below 1."""
+        return self.softcap or self.scale
+
+    @property
+    def softcap_rate(self) -> float:
+        """What scales the argument of the softcap's tanh; 0 without one."""
+        return self.scale / self.softcap if self.softcap else 0.0
 
     @property
     def is_uniform(self) -> bool:

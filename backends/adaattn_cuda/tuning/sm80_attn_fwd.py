@@ -7,7 +7,7 @@ kernel's own (sm80_tile.cuh, Traits); the compiler checks that both agree on sha
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from adaattn_core.errors import UnsupportedError
@@ -50,7 +50,7 @@ so a longer one errs more (measured at dim 64: 0.7e-6 with 64 keys, 1.1e-6 with 
 
 @dataclass(frozen=True, slots=True)
 class Specialisation:
-    """Template arguments of ``sm80_attn_fwd::Traits``, in their order."""
+    """Template arguments of ``sm80_attn_fwd::Traits`` in their order, and the score rule."""
 
     input: str
     qk: str
@@ -63,6 +63,7 @@ class Specialisation:
     stages: int
     array_mask: bool
     vectorised: bool
+    rule: int = 0
 
     @property
     def smem_bytes(self) -> int:
@@ -119,6 +120,7 @@ class Specialisation:
             ),
             self.smem_bytes,
             arch,
+            rule=self.rule,
         )
 
 
@@ -141,8 +143,11 @@ def specialise(
     *,
     array_mask: bool = False,
     vectorised: bool = True,
+    rule: int = 0,
 ) -> Specialisation:
     """Fastest legal specialisation by the cost below.
+
+    `rule` is a ``ScoreRule`` of softmax/score_rule.cuh; it takes no part in the choice.
 
     Raises
     ------
@@ -160,7 +165,7 @@ def specialise(
         input_format, qk, pv, _padded(dim_qk), _padded(dim_v), array_mask, vectorised
     )
     legal = [s for s in candidates if _is_legal(s, arch)]
-    return min(legal, key=lambda s: _cost(s, arch))
+    return replace(min(legal, key=lambda s: _cost(s, arch)), rule=rule)
 
 
 def _is_legal(s: Specialisation, arch: str) -> bool:

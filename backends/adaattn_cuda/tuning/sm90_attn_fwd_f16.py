@@ -7,11 +7,11 @@ everything else is arithmetic on the problem's shape.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from adaattn_cuda.jit.spec import KernelSpec
+from adaattn_cuda.jit.spec import SINKS, SOFTCAP, KernelSpec
 from adaattn_cuda.work.geometry import Geometry
 from adaattn_cuda.work.records import ITEM, SOURCE
 
@@ -44,7 +44,7 @@ def padded_dim(dim: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """One specialisation of the kernel; the order of fields is that of the C++ ``Traits``.
+    """One specialisation of the kernel; fields but `rule` stand as in the C++ ``Traits``.
 
     Attributes
     ----------
@@ -66,6 +66,8 @@ class Tile:
         Most sources of an item.
     skip : bool
         Items may ask for score-then-skip.
+    rule : int
+        ``ScoreRule`` of softmax/score_rule.cuh: 0 none, 1 softcap, 2 sinks, 3 both.
     """
 
     dim_qk: int
@@ -78,6 +80,7 @@ class Tile:
     role: int = 0
     max_sources: int = 1
     skip: bool = False
+    rule: int = 0
 
     @property
     def tile_m(self) -> int:
@@ -115,7 +118,7 @@ class Tile:
 
     def spec(self, dtype: str) -> KernelSpec:
         """KernelSpec for inputs of format ``bf16`` or ``f16``."""
-        return KernelSpec(STEM, self.traits(dtype), self.smem_bytes, ARCH)
+        return KernelSpec(STEM, self.traits(dtype), self.smem_bytes, ARCH, rule=self.rule)
 
     def traits(self, dtype: str) -> tuple[str | int, ...]:
         """Template arguments for inputs of format ``bf16`` or ``f16``."""
@@ -147,11 +150,15 @@ _TUNED = {
 }
 """Measured candidates of a pair of padded dims; their rates on long sequences, relative."""
 
+_SHIPPED_RULES = ((64, 64, SINKS), (128, 128, SOFTCAP), (256, 256, SOFTCAP))
 _SHIPPED_DIMS = ((64, 64), (128, 128), (192, 192), (192, 128), (256, 256))
 
 _TILE_NS = (176, 160, 144, 128, 112, 96, 80, 64)
 _ACCUMULATOR_LIMIT = {2: 200, 3: 128, 4: 80}
 """By consumers: accumulator registers that leave enough for the rest without a spill."""
+
+_CAPPED_ACCUMULATOR_LIMIT = {2: 200, 3: 112, 4: 64}
+"""The same for kernels with a softcap, whose tanh takes registers of its own."""
 
 _ITEM_OVERHEAD_KEYS = 64
 """Start and end of an item, in units of one key of every row."""
@@ -159,15 +166,19 @@ _ITEM_OVERHEAD_KEYS = 64
 
 def is_legal(tile: Tile) -> bool:
     """Whether shared memory and registers suffice."""
+    limits = _CAPPED_ACCUMULATOR_LIMIT if tile.rule & SOFTCAP else _ACCUMULATOR_LIMIT
     fits = tile.smem_bytes <= SMEM_LIMIT_BYTES
-    return fits and tile.accumulator_registers <= _ACCUMULATOR_LIMIT[tile.consumers]
+    return fits and tile.accumulator_registers <= limits[tile.consumers]
 
 
-def candidates(dim_qk: int, dim_v: int) -> tuple[tuple[float, Tile], ...]:
+def candidates(dim_qk: int, dim_v: int, rule: int = 0) -> tuple[tuple[float, Tile], ...]:
     """(relative rate, tile) of the specialisations worth considering for two padded head dims.
 
     Pairs of dims that nobody measured get the widest legal tile of two consumers.
     """
+    if rule:
+        plain = ((rate, replace(tile, rule=rule)) for rate, tile in candidates(dim_qk, dim_v))
+        return tuple(found for found in plain if is_legal(found[1]))
     if (dim_qk, dim_v) in _TUNED:
         return _TUNED[dim_qk, dim_v]
     widest = next(t for n in _TILE_NS if is_legal(t := Tile(dim_qk, dim_v, 2, n)))
@@ -194,7 +205,7 @@ def cost(geometry: Geometry, tile: Tile, rate: float, blocks: int) -> float:
     return float(max(items.max(), items.sum() / blocks))
 
 
-def choose(geometry: Geometry, blocks: int) -> Tile:
+def choose(geometry: Geometry, blocks: int, rule: int = 0) -> Tile:
     """Return the cheapest candidate for a geometry.
 
     Parameters
@@ -203,15 +214,19 @@ def choose(geometry: Geometry, blocks: int) -> Tile:
         Head dims from 1 to 256.
     blocks : int
         Multiprocessors of the device.
+    rule : int
+        The score rule that the kernel must know.
     """
-    found = candidates(padded_dim(geometry.dim_qk), padded_dim(geometry.dim_v))
+    found = candidates(padded_dim(geometry.dim_qk), padded_dim(geometry.dim_v), rule)
     return min(found, key=lambda c: cost(geometry, c[1], c[0], blocks))[1]
 
 
 def shipped() -> list[KernelSpec]:
     """Specialisations to compile ahead, for both input formats.
 
-    Those of the head dims that models have; other pairs compile on first use.
+    Those of the head dims that models have, and of gpt-oss and Gemma-2 with their score rules;
+    other pairs compile on first use.
     """
     tiles = [tile for dims in _SHIPPED_DIMS for _, tile in candidates(*dims)]
+    tiles += [tile for args in _SHIPPED_RULES for _, tile in candidates(*args)]
     return [tile.spec(dtype) for tile in tiles for dtype in ("bf16", "f16")]

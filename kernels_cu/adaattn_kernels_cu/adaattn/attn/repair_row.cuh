@@ -12,6 +12,7 @@
 #include "adaattn/ptx/sm80.cuh"
 #include "adaattn/quant/convert.cuh"
 #include "adaattn/softmax/lse.cuh"
+#include "adaattn/softmax/score_rule.cuh"
 
 namespace adaattn {
 
@@ -41,7 +42,7 @@ ADAATTN_DEVICE bool sees_key(const AttentionParams& params,
     return sees;
 }
 
-template <Format kFormat, int kDimV, int kRole, int kTileM, int kMaxSources>
+template <Format kFormat, int kDimV, int kRole, int kRule, int kTileM, int kMaxSources>
 ADAATTN_DEVICE void repair_row(const AttentionParams& params,
                                const work::WorkRecord<kMaxSources>& record, int row, int lane) {
     constexpr int kColumns = kDimV / kWarpThreads;
@@ -83,6 +84,9 @@ ADAATTN_DEVICE void repair_row(const AttentionParams& params,
                         dot += params.bias[source.first_bias + base + lane] * params.inverse_scale;
                     }
                 }
+                if constexpr ((kRule & softmax::kSoftcap) != 0) {
+                    dot = softmax::capped<true>(dot, params.softcap_rate);
+                }
                 score = dot * params.scale_log2;
             }
             float highest = score;
@@ -118,7 +122,12 @@ ADAATTN_DEVICE void repair_row(const AttentionParams& params,
     for (int offset = 16; offset > 0; offset /= 2) sum += ptx::shuffle_xor(sum, offset);
     sum = softmax::known_sum(sum, sees);
 
-    const float inverse = sum == 0.0f ? 0.0f : ptx::reciprocal_approx(sum);
+    float inverse = sum == 0.0f ? 0.0f : ptx::reciprocal_approx(sum);
+    [[maybe_unused]] softmax::Finished finished;
+    if constexpr ((kRule & softmax::kSinks) != 0) {
+        finished = softmax::finish_with_sink(best, 1.0f, sum, params.sinks[item.head]);
+        inverse = finished.inverse;
+    }
     if constexpr (kRole == kExactRows) {
         const i64 place = static_cast<i64>(item.partial) * kTileM + row;
 #pragma unroll
@@ -143,7 +152,11 @@ ADAATTN_DEVICE void repair_row(const AttentionParams& params,
     if (lane == 0) {
         float* lse = static_cast<float*>(const_cast<void*>(params.lse.data)) +
                      params.lse.offset(item.batch, item.head, item.row_first + row);
-        *lse = softmax::natural_lse(best, 1.0f, sum);
+        if constexpr ((kRule & softmax::kSinks) != 0) {
+            *lse = finished.lse;
+        } else {
+            *lse = softmax::natural_lse(best, 1.0f, sum);
+        }
     }
 }
 

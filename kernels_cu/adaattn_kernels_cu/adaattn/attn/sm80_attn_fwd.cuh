@@ -5,10 +5,11 @@
 //                1. the rows' visible keys form one interval each; the block walks the key tiles
 //                   that any of its rows sees, last tile first (a causal mask's cut tiles come
 //                   first, while later copies are under way);
-//                2. S = Q K^T; masks, in the tiles that some row sees only partly;
+//                2. S = Q K^T; a softcap, if there is one (softmax/score_rule.cuh); masks, in the
+//                   tiles that some row sees only partly;
 //                3. online softmax in base 2 with a lazy reference (softmax/row_state.cuh);
 //                4. O = alpha O + P V;
-//                5. out = O / sum, lse = ln(sum) + reference.
+//                5. out = O / sum, lse = ln(sum) + reference; a sink is added to sum first.
 //              Source: Milakov & Gimelshein, arXiv 1805.02867; Dao, arXiv 2307.08691.
 // Numerics     Q, K in kQk; V and P in kPv; scores, softmax and accumulators f32. Rounding points:
 //              (r1) operands, when the format is narrower than the input; (r2) products and sums of
@@ -42,6 +43,7 @@
 #include "adaattn/mask/sm80_nonfinite.cuh"
 #include "adaattn/mma/sm80_products.cuh"
 #include "adaattn/softmax/row_state.cuh"
+#include "adaattn/softmax/score_rule.cuh"
 #include "adaattn/tile/sm80_tile.cuh"
 #include "adaattn/work/shared_item.cuh"
 #include "adaattn/work/units.cuh"
@@ -88,8 +90,23 @@ struct Traits {
     static_assert(kStages == 1 || kStages == 2, "one or two K/V stages");
 };
 
+// y = tanh(rate s), ahead of every mask.
 template <class T>
-ADAATTN_DEVICE void run(const Params& params) {
+ADAATTN_DEVICE void cap_scores(mma::Scores<T>& scores, float rate) {
+#pragma unroll
+    for (int m = 0; m < T::kRowTiles; ++m) {
+#pragma unroll
+        for (int n = 0; n < T::kKeyTiles; ++n) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                scores[m][n][e] = softmax::capped<is_narrow(T::kQk)>(scores[m][n][e], rate);
+            }
+        }
+    }
+}
+
+template <class T, class ParamsT>
+ADAATTN_DEVICE void run(const ParamsT& params) {
     using QueryTile = typename T::QueryTile;
     using KeyTile = typename T::KeyTile;
     using ValueTile = typename T::ValueTile;
@@ -227,6 +244,9 @@ ADAATTN_DEVICE void run(const Params& params) {
             ptx::copy_async_commit();
         }
 
+        if constexpr ((softmax::rule_of<T>(0) & softmax::kSoftcap) != 0) {
+            cap_scores<T>(scores, params.softcap_rate);
+        }
         if constexpr (kMayCut) {
             if (cut) {
                 mask::mask_scores<T>(scores, work::load_item(shared + T::kItemAt), arrays,

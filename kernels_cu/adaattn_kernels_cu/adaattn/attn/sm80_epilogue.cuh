@@ -8,6 +8,7 @@
 #include "adaattn/quant/convert.cuh"
 #include "adaattn/softmax/lse.cuh"
 #include "adaattn/softmax/row_state.cuh"
+#include "adaattn/softmax/score_rule.cuh"
 #include "adaattn/work/work_item.cuh"
 
 namespace adaattn::sm80_attn_fwd {
@@ -61,9 +62,9 @@ ADAATTN_DEVICE void store_columns(char* row, int column, const float (&x)[2], co
 }
 
 // (r6) out = O / sum and lse of this warp's rows; `state` is finished.
-template <class T>
+template <class T, class ParamsT>
 ADAATTN_DEVICE void store_rows(const mma::Output<T>& out,
-                               const softmax::RowState<T::kRowTiles>& state, const Params& params,
+                               const softmax::RowState<T::kRowTiles>& state, const ParamsT& params,
                                const work::WorkItem& item, u32 saw, float scale) {
     const int lane = ptx::thread_index() & 31;
     if constexpr (T::kArrayMask) {  // each lane of a row looked at columns of its own
@@ -90,10 +91,20 @@ ADAATTN_DEVICE void store_rows(const mma::Output<T>& out,
                 sees = seen.start < seen.stop;
             }
             const float sum = softmax::known_sum(state.sum[m][half], sees);
-            const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;  // no visible key: out = 0
+            float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;  // no visible key: out = 0
+            [[maybe_unused]] softmax::Finished finished;
+            if constexpr ((softmax::rule_of<T>(0) & softmax::kSinks) != 0) {
+                finished = softmax::finish_with_sink(state.top[m][half], scale, sum,
+                                                     params.sinks[item.head]);
+                inverse = finished.inverse;
+            }
             char* out_row = base + (row_zero + row) * params.out_row * kBytes;
             if (writes && (lane & 3) == 0) {
-                lse[row_zero + row] = state.lse(m, half, sum, scale);
+                if constexpr ((softmax::rule_of<T>(0) & softmax::kSinks) != 0) {
+                    lse[row_zero + row] = finished.lse;
+                } else {
+                    lse[row_zero + row] = state.lse(m, half, sum, scale);
+                }
             }
 #pragma unroll
             for (int n = 0; n < T::kValueTiles; n += 2) {

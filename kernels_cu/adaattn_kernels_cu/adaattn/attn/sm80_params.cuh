@@ -29,9 +29,17 @@ struct Params {
 
     i32 dim_qk, dim_v;
     mask::BiasType bias_type;
-    float score_scale;  // > 0: scale * log2(e), or with array masks, whose units it has, scale
+    // > 0: scale * log2(e), or with array masks, whose units it has, scale; a softcap takes the
+    // scale's place.
+    float score_scale;
 
     work::UnitList work;
+};
+
+// For kernels with a rule of softmax/score_rule.cuh.
+struct RuledParams : Params {
+    const float* sinks;  // one a query head
+    float softcap_rate;  // scale / cap
 };
 
 }  // namespace adaattn::sm80_attn_fwd

@@ -4,13 +4,14 @@
 // Algorithm    A block takes work items (work/work_item.cuh) one after the other: a tile of query
 //              rows and the key tiles of its sources.
 //              1. s = q k^T for a tile of keys.
-//              2. s_j = -inf where the row does not see key j.
+//              2. s_j = -inf where the row does not see key j; with a softcap, tanh(rate s_j)
+//                 before that (softmax/score_rule.cuh), and the cap for the scale from here on.
 //              3. r <- max s, if it grew by more than the slack.
 //              4. p_j = 2^(c s_j - c r), c = scale log2(e).
 //              5. l <- l 2^(c r_old - c r) + sum_j p_j.
 //              6. o <- o 2^(c r_old - c r) + p v.
 //              7. After the last tile: out = o / l, lse = scale r + ln l; rows that saw no key: 0
-//                 and -inf.
+//                 and -inf. A sink is added to l first.
 //              8. Rows whose result is not finite are recomputed key by key (repair_row.cuh).
 //              Step 1 of a tile and step 6 of the tile before it are in flight together while
 //              step 4 runs, also across items. Source: FlashAttention-3, arXiv 2407.08608,
@@ -57,6 +58,7 @@
 #include "adaattn/ptx/wgmma.cuh"
 #include "adaattn/ptx/wgmma_f16.cuh"
 #include "adaattn/softmax/online.cuh"
+#include "adaattn/softmax/score_rule.cuh"
 #include "adaattn/tile/ring.cuh"
 #include "adaattn/tile/sm90_barriers.cuh"
 #include "adaattn/work/tile_cursor.cuh"
@@ -64,6 +66,7 @@
 namespace adaattn::sm90_attn_fwd_f16 {
 
 using Params = AttentionParams;
+using RuledParams = AttentionParams;
 
 template <Format kFormatT, int kDimQkT, int kDimVT, int kConsumersT, int kTileNT, int kStagesT,
           int kQueryStagesT, int kPingPongT, int kRoleT, int kMaxSourcesT, int kSkipT>
@@ -122,6 +125,8 @@ struct Consumer {
     using QueryRing = tile::Ring<T::kQueryStages>;
     using TileRing = tile::Ring<T::kStages>;
     static constexpr int kRestWords = T::kRole == kExactRows ? T::kTileN / 4 : 1;
+    static_assert(softmax::rule_of<T>(0) == softmax::kPlain || (T::kRole == kDense && !T::kSkip),
+                  "biases, partial results and skipping know no score rule");
 
     const Params& params;
     const tile::Barriers<T> barriers;
@@ -290,7 +295,9 @@ struct Consumer {
                             T::kTileN, 64 * warpgroup, 64 * warpgroup + 63);
     }
 
+    // A softcap comes before the mask, which hides what it made of a NaN.
     ADAATTN_DEVICE void hide(float (&scores)[T::kTileN / 2]) const {
+        softmax::cap_scores<softmax::rule_of<T>(0)>(scores, params.softcap_rate);
         if (!mask_needed()) return;
         if constexpr (T::kRole == kExactRows) {
             const int left = cursor.keys_left();
@@ -332,8 +339,8 @@ struct Consumer {
             const bool boundary = cursor.at_last();
             if (boundary) {
                 if constexpr (T::kSkip) count_skipped(*this);
-                write_lse<T::kRole, T::kTileM>(params, *cursor.record, state, row(), lane(),
-                                               factor);
+                write_lse<T::kRole, softmax::rule_of<T>(0), T::kTileM>(
+                    params, *cursor.record, state, row(), lane(), factor);
                 if (!open_item()) break;
             } else {
                 cursor.next();
@@ -356,8 +363,8 @@ struct Consumer {
             if (boundary) {
                 ptx::wgmma_wait_all_in_branch();
                 finish_output(acc, weights, tiles - 2);
-                write_rows<T::kFormat, T::kDimV, T::kRole, T::kTileM>(params, record(items - 2),
-                                                                      acc, factor, row(), lane());
+                write_rows<T::kFormat, T::kDimV, T::kRole, softmax::rule_of<T>(0), T::kTileM>(
+                    params, record(items - 2), acc, factor, row(), lane());
                 ptx::mbarrier_arrive(barriers.record_empty(RecordRing::index(items - 2)));
                 softmax::clear(acc);
             } else {
@@ -373,8 +380,8 @@ struct Consumer {
         start_output(acc, weights, rest);
         ptx::wgmma_wait<0>();
         finish_output(acc, weights, tiles - 1);
-        write_rows<T::kFormat, T::kDimV, T::kRole, T::kTileM>(params, record(items - 1), acc,
-                                                              factor, row(), lane());
+        write_rows<T::kFormat, T::kDimV, T::kRole, softmax::rule_of<T>(0), T::kTileM>(
+            params, record(items - 1), acc, factor, row(), lane());
     }
 };
 

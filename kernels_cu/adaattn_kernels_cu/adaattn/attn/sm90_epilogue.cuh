@@ -6,6 +6,7 @@
 #include "adaattn/attn/sm90_params.cuh"
 #include "adaattn/quant/convert.cuh"
 #include "adaattn/softmax/online.cuh"
+#include "adaattn/softmax/score_rule.cuh"
 
 namespace adaattn {
 
@@ -28,7 +29,7 @@ ADAATTN_DEVICE void transpose_quad(u32 (&words)[4], int lane) {
 
 // Writes the lse of a warp's 16 rows, of which `row` is the first within the tile, and leaves the
 // reciprocals of this thread's two row sums; 0 for a row that saw no key, whose output is 0.
-template <int kRole, int kTileM, int kMaxSources>
+template <int kRole, int kRule, int kTileM, int kMaxSources>
 ADAATTN_DEVICE void write_lse(const AttentionParams& params,
                               const work::WorkRecord<kMaxSources>& record,
                               const softmax::Online& state, int row, int lane,
@@ -41,7 +42,14 @@ ADAATTN_DEVICE void write_lse(const AttentionParams& params,
         if (sum == 0.0f && own_row < item.rows) {
             sum = softmax::known_sum(sum, sees_key<kRole>(params, record, own_row));
         }
-        inverse_sum[r] = sum == 0.0f ? 0.0f : ptx::reciprocal_approx(sum);
+        [[maybe_unused]] softmax::Finished finished;
+        if constexpr ((kRule & softmax::kSinks) != 0) {
+            finished = softmax::finish_with_sink(state.reference[r], params.scale_log2, sum,
+                                                 params.sinks[item.head]);
+            inverse_sum[r] = finished.inverse;
+        } else {
+            inverse_sum[r] = sum == 0.0f ? 0.0f : ptx::reciprocal_approx(sum);
+        }
         if (lane % 4 == 0 && own_row < item.rows) {
             float* lse = static_cast<float*>(const_cast<void*>(params.lse.data)) +
                          params.lse.offset(item.batch, item.head, item.row_first + own_row);
@@ -50,7 +58,11 @@ ADAATTN_DEVICE void write_lse(const AttentionParams& params,
                     lse = params.partial_lse + static_cast<i64>(item.partial) * kTileM + own_row;
                 }
             }
-            *lse = state.lse(r, sum, params.scale_log2);
+            if constexpr ((kRule & softmax::kSinks) != 0) {
+                *lse = finished.lse;
+            } else {
+                *lse = state.lse(r, sum, params.scale_log2);
+            }
         }
     }
 }
@@ -79,7 +91,7 @@ ADAATTN_DEVICE void write_partial(const AttentionParams& params, const work::Wor
 }
 
 // Normalises and writes the same rows; accumulators as wgmma leaves them.
-template <Format kFormat, int kDimV, int kRole, int kTileM, int kMaxSources>
+template <Format kFormat, int kDimV, int kRole, int kRule, int kTileM, int kMaxSources>
 ADAATTN_DEVICE void write_rows(const AttentionParams& params,
                                const work::WorkRecord<kMaxSources>& record,
                                const float (&acc)[kDimV / 2], const float (&inverse_sum)[2],
@@ -140,7 +152,7 @@ ADAATTN_DEVICE void write_rows(const AttentionParams& params,
     for (int i = 0; i < 16; ++i) {
         const u32 broken = i < 8 ? broken_quads[0] : broken_quads[1];
         if (broken >> (4 * (i % 8)) & 1u)
-            repair_row<kFormat, kDimV, kRole, kTileM>(params, record, row + i, lane);
+            repair_row<kFormat, kDimV, kRole, kRule, kTileM>(params, record, row + i, lane);
     }
     if constexpr (kRole == kAdaptive) {
         __syncwarp();

@@ -49,7 +49,7 @@ struct AttentionParams {
     float* partial_lse;
     float* squares;       // kAdaptive: sums of squares of 16 output rows each
     float inverse_scale;  // 1 / scale, to bring biases to the raw scores' units
-    float scale_log2;     // scale log2(e) > 0
+    float scale_log2;     // scale log2(e) > 0; with a softcap, cap log2(e)
     float slack;          // softmax::kSlackLog2 / scale_log2
     i32 rounds;
     i32 dim_qk;
@@ -59,6 +59,9 @@ struct AttentionParams {
     // kAdaptive, one a head: scores whose tiles were skipped, and most keys that a row skipped.
     u64* skipped;
     u32* skipped_most;
+    // kDense with a rule of softmax/score_rule.cuh.
+    const float* sinks;  // one a query head
+    float softcap_rate;  // scale / cap
 };
 
 static_assert(sizeof(AttentionParams) == 1344, "mirrored by the host");

@@ -64,6 +64,7 @@ ADAATTN_DEVICE float reciprocal_approx(float x) {
     return y;
 }
 ADAATTN_DEVICE float log2_accurate(float x) { return log2f(x); }
+ADAATTN_DEVICE float tanh_accurate(float x) { return tanhf(x); }
 ADAATTN_DEVICE float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 // Neither may be contracted into an fma: the first operand of a split must round as written.
 ADAATTN_DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }

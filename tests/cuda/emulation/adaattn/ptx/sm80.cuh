@@ -178,7 +178,9 @@ ADAATTN_DEVICE u32 round_tf32(u32 x) {
 }
 
 ADAATTN_DEVICE float exp2_approx(float x) { return exp2f(x); }
+ADAATTN_DEVICE float reciprocal_approx(float x) { return 1.0f / x; }
 ADAATTN_DEVICE float log2_accurate(float x) { return log2f(x); }
+ADAATTN_DEVICE float tanh_accurate(float x) { return tanhf(x); }
 ADAATTN_DEVICE float fma_rn(float a, float b, float c) { return fmaf(a, b, c); }
 ADAATTN_DEVICE float add_rn(float a, float b) { return a + b; }
 ADAATTN_DEVICE float mul_rn(float a, float b) { return a * b; }
