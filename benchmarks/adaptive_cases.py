@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from adaptive_peers import Heads, ours
-from adaptive_truth import Truth, errors, exact_rows
 
 from adaattn_core import FixedPolicy, Mask, ScoreSkip, attention
+from adaptive_peers import Heads, ours
+from adaptive_truth import Truth, errors, exact_rows
 
 HEADS = 8
 NEEDLE_LOGIT = 30.0

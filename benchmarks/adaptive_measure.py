@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 from adaptive_clock import side_by_side, synchronize, whole_calls
 from adaptive_data import CUDNN, DENSE, name_of
 from adaptive_peers import Contender, Heads, contenders, ours

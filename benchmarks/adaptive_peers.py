@@ -13,11 +13,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from adaptive_clock import Burst, by_events, by_host
-from adaptive_data import CUDNN, DENSE, name_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adaattn_core import ErrorBudget, Mask, attention, get_backend
+from adaptive_clock import Burst, by_events, by_host
+from adaptive_data import CUDNN, DENSE, name_of
 
 FA3, SAGE, SPARGE = "FA3", "SageAttention", "SpargeAttn"
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+
 from adaptive_peers import Heads
 
 CELLS_MAX = 1 << 27

@@ -30,12 +30,13 @@ from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+import numpy as np
+import torch
+
 import adaptive_cases
 import adaptive_plots
 import adaptive_report
 import adaptive_truth
-import numpy as np
-import torch
 from adaptive_clock import replays
 from adaptive_data import CUDNN, DENSE
 from adaptive_measure import Settings, line, measure

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from smollm2_torch import Model
 
 LAYERS = tuple(range(1, 30, 4))

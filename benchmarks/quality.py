@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import smollm2
 import torch
 import transformers
 
 import adaattn_torch
+import smollm2
 from adaattn_core.plan import HeadPlan
 from adaattn_core.policies.base import PolicyContext
 from adaattn_core.policies.budget import BudgetPolicy

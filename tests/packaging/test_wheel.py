@@ -63,7 +63,7 @@ def names(wheel: Path) -> list[str]:
 def test_top_level_names_are_prefixed(wheel: Path) -> None:
     tops = {name.split("/")[0] for name in names(wheel)}
     packages = {top for top in tops if not top.endswith(".dist-info")}
-    assert {"adaattn_core", "adaattn_reference", "adaattn_cuda"} <= packages
+    assert {"adaattn_core", "adaattn_reference", "adaattn_cuda", "adaattn_bench"} <= packages
     assert [top for top in packages if not top.startswith("adaattn_")] == []
 
 
@@ -73,6 +73,8 @@ def test_top_level_names_are_prefixed(wheel: Path) -> None:
         ("adaattn_kernels_cu/", ".cuh"),
         ("adaattn_core/demo_data/", ".npz"),
         ("adaattn_core/demo_data/", "NOTICE.md"),
+        ("adaattn_core/report/assets/", "page.js"),
+        ("adaattn_core/report/assets/", "page.css"),
         ("adaattn_core/testing/conformance/test_", ".py"),
         ("adaattn-", "licenses/LICENSE"),
     ],
@@ -94,6 +96,7 @@ def test_entry_points_are_declared(wheel: Path) -> None:
         declared = configparser.ConfigParser()
         declared.read_string(archive.read(name).decode())
     assert declared["adaattn"]["numpy"] == "adaattn_reference.plugin"
+    assert declared["adaattn"]["bench"] == "adaattn_bench.plugin"
     assert declared["adaattn"]["cuda"] == "adaattn_cuda.plugin"
     assert declared["console_scripts"]["adaattn"] == "adaattn_core.cli.app:main"
 
