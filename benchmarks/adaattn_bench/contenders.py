@@ -117,7 +117,7 @@ class Given:
         return q, k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
 
 
-# --- this library -------------------------------------------------------------------------------
+# --- this library -----------------------------------------------------------------------------
 def ours(given: Given, rel: float, **options: Any) -> Call:
     """Return one whole call within a budget: probe, plan, run, certify, escalate."""
     problem, budget = given.problem, ErrorBudget(rel=rel)
@@ -139,7 +139,7 @@ def _exact(given: Given) -> Contender | Call:
     return lambda: attention(*given.arrays, **shared).out
 
 
-# --- torch ----------------------------------------------------------------------------------------
+# --- torch ------------------------------------------------------------------------------------
 def _sdpa(backend: str) -> Callable[[Given], Call]:
     def make(given: Given) -> Call:
         torch = torch_module()
@@ -180,7 +180,7 @@ def _flex(given: Given) -> Call:
     return lambda: compute(q, k, v, block_mask=mask, enable_gqa=True, scale=scale)
 
 
-# --- packages of others -----------------------------------------------------------------------------
+# --- packages of others -----------------------------------------------------------------------
 def _flash2(given: Given) -> Call:
     flash = importlib.import_module("flash_attn").flash_attn_func
     arrays = [x.transpose(1, 2) for x in given.torch_tensors()]

@@ -1,4 +1,4 @@
-"""This machine: what it is, what it can do at most, and what it used."""
+"""The machine here: what it is, what it can do at most, and what it used."""
 
 from __future__ import annotations
 
