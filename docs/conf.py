@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from docutils import nodes
 from sphinx.domains.python import PyObject
 from sphinx.util.docfields import TypedField
 
@@ -37,3 +40,29 @@ for field in PyObject.doc_field_types:
 # libraries' classes are not.
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!adaattn_).*")]
+
+# Formulas are turned into MathML here, so that pages show them without a network: the default
+# renderer loads a script from one. Without the package (it is in the extra `docs`) that is what
+# is left.
+try:
+    from latex2mathml.converter import convert
+except ImportError:
+    convert = None
+
+
+def _formula(translator: Any, node: nodes.Node) -> None:
+    block = isinstance(node, nodes.math_block)
+    formula = convert(node.astext(), display="block" if block else "inline")
+    translator.body.append(f'<div class="math">{formula}</div>' if block else formula)
+    raise nodes.SkipNode
+
+
+def setup(app: Any) -> None:
+    """Register the renderer."""
+    if convert is not None:
+        app.add_html_math_renderer("mathml", (_formula, None), (_formula, None))
+
+
+if convert is not None:
+    html_math_renderer = "mathml"
+    myst_update_mathjax = False

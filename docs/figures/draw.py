@@ -23,6 +23,7 @@ from far_field import draw_far_field
 from one_setting import draw_one_setting
 from speed_error import draw_speed_error
 from structures import draw_landmark, draw_structures
+from tables import write_tables
 
 FIGURES: dict[str, Callable[[], Path]] = {
     "one_setting": draw_one_setting,
@@ -37,14 +38,19 @@ FIGURES: dict[str, Callable[[], Path]] = {
 }
 
 
+TABLES = "tables"
+"""Besides the figures: the benchmark's numbers in running text."""
+
+
 def main(names: list[str]) -> int:
     """Draw the named figures, or all of them."""
-    unknown = [name for name in names if name not in FIGURES]
+    known = {**FIGURES, TABLES: write_tables}
+    unknown = [name for name in names if name not in known]
     if unknown:
-        print(f"unknown: {', '.join(unknown)}; known: {', '.join(FIGURES)}", file=sys.stderr)
+        print(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}", file=sys.stderr)
         return 2
-    for name in names or FIGURES:
-        print(FIGURES[name]())
+    for name in names or known:
+        print(known[name]())
     return 0
 
 

@@ -76,6 +76,19 @@ def test_speed_picture_says_what_the_table_says() -> None:
             assert point.speed == pytest.approx(speed, abs=0.0051)
 
 
+def test_numbers_in_running_text_are_those_of_the_report() -> None:
+    """If not: python docs/figures/draw.py tables speed_error."""
+    tables = script("tables")
+    report, filled = tables.read(), 0
+    for name in tables.PAGES:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert tables.filled(text, report) == text, name
+        filled += bool(tables.BLOCK.search(text))
+    assert filled == len(tables.PAGES)
+    others = [page for page in PAGES if "<!-- figures:" in page.read_text(encoding="utf-8")]
+    assert {str(page.relative_to(ROOT)) for page in others} == set(tables.PAGES)
+
+
 LENGTH = 768
 
 
