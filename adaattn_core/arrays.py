@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import array_api_compat
@@ -24,6 +24,9 @@ _DTYPE_NAMES = {
     "bfloat16": "bf16",
     "bool": "bool",
 }
+
+_known_names: dict[Hashable, str] = {}
+"""Names by a library's own object: NumPy takes microseconds to write a dtype out."""
 
 _HOST = re.compile(r"(tfrt_)?cpu([:_]\d+)?")
 
@@ -58,9 +61,17 @@ def dtype_name(x: Any) -> str:
     DTypeError
         If the dtype has no name here.
     """
-    text = str(getattr(x, "dtype", type(x).__name__)).rsplit(".", 1)[-1]
+    dtype = getattr(x, "dtype", type(x).__name__)
     try:
-        return _DTYPE_NAMES[text]
+        return _known_names[dtype]
+    except (KeyError, TypeError):  # met for the first time, or of a kind that has no hash
+        pass
+    text = str(dtype).rsplit(".", 1)[-1]
+    try:
+        name = _DTYPE_NAMES[text]
+        if isinstance(dtype, Hashable):
+            _known_names[dtype] = name
+        return name
     except KeyError:
         raise DTypeError(
             got=f"an array of dtype {text}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from adaattn_core.plan import HeadPlan
@@ -81,8 +82,13 @@ class ExactPolicy(FixedPolicy):
         return _only(self._exact(context), context)
 
     def _exact(self, context: PolicyContext) -> HeadPlan:
-        name = context.exact_format
-        return HeadPlan(qk=name, pv=name, reason="exact attention was asked for")
+        return _exact_plan(context.exact_format)
+
+
+@cache
+def _exact_plan(name: str) -> HeadPlan:
+    """Return one plan per format: plans are checked when made, and exact calls are many."""
+    return HeadPlan(qk=name, pv=name, reason="exact attention was asked for")
 
 
 def _only(plan: HeadPlan, context: PolicyContext) -> DecisionTable:
