@@ -14,6 +14,7 @@ from adaattn_torch.info import AttentionInfo, FallbackWarning, listening
 from adaattn_torch.rules import Rule
 
 if TYPE_CHECKING:
+    from adaattn_torch.cache import AdaptiveCache
     from adaattn_torch.entries.flash import register_flash_attention
     from adaattn_torch.entries.transformers import budgets, register_transformers
     from adaattn_torch.masks.flex_blocks import import_block_mask
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdaptiveAttention",
+    "AdaptiveCache",
     "Attended",
     "AttentionInfo",
     "FallbackWarning",
@@ -41,6 +43,7 @@ __all__ = [
 ]
 
 _LATE = {
+    "AdaptiveCache": "cache",
     "ModelReport": "report",
     "calibrate": "report",
     "model_report": "report",
