@@ -140,7 +140,7 @@ _NOTHING_CLAIMED: dict[str, Any] = {
 class Certificate:
     """Certificates of every head, and the same numbers as arrays (sequences, heads_q).
 
-    A head that is missing from `heads` claims nothing: its upper bound is inf, its shares are 0.
+    A head missing from `heads` claims nothing: its upper bound is inf, its shares are 0.
     """
 
     heads: Mapping[HeadIndex, HeadCertificate]
