@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import typer
 
+import adaattn_core
+import adaattn_torch
 from adaattn_core import errors
 from adaattn_core.cli.app import build_app
 from adaattn_core.costs import COST_MODELS
@@ -17,8 +19,7 @@ from adaattn_core.plugins import hookspecs
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "docs" / "reference"
-SOURCE_ROOTS = ("adaattn_core", "reference", "backends", "kernels_cu")
-BUILT_IN_COMMANDS = ("demo", "run", "explain", "backends", "doctor")
+SOURCE_ROOTS = ("adaattn_core", "reference", "backends", "kernels_cu", "benchmarks")
 
 
 def reference(page: str) -> str:
@@ -81,18 +82,88 @@ def test_every_format_is_in_the_table_with_its_bits(name: str) -> None:
     assert f"| `{name}` | {info.bits} | {info.significand_bits} |" in reference("formats.md")
 
 
-@pytest.mark.parametrize("command", BUILT_IN_COMMANDS)
-def test_every_option_of_every_command_is_in_its_section(command: str) -> None:
-    group = typer.main.get_command(build_app())
-    sections = re.split(r"^## ", reference("cli.md"), flags=re.MULTILINE)
-    (section,) = (s for s in sections if s.startswith(f"`adaattn {command}"))
-    parameters = group.commands[command].params  # type: ignore[attr-defined]
-    options = [
-        o for p in parameters for o in (*p.opts, *p.secondary_opts) if o.startswith("--")
-    ]
-    missing = [option for option in options if f"`{option}`" not in section]
-    assert options
+def commands() -> dict[str, typer.core.TyperCommand]:
+    """Every command that is installed with AdaAttn, subcommands by their full name."""
+    found: dict[str, typer.core.TyperCommand] = {}
+
+    def walk(command: typer.core.TyperCommand, name: str) -> None:
+        inner = getattr(command, "commands", None)
+        if inner is None:
+            found[name] = command
+        for word, child in (inner or {}).items():
+            walk(child, f"{name} {word}")
+
+    walk(typer.main.get_command(build_app()), "adaattn")
+    return found
+
+
+def said_of(command: str) -> str:
+    """The section about a command, or its row in a table of commands."""
+    for page in REFERENCE.glob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        for section in re.split(r"^## ", text, flags=re.MULTILINE):
+            if re.match(rf"`{command}[` ]", section):
+                return section
+        for line in text.splitlines():
+            if re.match(rf"\| `{command}[` ]", line):
+                return line
+    return ""
+
+
+def test_the_commands_of_plugins_are_among_them() -> None:
+    assert {"adaattn run", "adaattn kernels", "adaattn cache clear"} <= set(commands())
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_option_of_every_command_is_in_the_reference(command: str) -> None:
+    said = said_of(command)
+    assert said, f"no section or table row of docs/reference is about {command}"
+    missing = []
+    for parameter in commands()[command].params:
+        first, *others = (*parameter.opts, *parameter.secondary_opts)
+        others = [o for o in others if o != first.replace("--", "--no-", 1)]  # implied
+        names = [o for o in (first, *others) if o.startswith("--")]
+        missing += [o for o in names if not re.search(rf"(?<![\w-]){o}(?![\w-])", said)]
     assert not missing
+
+
+def public_names() -> list[tuple[str, str, str]]:
+    """Package, name, and full name of where it is defined, of everything that is exported."""
+    found = []
+    for package in (adaattn_core, adaattn_torch):
+        for name in package.__all__:
+            thing = getattr(package, name)
+            if inspect.isclass(thing) or inspect.isfunction(thing):
+                found.append(
+                    (package.__name__, name, f"{thing.__module__}.{thing.__qualname__}")
+                )
+    return found
+
+
+def directives(page: str) -> set[str]:
+    """Full names that a page documents; ``module.*`` where a directive takes all members."""
+    found = set()
+    rule = r"^\.\. auto(class|function|module):: (\S+)\n((?:   :.*\n)*)"
+    for kind, name, options in re.findall(rule, reference(page), re.MULTILINE):
+        listed = re.search(r":members:(.*)", options)
+        if kind != "module":
+            found.add(name)
+        elif listed and listed[1].strip():
+            found |= {f"{name}.{member.strip()}" for member in listed[1].split(",")}
+        elif listed:
+            found.add(f"{name}.*")
+    return found
+
+
+@pytest.mark.parametrize(("package", "name", "place"), public_names())
+def test_every_public_name_is_in_the_reference(package: str, name: str, place: str) -> None:
+    """By a directive of its own, or one for all members of its module."""
+    pages = {"adaattn_core": ("api.md", "errors.md"), "adaattn_torch": ("torch.md",)}[package]
+    documented = set().union(*map(directives, pages))
+    module, _, short = place.rpartition(".")
+    packages = {f"{module}.*", f"{module.rpartition('.')[0]}.*"}  # or imported members
+    wanted = {place, f"{package}.{name}", f"{module}.{short}"} | packages
+    assert documented & wanted
 
 
 def test_every_option_and_file_of_the_kit_is_in_its_page() -> None:
