@@ -16,6 +16,7 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 
+from architecture import draw_architecture
 from budgets import draw_budgets
 from certificate import draw_certificate
 from diagrams import draw_call, draw_pipeline
@@ -33,6 +34,7 @@ FIGURES: dict[str, Callable[[], Path]] = {
     "certificate": draw_certificate,
     "far_field": draw_far_field,
     "speed_error": draw_speed_error,
+    "architecture": draw_architecture,
     "call": draw_call,
     "pipeline": draw_pipeline,
 }

@@ -45,7 +45,7 @@ def test_the_command_draws_every_picture_of_its_folder() -> None:
     assert script("draw").main(["no_such_figure"]) == 2
 
 
-@pytest.mark.parametrize("name", ["call", "pipeline"])
+@pytest.mark.parametrize("name", ["architecture", "call", "pipeline"])
 def test_drawings_are_what_the_command_draws(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
