@@ -1,4 +1,4 @@
-"""Plugin manifest: brings the command ``bench``; nothing heavy is imported."""
+"""Plugin manifest: brings the commands ``bench`` and ``eval``; nothing heavy is imported."""
 
 from __future__ import annotations
 
@@ -10,5 +10,6 @@ from adaattn_core.plugins import hookimpl
 
 @hookimpl
 def adaattn_register_commands(group: Any) -> None:
-    """Add ``bench``."""
-    importlib.import_module("adaattn_bench.commands.bench").register(group)
+    """Add ``bench`` and ``eval``."""
+    for name in ("bench", "evaluate"):
+        importlib.import_module(f"adaattn_bench.commands.{name}").register(group)

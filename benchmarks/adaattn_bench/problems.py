@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,23 @@ def _demo(layer: int) -> Inputs:
     folder = files("adaattn_core").joinpath("demo_data")
     with as_file(folder.joinpath(DEMO_LAYERS[layer % len(DEMO_LAYERS)])) as path:
         return read_inputs(path)
+
+
+def demo_inputs(tokens: int) -> Iterator[tuple[str, Inputs]]:
+    """Yield layer and heads of the shipped data, its first tokens.
+
+    Raises
+    ------
+    ArgumentError
+        If it has fewer tokens.
+    """
+    for number, name in enumerate(DEMO_LAYERS):
+        inputs = _demo(number)
+        _, heads_q, _, dim = inputs.query.shape
+        shape = Shape(1, heads_q, inputs.key.shape[1], tokens, tokens, dim)
+        q, k, v = _cut("demo", inputs, shape)
+        layer = name.removesuffix(".npz").removeprefix("smollm2_layer").lstrip("0")
+        yield layer, replace(inputs, query=q, key=k, value=v)
 
 
 def _cut(source: str, inputs: Inputs, shape: Shape) -> tuple[NDArray[Any], ...]:
