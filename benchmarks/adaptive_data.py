@@ -22,8 +22,8 @@ PARTS = {
     "probes": ("probe_stats", "probe_mass", "probe_lse", "select"),
     "gather, pool, fit": ("gather", "pool", "fit"),
     "judge, decide": ("work_judge", "judge", "decide"),
-    "attend": ("work_attend", "attend"),
-    "certify, escalate": ("certify", "work_escalate", "escalate", "certify_again"),
+    "attend": ("work_attend", "list", "attend", "attend_exact"),
+    "certify, escalate": ("certify", "list_again", "escalate", "certify_again"),
 }
 """Stages of a call by what they are for; those named nowhere are `REST`."""
 REST = "rest"

@@ -322,8 +322,8 @@ class _Whole:
         for index in self._heads:
             found = read.certificates[index]
             escalated = int(found["rounds"]) > 1
-            share = 1.0 if escalated else float(read.kept[index]) / max(self._visible, 1)
             dense = escalated or read.decision[index] < 0
+            share = 1.0 if dense else float(read.kept[index]) / max(self._visible, 1)
             out[index] = RunFacts(
                 share=min(share, 1.0),
                 dropped_mass_upper=0.0 if dense else float("inf"),

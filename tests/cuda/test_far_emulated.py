@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,20 @@ from adaattn_core.policies.table import TABLE
 from adaattn_cuda.planner import params as p
 from adaattn_cuda.planner.layout import CERTIFICATE, DECISION
 from adaattn_cuda.planner.specs import GATHER_KEYS
-from adaattn_cuda.work.far import GROUP, LEVELS_MAX, SLOT, TILE
+from adaattn_cuda.work.far import (
+    GROUP,
+    LEVELS_MAX,
+    SLOT,
+    TILE,
+    FarGeometry,
+    exact_items,
+    far_tables,
+)
+from adaattn_cuda.work.records import ITEM, ORIGINAL, POOLED, SOURCE
 
 HEADS, HEADS_KV, DIM = 4, 2, 72
 SLOT_ROWS = 128
+PLACE = np.dtype([(name, "<i4") for name in ("head", "first", "beside", "padding")])
 POISON = 7.0
 
 
@@ -61,6 +72,8 @@ def test_parameter_blocks_have_the_size_of_their_twins(unit: ctypes.CDLL) -> Non
     assert unit.gather_bytes() == ctypes.sizeof(p.Gather)
     assert unit.decide_bytes() == ctypes.sizeof(p.Decide)
     assert unit.certify_bytes() == ctypes.sizeof(p.Certify)
+    assert unit.work_bytes() == ctypes.sizeof(p.Work)
+    assert unit.list_bytes() == ctypes.sizeof(p.ListItems)
 
 
 @pytest.mark.parametrize(
@@ -206,3 +219,102 @@ def test_decide_measures_the_spared_quantile(unit: ctypes.CDLL) -> None:
     np.testing.assert_allclose(found["share"][0, :levels], shares, rtol=1e-6)
     np.testing.assert_array_equal(decision, [0, -1, 0, 0])
     np.testing.assert_array_equal(finished, 0)
+
+
+def test_lists_hold_every_tile_of_every_head_once(unit: ctypes.CDLL) -> None:
+    """Ranked heads, then their items: exact ones as the host lists them, others by landmarks."""
+    rng = np.random.default_rng(8)
+    g = FarGeometry(
+        batch=2, heads_q=6, heads_kv=2, len_q=2900, len_kv=3000, dim_qk=DIM, dim_v=DIM,
+        causal=True, offset=100, group=1024, band=256, samples=16, drawn=128,
+    )  # fmt: skip
+    tables = far_tables(g, 3, 8, 0)
+    decision = np.array([2, -1, 0, -1, -1, 1, 0, 1, -1, 2, -1, 0], np.int32)
+    counts = rng.integers(0, 700, (g.heads, g.groups, LEVELS_MAX)).astype(np.int32)
+    selections = np.zeros((g.heads, g.groups, LEVELS_MAX, 2), np.int32)
+    selections[..., 1] = counts
+    taken = [counts[h, :, level] for h, level in enumerate(decision) if level >= 0]
+    room = int((-(-np.concatenate(taken) // SLOT_ROWS) * SLOT_ROWS).sum())
+    size = sizes(
+        3000, batch=2, heads_q=6, heads_kv=2, len_q=2900, offset=100, tiles=g.tiles,
+        groups=g.groups, levels=3, judges=2, landmark_rows=room - SLOT_ROWS,
+    )  # fmt: skip
+    before = np.sort(rng.integers(0, 700, (*counts.shape, g.tiles_per_group)), axis=-1)
+    before = np.minimum(before, counts[..., None]).astype(np.int32)
+    slots = np.zeros((g.heads, g.groups), SLOT)
+    kept = np.full(g.heads, 77, np.uint64)
+    tile_m = 192
+    exact_tiles = -(-g.len_q // tile_m)
+    made: dict[str, Any] = {}
+    lists = {}
+    for stem, tile, tiles in (("landmarks", TILE, g.tiles), ("exact", tile_m, exact_tiles)):
+        made[stem] = (
+            np.zeros(g.heads * tiles + 1, ITEM), np.zeros(3 * (g.heads * tiles + 1), SOURCE),
+            np.zeros(4, np.int32), np.zeros(g.heads, PLACE),
+        )  # fmt: skip
+        addresses = (part.ctypes.data for part in made[stem])
+        lists[stem] = p.List(*addresses, tile, TILE, tiles)
+    block = p.Work(
+        sizes=size, **lists, tile_stride=g.tiles_per_group, section_heads=1,
+    )  # fmt: skip
+    threads = -(-g.heads * g.tiles // 256) * 256
+    items_block = p.ListItems(
+        sizes=size, **lists, tile_stride=g.tiles_per_group, tail=1, landmark_threads=threads,
+    )  # fmt: skip
+    arrays = {
+        "groups": tables.groups, "selections": selections, "tile_counts": before,
+        "decision": decision, "slots": slots, "pool_first": tables.pool_first, "kept": kept,
+    }  # fmt: skip
+    for name, array in arrays.items():
+        for parameters in (block, items_block):
+            if name in {field[0] for field in parameters._fields_}:
+                setattr(parameters, name, array.ctypes.data)
+    unit.work(ctypes.byref(block), 1)
+    unit.list(ctypes.byref(items_block), -(-(threads + g.heads * exact_tiles) // 256))
+    # The last head's landmarks found no room: it is exact now.
+    assert decision.tolist() == [2, -1, 0, -1, -1, 1, 0, 1, -1, 2, -1, -1]
+    items, sources, queue, _ = made["exact"]
+    wanted, _ = exact_items(replace(g, dim_qk=2**25 // 6000), tile_m, TILE)  # sections of one
+    listed = items[: queue[1]]
+    assert (items[queue[1]]["rows"], queue[0]) == (0, 0)
+    names = ("batch", "head", "row_first", "rows", "tiles", "stop_offset", "key_stop", "sources")
+    head_of = listed["batch"] * g.heads_q + listed["head"]
+    dense = decision[wanted["batch"] * g.heads_q + wanted["head"]] < 0
+    expected = wanted[:-1][dense[:-1]]
+    assert [tuple(x[n] for n in names) for x in listed] == [
+        tuple(x[n] for n in names) for x in expected
+    ]
+    assert set(head_of) == set(np.flatnonzero(decision < 0))
+    own = sources[listed["first_source"]]
+    assert (own["keys"] == np.minimum(listed["row_first"] + tile_m + 100, g.len_kv)).all()
+    assert (own["head"] == listed["head"] // 3).all()
+    items, sources, queue, _ = made["landmarks"]
+    listed = items[: queue[1]]
+    seen = sorted((int(x["batch"]) * 6 + int(x["head"]), int(x["row_first"])) for x in listed)
+    assert seen == [
+        (h, t * TILE) for h in np.flatnonzero(decision >= 0) for t in range(g.tiles)
+    ]
+    scores = np.zeros(g.heads, np.uint64)
+    for item in listed:
+        head, tile = int(item["batch"]) * 6 + int(item["head"]), int(item["row_first"]) // TILE
+        run = sources[item["first_source"] :][: item["sources"]]
+        stop = min(tile * TILE + TILE + 100, g.len_kv)
+        near = run[-1]
+        assert (near["tensor"], near["first_key"] + near["keys"]) == (ORIGINAL, stop)
+        far = int(near["first_key"])
+        if tile == g.tiles - 1:
+            assert far == 0
+        for source in run[:-1]:
+            group = tile // g.tiles_per_group
+            if source["tensor"] == POOLED:
+                assert source["first_key"] == tables.pool_first[head, group]
+                assert source["keys"] == far // 64
+            else:
+                level = decision[head]
+                assert source["first_key"] == slots[head, group]["row_first"]
+                assert source["keys"] == before[head, group, level, tile % g.tiles_per_group]
+            scores[head] += int(item["rows"]) * int(source["keys"])
+        rows = tile * TILE + np.arange(int(item["rows"]))
+        scores[head] += int((np.minimum(rows + 101, g.len_kv) - far).sum())
+        assert item["tiles"] == sum(-(-int(s["keys"]) // TILE) for s in run)
+    np.testing.assert_array_equal(kept, scores)

@@ -16,9 +16,10 @@ from adaattn_cuda.device.graph import Graph
 from adaattn_cuda.device.launch import kernel_of, refuse_capture
 from adaattn_cuda.planner.layout import kept_layout, scratch_layout
 from adaattn_cuda.planner.sequence import FarArrays, Packer, Step
-from adaattn_cuda.planner.specs import kernel_specs
+from adaattn_cuda.planner.specs import dense_tile, kernel_specs
 from adaattn_cuda.recent import Recent
-from adaattn_cuda.work.far import TILE, FarGeometry, far_tables
+from adaattn_cuda.tuning.sm90_attn_fwd_f16 import padded_dim
+from adaattn_cuda.work.far import TILE, FarGeometry, exact_items, far_tables
 
 __all__ = ["FarArrays", "FarLaunch"]
 
@@ -88,7 +89,11 @@ class FarLaunch:
         assert order is not None
         self.order, self.budget = order, budget
         self.kept = kept_layout(g)
-        self.scratch = scratch_layout(g, self.tables, self.levels, self.landmark_rows)
+        self.dense = dense_tile(padded_dim(g.dim_qk), padded_dim(g.dim_v))
+        self.exact_tiles = -(-g.len_q // self.dense.tile_m)
+        self.scratch = scratch_layout(
+            g, self.tables, self.levels, self.landmark_rows, self.exact_tiles
+        )
         self.constants = self._upload()
         self.kernels = self._load(stream)
         self._ready: Recent[_Replay] = Recent(_ADDRESSES_REMEMBERED)
@@ -109,6 +114,9 @@ class FarLaunch:
             "exact": t.exact.tobytes(),
             "first_partial": t.first_partial.tobytes(),
         }
+        if not self.levels:
+            items, sources = exact_items(self.geometry, self.dense.tile_m, self.dense.tile_n)
+            parts |= {"exact_items": items.tobytes(), "exact_sources": sources.tobytes()}
         data, addresses = bytearray(), {}
         for name, body in parts.items():
             addresses[name] = len(data)

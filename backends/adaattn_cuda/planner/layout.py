@@ -34,6 +34,8 @@ CERTIFICATE = np.dtype(
     ]
 )  # fmt: skip
 """``far_certify::Verdict``."""
+PLACE_BYTES = 16
+"""``far::Place``."""
 
 
 class Layout:
@@ -56,7 +58,10 @@ class Layout:
 
     def at(self, base: int) -> dict[str, int]:
         """Return the address of every part."""
-        return {name: base + offset for name, (offset, _) in self.parts.items()}
+        found = {name: base + offset for name, (offset, _) in self.parts.items()}
+        if "exact_queue" in found:
+            found["exact_count"] = found["exact_queue"] + 4  # ``work::Queue::items``
+        return found
 
 
 def square_stride(g: FarGeometry) -> int:
@@ -77,8 +82,21 @@ def kept_layout(g: FarGeometry) -> Layout:
     return layout
 
 
-def scratch_layout(g: FarGeometry, t: FarTables, levels: int, landmark_rows: int) -> Layout:
-    """Everything else; free for others as soon as the last kernel is done."""
+def _add_list(layout: Layout, stem: str, heads: int, items: int) -> None:
+    """Add a work list with as many items, and one that ends it."""
+    layout.add(f"{stem}_queue", 16)
+    layout.add(f"{stem}_places", heads * PLACE_BYTES)
+    layout.add(f"{stem}_items", (items + 1) * ITEM.itemsize)
+    layout.add(f"{stem}_sources", 3 * (items + 1) * SOURCE.itemsize)
+
+
+def scratch_layout(
+    g: FarGeometry, t: FarTables, levels: int, landmark_rows: int, exact_tiles: int
+) -> Layout:
+    """Everything else; free for others as soon as the last kernel is done.
+
+    `exact_tiles` is how many items an exact head has.
+    """
     judges = len(t.judge_tiles)
     columns = g.chunk_heads * g.samples
     cells = g.units * g.groups
@@ -88,19 +106,19 @@ def scratch_layout(g: FarGeometry, t: FarTables, levels: int, landmark_rows: int
     layout.add("norms", 2 * g.batch * g.heads_kv * 4)
     layout.add("query_norms", g.heads * 4)
     layout.add("judged", g.heads * 4)
+    layout.add("certified", 4)
     layout.add("zero_end", 0)
-    layout.add("queue", 16)
     layout.add("drawn_query", g.heads * t.drawn_rows.shape[1] * g.dim_qk * 2)
     partials = int(t.first_partial[-1])
     layout.add("exact_out", partials * TILE * g.dim_v * 4)
     layout.add("exact_lse", partials * TILE * 4)
     layout.add("exact_rows", t.drawn_rows.size * g.dim_v * 4)
     layout.add("squares", g.heads * square_stride(g) * 4)
-    items = g.heads * max(g.tiles, judges * levels) + 1
-    layout.add("items", items * ITEM.itemsize)
-    layout.add("sources", 3 * items * SOURCE.itemsize)
-    if not levels:
+    if not levels:  # the items are constants
+        layout.add("exact_queue", 16)
         return layout
+    _add_list(layout, "exact", g.heads, g.heads * exact_tiles)
+    _add_list(layout, "landmark", g.heads, g.heads * max(g.tiles, judges * levels))
     layout.add("partial", cells * g.splits * columns * 8)
     layout.add("partial_weighted", cells * g.splits * columns * 4)
     layout.add("lse_log2", cells * columns * 4)

@@ -13,6 +13,8 @@ __all__ = [
     "Decide",
     "Fit",
     "Gather",
+    "List",
+    "ListItems",
     "Merge",
     "Pool",
     "Prepare",
@@ -61,6 +63,15 @@ class Rows(ctypes.Structure):
     _fields_ = (
         ("data", _ptr),
         *((name, ctypes.c_int64) for name in ("row", "head", "batch")),
+    )
+
+
+class List(ctypes.Structure):
+    """``far::List``."""
+
+    _fields_ = (
+        *((name, _ptr) for name in ("items", "sources", "queue", "places")),
+        *((name, _i32) for name in ("tile", "tile_n", "tiles", "padding")),
     )
 
 
@@ -142,12 +153,24 @@ Work = _block(
     ("sizes", Sizes),
     *_pointers(
         "groups", "judge_tiles", "judge_groups", "selections", "tile_counts", "decision",
-        "failed", "slots", "pool_first", "items", "sources", "queue", "kept",
+        "slots", "pool_first",
     ),
-    *_ints("tile_stride", "tile_n"),
+    ("landmarks", List),
+    ("exact", List),
+    *_pointers("kept"),
+    *_ints("tile_stride"),
     ("most_share", _f32),
-    *_ints("tail"),
+    *_ints("section_heads", "padding"),
 )  # fmt: skip
+ListItems = _block(
+    "ListItems",
+    ("sizes", Sizes),
+    *_pointers("groups", "tile_counts", "slots", "pool_first"),
+    ("landmarks", List),
+    ("exact", List),
+    *_pointers("kept"),
+    *_ints("tile_stride", "tail", "landmark_threads", "padding"),
+)
 Decide = _block(
     "Decide",
     ("sizes", Sizes),
@@ -172,7 +195,10 @@ Certify = _block(
     ("sum_factor", _f32),
     ("score_factor", _f32),
     *_ints(
-        "drawn", "drawn_stride", "drawn_first", "square_stride", "padding", "order", "second"
+        "drawn", "drawn_stride", "drawn_first", "square_stride", "padding", "order", "second",
+        "section_heads",
     ),
+    ("again", List),
+    *_pointers("finished"),
 )  # fmt: skip
 assert MAX_CANDIDATES >= LEVELS_MAX

@@ -12,7 +12,13 @@ from adaattn_cuda.device import driver
 from adaattn_cuda.kernels import sm90_attn_fwd_f16 as sm90
 from adaattn_cuda.planner import params as p
 from adaattn_cuda.planner.layout import square_stride
-from adaattn_cuda.planner.specs import GATHER_KEYS, attend_tile, exact_tile, pool_shape
+from adaattn_cuda.planner.specs import (
+    GATHER_KEYS,
+    LIST_THREADS,
+    attend_tile,
+    exact_tile,
+    pool_shape,
+)
 from adaattn_cuda.tuning.sm90_attn_fwd_f16 import Tile, padded_dim
 from adaattn_cuda.work.far import LEVELS_MAX, TILE, FarGeometry
 
@@ -59,40 +65,56 @@ class Packer:
     def steps(self) -> list[Step]:
         """Return the launches, in order; each takes the stream to be enqueued on."""
         launch = self.launch
-        g, t = launch.geometry, launch.tables
+        g = launch.geometry
         self._zero()
         self._prepare()
         self._exact()
         self._merge()
-        if launch.levels:
-            judged = (self.at["judge_groups"], launch.judges)
-            self._probe("probe_stats", judged, 0)
-            self._probe("probe_mass", judged, 0)
-            self._select(judged, 0)
-            self._work("work_judge", "judge_slots", "judge_pool_first")
-            self._gather("judge_slots", g.heads * launch.judges * launch.levels)
-            self._pool("judge_slots", "judge_pool_first", launch.judges * launch.levels)
-            self._fit("judge_slots", "judge_pool_first", launch.judges * launch.levels)
-            self._attend("judge", "judge_out", "judge_lse")
-            self._decide()
-            if len(t.rest_groups):
-                rest = (self.at["rest_groups"], len(t.rest_groups))
-                self._probe("probe_lse", rest, self.at["decision"])
-                self._probe("probe_mass", rest, self.at["decision"])
-                self._select(rest, self.at["decision"])
-        else:
+        if not launch.levels:
+            # Nothing is planned: the list of exact items is a constant, and dense is the top.
             self._fill("decision", -1, g.heads)
-        self._work("work_attend", "landmarks", "pool_first")
-        if launch.levels:
-            self._gather("landmarks", g.heads * g.groups)
-            self._pool("landmarks", "pool_first", g.groups)
-            self._fit("landmarks", "pool_first", g.groups)
+            self._fill("exact_queue", 0, 1)
+            self._fill("exact_count", g.heads * launch.exact_tiles, 1)
+            self._attend_exact("attend_exact")
+            self._certify(second=False)
+            return self.out
+        self._judge()
+        self._plan()
         self._attend("attend", None, None)
+        self._attend_exact("attend_exact")
         self._certify(second=False)
-        self._work("work_escalate", "landmarks", "pool_first")
-        self._attend("escalate", None, None)
+        self._list("list_again", landmarks=False)
+        self._attend_exact("escalate")
         self._certify(second=True)
         return self.out
+
+    def _judge(self) -> None:
+        """Measure and judge some groups, and decide for every head."""
+        launch, g = self.launch, self.launch.geometry
+        judged = (self.at["judge_groups"], launch.judges)
+        self._probe("probe_stats", judged, 0)
+        self._probe("probe_mass", judged, 0)
+        self._select(judged, 0)
+        self._work("work_judge", "judge_slots", "judge_pool_first")
+        self._gather("judge_slots", g.heads * launch.judges * launch.levels)
+        self._pool("judge_slots", "judge_pool_first", launch.judges * launch.levels)
+        self._fit("judge_slots", "judge_pool_first", launch.judges * launch.levels)
+        self._attend("judge", "judge_out", "judge_lse")
+        self._decide()
+
+    def _plan(self) -> None:
+        """Choose landmarks and pools of the other groups; list the work of every head."""
+        g, t = self.launch.geometry, self.launch.tables
+        if len(t.rest_groups):
+            rest = (self.at["rest_groups"], len(t.rest_groups))
+            self._probe("probe_lse", rest, self.at["decision"])
+            self._probe("probe_mass", rest, self.at["decision"])
+            self._select(rest, self.at["decision"])
+        self._work("work_attend", "landmarks", "pool_first")
+        self._list("list", landmarks=True)
+        self._gather("landmarks", g.heads * g.groups)
+        self._pool("landmarks", "pool_first", g.groups)
+        self._fit("landmarks", "pool_first", g.groups)
 
     # -- helpers ------------------------------------------------------------------------------
     def _add(self, name: str, kernel: str, block: Any, grid: int) -> None:
@@ -163,19 +185,48 @@ class Packer:
         self._set(block, "groups", "codes", "selections", "tile_counts")
         self._add("select", "select", block, g.heads * listed[1])
 
+    def _lists(self, block: Any, *names: str) -> Any:
+        """Set the work lists ``landmarks`` and ``exact`` of a block."""
+        g, launch = self.launch.geometry, self.launch
+        if launch.levels:
+            block.landmarks = self._work_list("landmark", self._tile(), g.tiles)
+        block.exact = self._exact_list()
+        return self._set(block, *names)
+
+    def _work_list(self, stem: str, tile: Tile, tiles: int) -> p.List:
+        parts = (self.at[f"{stem}_{name}"] for name in ("items", "sources", "queue", "places"))
+        return p.List(*parts, tile.tile_m, tile.tile_n, tiles)
+
+    def _exact_list(self) -> p.List:
+        launch = self.launch
+        return self._work_list("exact", launch.dense, launch.exact_tiles)
+
     def _work(self, kernel: str, slots: str, pool_first: str) -> None:
         g = self.launch.geometry
         block = p.Work(
             sizes=self.sizes, slots=self.at[slots], pool_first=self.at[pool_first],
-            tile_stride=g.tiles_per_group, tile_n=self._tile().tile_n, most_share=_MOST_SHARE,
-            tail=1 if self.launch.levels and g.causal else 0,
+            tile_stride=g.tiles_per_group, most_share=_MOST_SHARE,
+            section_heads=g.section_heads,
         )  # fmt: skip
-        self._set(
-            block, "groups", "judge_tiles", "judge_groups", "selections", "decision", "failed",
-            "items", "sources", "queue", "kept",
-        )  # fmt: skip
+        self._lists(
+            block, "groups", "judge_tiles", "judge_groups", "selections", "decision", "kept"
+        )
         block.tile_counts = self.at.get("tile_counts", 0)
         self._add(kernel, kernel, block, 1)
+
+    def _list(self, name: str, *, landmarks: bool) -> None:
+        """List the items of the heads that were ranked; of exact ones alone or of both."""
+        launch, g = self.launch, self.launch.geometry
+        threads = -(-g.heads * g.tiles // LIST_THREADS) * LIST_THREADS if landmarks else 0
+        block = p.ListItems(
+            sizes=self.sizes, tile_stride=g.tiles_per_group,
+            tail=1 if g.causal else 0, landmark_threads=threads,
+        )  # fmt: skip
+        self._lists(block, "groups", "pool_first", "kept")
+        block.slots = self.at["landmarks"]
+        block.tile_counts = self.at.get("tile_counts", 0)
+        grid = (threads + g.heads * launch.exact_tiles + LIST_THREADS - 1) // LIST_THREADS
+        self._add(name, "list", block, grid)
 
     def _gather(self, slots: str, count: int) -> None:
         g = self.launch.geometry
@@ -247,14 +298,25 @@ class Packer:
 
     def _attend(self, name: str, partial_out: str | None, partial_lse: str | None) -> None:
         block = self._attention(self.arrays.query, self._tile())
+        if partial_out is not None and partial_lse is not None:
+            block.partial_out, block.partial_lse = self.at[partial_out], self.at[partial_lse]
+        self._take_from(block, "landmark")
+        self._add(name, "attend", block, self.launch.blocks)
+
+    def _attend_exact(self, name: str) -> None:
+        block = self._attention(self.arrays.query, self.launch.dense)
+        self._take_from(block, "exact")
+        self._add(name, "attend_exact", block, self.launch.blocks)
+
+    def _take_from(self, block: sm90.Params, stem: str) -> None:
+        """Have an attention take the items of a list of the device."""
         g = self.launch.geometry
-        self._set(block, "items", "sources", "queue", "squares")
+        for name in ("items", "sources", "queue"):
+            setattr(block, name, self.at[f"{stem}_{name}"])
+        block.squares = self.at["squares"]
         block.squares_head = square_stride(g)
         block.squares_batch = g.heads_q * block.squares_head
         block.rounds = 2**31 - 1
-        if partial_out is not None and partial_lse is not None:
-            block.partial_out, block.partial_lse = self.at[partial_out], self.at[partial_lse]
-        self._add(name, "attend", block, self.launch.blocks)
 
     def _exact(self) -> None:
         launch = self.launch
@@ -303,7 +365,10 @@ class Packer:
             sum_factor=sums, score_factor=scores, drawn=g.drawn,
             drawn_stride=t.drawn_rows.shape[1], drawn_first=first,
             square_stride=square_stride(g), order=launch.order, second=int(second),
+            section_heads=g.section_heads, finished=self.at["certified"],
         )  # fmt: skip
+        if launch.levels and not second:
+            block.again = self._exact_list()
         self._set(block, "drawn_rows", "squares", "norms", "query_norms", "failed")
         name = "certify_again" if second else "certify"
         self._add(name, "certify", block, g.heads)

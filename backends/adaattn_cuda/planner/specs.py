@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from adaattn_cuda.jit.spec import KernelSpec
-from adaattn_cuda.tuning.sm90_attn_fwd_f16 import Tile, padded_dim
+from adaattn_cuda.tuning.sm90_attn_fwd_f16 import Tile, candidates, padded_dim
 from adaattn_cuda.work.far import TILE, FarGeometry
 
 __all__ = [
     "GATHER_KEYS",
+    "LIST_THREADS",
     "attend_tile",
+    "dense_tile",
     "exact_tile",
     "kernel_specs",
     "pool_shape",
@@ -18,6 +21,7 @@ __all__ = [
 
 _ARCH = "sm_90a"
 _SELECT_THREADS = _GATHER_THREADS = _DECIDE_THREADS = 256
+LIST_THREADS = 256
 GATHER_KEYS = 16 * _GATHER_THREADS
 """Keys that one block looks for landmarks in: ``kStretch`` of far_gather.cuh."""
 _PROBES = {"probe_stats": (0, 1), "probe_lse": (0, 0), "probe_mass": (1, 0)}
@@ -33,15 +37,16 @@ def kernel_specs(g: FarGeometry, dtype: str, levels: int) -> dict[str, tuple[Ker
         return KernelSpec(stem, traits, smem, _ARCH, folder="plan")
 
     attend = attend_tile(dim_qk, dim_v)
+    dense = dense_tile(dim_qk, dim_v)
     exact = exact_tile(dim_qk, dim_v)
     found = {
         "prepare": (plan("far_prepare", kind, row_dim(dim_qk, dim_v), 256), 256),
         "merge": (plan("far_merge", 8), 256),
-        "attend": (attend.spec(dtype), attend.threads),
+        "attend_exact": (dense.spec(dtype), dense.threads),
         "exact": (exact.spec(dtype), exact.threads),
         "certify": (plan("far_certify", kind, 256), 256),
         "work_attend": (plan("far_work", 1), 1024),
-        "work_escalate": (plan("far_work", 2), 1024),
+        "list": (plan("far_list", LIST_THREADS), LIST_THREADS),
     }
     if levels:
         columns = (dim_qk, g.samples, g.chunk_heads)
@@ -57,6 +62,7 @@ def kernel_specs(g: FarGeometry, dtype: str, levels: int) -> dict[str, tuple[Ker
         fit_smem = g.samples * (2 * dim_qk + 24)
         pool_smem = 256 * pool_blocks * pool_dim
         found |= {
+            "attend": (attend.spec(dtype), attend.threads),
             "select": (plan("far_select", _SELECT_THREADS), _SELECT_THREADS),
             "gather": (plan("far_gather", _GATHER_THREADS), _GATHER_THREADS),
             "pool": (plan("far_pool", kind, pool_dim, pool_blocks, smem=pool_smem), 256),
@@ -68,10 +74,17 @@ def kernel_specs(g: FarGeometry, dtype: str, levels: int) -> dict[str, tuple[Ker
 
 
 def attend_tile(dim_qk: int, dim_v: int) -> Tile:
-    """Specialisation that runs work lists of planning kernels."""
+    """Specialisation that runs landmark heads."""
     tile_n = TILE if max(dim_qk, dim_v) <= 128 else 64
     query_stages = 2 if max(dim_qk, dim_v) <= 64 else 1
     return Tile(dim_qk, dim_v, 2, tile_n, query_stages=query_stages, role=1, max_sources=3)
+
+
+def dense_tile(dim_qk: int, dim_v: int) -> Tile:
+    """Specialisation that runs exact heads: the best for dense, from a list of the device."""
+    if max(dim_qk, dim_v) > 192:
+        return Tile(dim_qk, dim_v, 2, 64, role=1)
+    return replace(candidates(dim_qk, dim_v)[0][1], role=1)
 
 
 def exact_tile(dim_qk: int, dim_v: int) -> Tile:

@@ -103,7 +103,8 @@ class Tile:
         queries = self.query_stages * self.tile_m * self.dim_qk
         keys_and_values = self.stages * self.tile_n * (self.dim_qk + self.dim_v)
         slots = 4 if self.query_stages == 1 else 8
-        biases = 4 * self.stages * self.tile_n if self.role == 1 else 0
+        with_biases = self.role == 1 and self.max_sources > 1
+        biases = 4 * self.stages * self.tile_n if with_biases else 0
         barriers = 2 * self.query_stages + 4 * self.stages + 2 * slots
         operands = _ELEMENT_BYTES * (queries + keys_and_values)
         return (

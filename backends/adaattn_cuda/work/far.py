@@ -15,15 +15,17 @@ from numpy.typing import NDArray
 from adaattn_cuda.work.geometry import UNLIMITED
 from adaattn_cuda.work.records import (
     ITEM,
+    L2_SECTION_BYTES,
     MASK_INTERVAL,
     NO_BIAS,
+    NO_PARTIAL,
     ORIGINAL,
     SOURCE,
     WorkList,
     deal,
 )
 
-__all__ = ["GROUP", "POOL_KEYS", "SLOT", "FarGeometry", "FarTables", "far_tables"]
+__all__ = ["GROUP", "POOL_KEYS", "SLOT", "FarGeometry", "FarTables", "exact_items", "far_tables"]
 
 POOL_KEYS = 64
 """Keys of a pool: kPoolKeys."""
@@ -115,6 +117,12 @@ class FarGeometry:
     def splits(self) -> int:
         """Blocks that share the keys of a group."""
         return -(-self.len_kv // self.split_keys)
+
+    @property
+    def section_heads(self) -> int:
+        """Key heads whose keys and values L2 holds together."""
+        head_bytes = 2 * max(self.len_kv, 1) * (self.dim_qk + self.dim_v)
+        return max(1, L2_SECTION_BYTES // head_bytes)
 
     @property
     def code_stride(self) -> int:
@@ -312,3 +320,39 @@ def _exact_work(
     for block, column in enumerate(columns):
         dealt[: len(column), block] = items[order[column]]
     return WorkList(dealt, sources), first_partial
+
+
+def exact_items(
+    g: FarGeometry, tile_m: int, tile_n: int
+) -> tuple[NDArray[np.void], NDArray[np.void]]:
+    """Items and sources of all heads, computed exactly: the twin of far_list.cuh.
+
+    The last tile of a head, the longest, comes first; heads whose keys L2 holds together take
+    turns. An item without rows ends the list; an item's places in the table of sources are 3.
+    """
+    tiles = -(-g.len_q // tile_m)
+    head = np.arange(g.heads)
+    section = head // (g.ratio * g.section_heads)
+    first = np.searchsorted(section, section)
+    beside = np.searchsorted(section, section, side="right") - first
+    index = np.arange(tiles)
+    number = (first * tiles + head - first)[:, None] + (tiles - 1 - index) * beside[:, None]
+    row_first = index * tile_m
+    stop = np.minimum(g.len_kv, row_first + tile_m + g.offset) if g.causal else index * 0 + g.len_kv
+    items = np.zeros(g.heads * tiles + 1, ITEM)
+    sources = np.zeros(3 * len(items), SOURCE)
+    own = np.zeros(number.shape, ITEM)
+    own["batch"], own["head"] = (head // g.heads_q)[:, None], (head % g.heads_q)[:, None]
+    own["row_first"], own["rows"] = row_first, np.minimum(tile_m, g.len_q - row_first)
+    own["first_source"], own["sources"] = 3 * number, 1
+    own["tiles"], own["partial"] = -(-np.maximum(stop, 1) // tile_n), NO_PARTIAL
+    own["key_stop"], own["start_offset"] = g.len_kv, -UNLIMITED
+    own["stop_offset"] = row_first + g.offset + 1 if g.causal else UNLIMITED
+    own["heads"] = 1
+    items[number] = own
+    keys = np.zeros(number.shape, SOURCE)
+    keys["tensor"], keys["batch"] = ORIGINAL, own["batch"]
+    keys["head"], keys["keys"] = own["head"] // g.ratio, np.maximum(stop, 1)
+    keys["mask"], keys["first_bias"] = MASK_INTERVAL, NO_BIAS
+    sources[3 * number] = keys
+    return items, sources

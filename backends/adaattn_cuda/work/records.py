@@ -20,6 +20,7 @@ from adaattn_cuda.work.geometry import UNLIMITED, Geometry
 __all__ = [
     "GATHERED",
     "ITEM",
+    "L2_SECTION_BYTES",
     "MASK_INTERVAL",
     "MASK_NONE",
     "NO_BIAS",
@@ -61,7 +62,7 @@ TENSORS = ORIGINAL, GATHERED, POOLED = 0, 1, 2
 MASK_NONE, MASK_INTERVAL = 0, 1
 NO_PARTIAL = NO_BIAS = -1
 
-_L2_SECTION_BYTES = 32 << 20
+L2_SECTION_BYTES = 32 << 20
 """Keys and values that neighbouring blocks should find in L2: about half of an H100's."""
 
 _ITEM_OVERHEAD_TILES = 1.0
@@ -178,7 +179,7 @@ def _longest_first(
     """Order by L2 section, then by falling cost; equal tiles of a head stay neighbours."""
     longest = max((span.len_kv for span in geometry.spans), default=1)
     head_bytes = 2 * max(longest, 1) * (geometry.dim_qk + geometry.dim_v)
-    heads_per_section = max(1, _L2_SECTION_BYTES // head_bytes)
+    heads_per_section = max(1, L2_SECTION_BYTES // head_bytes)
     kv_head = sources["batch"].astype(np.int64) * geometry.heads_kv + sources["head"]
     section = kv_head // heads_per_section
     return np.lexsort((np.arange(len(items)), -items["tiles"], section)).astype(np.int64)

@@ -70,8 +70,9 @@ template <class T>
 T __ldcg(const T* from) {
     return *from;
 }
-inline int atomicAdd(int* to, int value) {
-    const int before = *to;
+template <class Number>
+inline Number atomicAdd(Number* to, Number value) {
+    const Number before = *to;
     *to += value;
     return before;
 }

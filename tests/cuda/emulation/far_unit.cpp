@@ -4,6 +4,8 @@
 #include "adaattn/plan/far_certify.cuh"
 #include "adaattn/plan/far_decide.cuh"
 #include "adaattn/plan/far_gather.cuh"
+#include "adaattn/plan/far_list.cuh"
+#include "adaattn/plan/far_work.cuh"
 
 namespace {
 
@@ -23,12 +25,22 @@ constexpr auto kFormat = adaattn::Format::f16;
 using Gather = adaattn::far_gather::Traits<256>;
 using Decide = adaattn::far_decide::Traits<kFormat, 256>;
 using Certify = adaattn::far_certify::Traits<kFormat, 256>;
+using Work = adaattn::far_work::Traits<adaattn::far_work::kAttend>;
+using List = adaattn::far_list::Traits<256>;
 
 }  // namespace
 
 extern "C" int gather_bytes() { return sizeof(adaattn::far_gather::Params); }
 extern "C" int decide_bytes() { return sizeof(adaattn::far_decide::Params); }
 extern "C" int certify_bytes() { return sizeof(adaattn::far_certify::Params); }
+extern "C" int work_bytes() { return sizeof(adaattn::far_work::Params); }
+extern "C" int list_bytes() { return sizeof(adaattn::far_list::Params); }
+extern "C" void work(const adaattn::far_work::Params* params, int blocks) {
+    launch<Work, adaattn::far_work::Params, adaattn::far_work::run<Work>>(params, blocks);
+}
+extern "C" void list(const adaattn::far_list::Params* params, int blocks) {
+    launch<List, adaattn::far_list::Params, adaattn::far_list::run<List>>(params, blocks);
+}
 extern "C" void gather(const adaattn::far_gather::Params* params, int blocks) {
     launch<Gather, adaattn::far_gather::Params, adaattn::far_gather::run<Gather>>(params, blocks);
 }

@@ -84,6 +84,7 @@ struct Traits {
     static constexpr int kRole = kRoleT;                // a Role
     static constexpr bool kSkip = kSkipT != 0;          // items may ask for score-then-skip
     static constexpr int kMaxSources = kMaxSourcesT;
+    static constexpr bool kBiases = kRole == kAdaptive && kMaxSources > 1;  // of pooled keys
 
     static constexpr int kThreads = kWarpgroupThreads * (kConsumers + 1);
     static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 24;
@@ -103,7 +104,7 @@ struct Traits {
     static constexpr int kValueOffset = kKeyOffset + kStages * kKeyBytes;
     static constexpr int kRecordOffset = kValueOffset + kStages * kValueBytes;
     static constexpr int kBiasOffset = kRecordOffset + kRecordSlots * kRecordBytes;
-    static constexpr int kBiasBytes = kRole == kAdaptive ? 4 * kStages * kTileN : 0;
+    static constexpr int kBiasBytes = kBiases ? 4 * kStages * kTileN : 0;
     static constexpr int kBarrierOffset = kBiasOffset + kBiasBytes;
     static constexpr int kBarriers = 2 * kQueryStages + 4 * kStages + 2 * kRecordSlots;
     static constexpr int kSmemBytes = round_up(kBarrierOffset + 8 * kBarriers, 128);
@@ -196,7 +197,7 @@ struct Consumer {
         const u64 keys = ptx::matrix_descriptor(smem + T::kKeyOffset + stage * T::kKeyBytes, 0);
         ptx::mbarrier_wait(barriers.key_full(stage), TileRing::parity(tiles));
         int accumulate = 0;
-        if constexpr (T::kRole == kAdaptive) {
+        if constexpr (T::kBiases) {
             if (cursor.current().first_bias != work::kNoBias) {
                 start_from_bias(scores, stage);
                 accumulate = 1;

@@ -81,7 +81,7 @@ struct Producer {
         constexpr int kPanelBytes = T::kTileN * ptx::kPanelRowBytes;
         ptx::mbarrier_wait(empty, empty_parity);
         u32 bytes = kPanels * kPanelBytes;
-        if constexpr (T::kRole == kAdaptive) {
+        if constexpr (T::kBiases) {
             // The keys' biases come with them.
             if (bias != 0 && source.first_bias != work::kNoBias) {
                 constexpr u32 kBiasBytes = 4 * T::kTileN;

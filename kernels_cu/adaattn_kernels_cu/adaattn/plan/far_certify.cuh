@@ -4,6 +4,7 @@
 // Algorithm    One block per head. 1. |returned - exact| of every drawn row. 2. The rms of all returned rows, from the sums of squares
 //              that the forward kernel left. 3. upper = (order statistic + what the exact rows may themselves err by) / rms, the least k for which
 //              P(Binomial(rows, share) <= k - 1) reaches the confidence being the host's. 4. failed = upper above the budget.
+//              5. The block that finishes last ranks the heads that failed: far_list lists them to be computed exactly.
 //              Source: this project, docs/math/10-order-statistic.md, theorem 10.
 // Numerics     f32, rounded up by 2^-16; NaN counts as infinite.
 // Tiles        256 threads: eight lanes a row, then a thread a row.
@@ -14,6 +15,7 @@
 #pragma once
 
 #include "adaattn/plan/far_field.cuh"
+#include "adaattn/plan/far_items.cuh"
 #include "adaattn/quant/convert.cuh"
 
 namespace adaattn::far_certify {
@@ -49,6 +51,9 @@ struct Params {
     i32 padding;
     i32 order;   // the order-th smallest error counts, from 1
     i32 second;  // 1: only heads that failed are tested, again
+    i32 section_heads;  // key heads whose keys and values L2 holds together
+    far::List again;    // of the heads that failed; without places where none is to be made
+    i32* finished;      // blocks done; 0 before and after
 };
 
 template <Format kFormatT, int kThreadsT>
@@ -73,18 +78,17 @@ ADAATTN_DEVICE float block_sum(float x, float* space) {
     return sum;
 }
 
+// The verdict of one head.
 template <class T>
-ADAATTN_DEVICE void run(const Params& params) {
+ADAATTN_DEVICE void test(const Params& params, int head) {
     __shared__ float errors[T::kRowsMax];
     __shared__ float norms[T::kRowsMax];
     __shared__ float space[T::kWarps];
     __shared__ float found;
     const far::Sizes& sizes = params.sizes;
-    const int head = static_cast<int>(blockIdx.x);
     const int thread = static_cast<int>(threadIdx.x);
     const int warp = thread / kWarpThreads;
     const int lane = thread % kWarpThreads;
-    if (params.second && params.failed[head] == 0) return;
     // Sums of squares of all returned rows, sixteen rows each.
     float squares = 0.0f;
     const float* own_squares = params.squares + static_cast<i64>(head) * params.square_stride;
@@ -165,6 +169,28 @@ ADAATTN_DEVICE void run(const Params& params) {
     verdict.oracle = oracle / rms;
     verdict.nonfinite = nonfinite;
     params.failed[head] = !(upper <= params.budget);
+}
+
+template <class T>
+ADAATTN_DEVICE void run(const Params& params) {
+    __shared__ int space[T::kWarps];
+    __shared__ bool last;
+    const int head = static_cast<int>(blockIdx.x);
+    if (params.second && params.failed[head] == 0) return;
+    test<T>(params, head);
+    if (params.again.places == nullptr) return;
+    if (threadIdx.x == 0) {
+        __threadfence();
+        last = atomicAdd(params.finished, 1) == static_cast<int>(gridDim.x) - 1;
+    }
+    __syncthreads();
+    if (!last) return;
+    __threadfence();
+    const i32* failed = params.failed;
+    far::rank_heads<T::kThreads>(
+        params.sizes, params.again, params.section_heads,
+        [=](int other) { return __ldcg(failed + other) != 0; }, space);
+    if (threadIdx.x == 0) *params.finished = 0;
 }
 
 }  // namespace adaattn::far_certify
