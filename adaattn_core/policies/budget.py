@@ -68,9 +68,10 @@ class BudgetPolicy:
         Weight thresholds of score-then-skip tried, cheapest first.
     table_taus, table_lams : tuple of float
         The same where the policy is compiled (`compile`), which fits nothing between them.
-    margin : float
+    margin, table_margin : float
         Share of the budget that a *sampled estimate* may use up; the rest is for the
-        certificate, which is an upper confidence limit and so lies above the estimate.
+        certificate, which is an upper confidence limit and so lies above the estimate. Where
+        the policy is compiled, the estimate is the quantile that the certificate will take.
     worthwhile : float
         A structure is tried only where its predicted cost is below this share of dense.
     diffuse : float
@@ -81,9 +82,10 @@ class BudgetPolicy:
 
     taus: tuple[float, ...] = (0.3, 0.1, 0.02)
     lams: tuple[float, ...] = (5e-3, 2e-3, 1e-3, 5e-4)
-    table_taus: tuple[float, ...] = (0.3, 0.15, 0.07, 0.03, 0.012, 0.005, 0.002)
+    table_taus: tuple[float, ...] = (0.3, 0.15, 0.07, 0.03, 0.012, 0.005, 0.002, 8e-4)
     table_lams: tuple[float, ...] = (1e-2, 3e-3, 1e-3, 3e-4)
     margin: float = 0.6
+    table_margin: float = 0.75
     worthwhile: float = 0.8
     diffuse: float = 0.97
     low_rank_participation: float = 0.25
@@ -306,7 +308,7 @@ class BudgetPolicy:
         return DecisionTable(
             compiling.worth_measuring(candidates, context, self.worthwhile),
             compiling.dense_fallback(context),
-            aim=self._allowed(context),
+            aim=self.table_margin * budget.rel,
             escalation_aim=AIM * budget.rel,
             worthwhile=self.worthwhile,
         )

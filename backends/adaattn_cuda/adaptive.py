@@ -29,6 +29,7 @@ from adaattn_cuda.device.library import library_of
 from adaattn_cuda.device.views import ArrayView, contiguous
 from adaattn_cuda.dispatch import input_views
 from adaattn_cuda.kernels import sm90_attn_fwd_f16 as sm90
+from adaattn_cuda.planner.drawing import certifying_rows
 from adaattn_cuda.planner.launch import FarArrays, FarLaunch
 from adaattn_cuda.planner.layout import CERTIFICATE, DECISION
 from adaattn_cuda.recent import Recent
@@ -44,8 +45,6 @@ SIZES = tuple(
 LEAST_REL = 0.02
 """Smallest budget that 16-bit operands keep on any head but odd ones: their own error is 0.3 to
 0.5% of the rms row. Smaller budgets climb formats, step by step on the host."""
-DRAWN = 128
-"""Rows of a head that certify; two outputs of a head may be tested on them."""
 LEAST_KEYS = 2048
 _CALLS_REMEMBERED = 256
 
@@ -143,9 +142,15 @@ class AdaptiveCalls:
         if found is None:
             used = seed if seed is not None else int(np.random.default_rng().integers(2**48))
             launch = FarLaunch(
-                geometry(problem, table), problem.dtype, problem.scale, table, budget, used,
-                device, stream,
-            )  # fmt: skip
+                geometry(problem, table, budget),
+                problem.dtype,
+                problem.scale,
+                table,
+                budget,
+                used,
+                device,
+                stream,
+            )
             found = launch, used
             self._launches.put(known_by, found)
         return found
@@ -172,10 +177,14 @@ def refusal(problem: AttentionProblem, table: DecisionTable, budget: ErrorBudget
         return "more queries than keys under a causal mask"
     if kinds - {"landmark"}:
         return f"structures {sorted(kinds - {'landmark'})}"
+    if certifying_rows(span.len_q, budget, retried=bool(table.candidates)) is None:
+        return f"rows={budget.rows}, confidence={budget.confidence}: more rows than are drawn"
     return ""
 
 
-def geometry(problem: AttentionProblem, table: DecisionTable) -> FarGeometry:
+def geometry(
+    problem: AttentionProblem, table: DecisionTable, budget: ErrorBudget
+) -> FarGeometry:
     """Sizes of a call; those of the structure are the candidates'."""
     structure = table.candidates[0].plan.structure if table.candidates else SIZES[0]
     assert isinstance(structure, Landmark)
@@ -183,7 +192,8 @@ def geometry(problem: AttentionProblem, table: DecisionTable) -> FarGeometry:
         batch=len(problem.sequences), heads_q=problem.heads_q, heads_kv=problem.heads_kv,
         len_q=problem.len_q, len_kv=problem.len_kv, dim_qk=problem.dim_qk,
         dim_v=problem.dim_v, causal=problem.mask.right == 0, offset=_offset(problem),
-        group=structure.group, band=structure.band, samples=structure.samples, drawn=DRAWN,
+        group=structure.group, band=structure.band, samples=structure.samples,
+        drawn=certifying_rows(problem.len_q, budget, retried=bool(table.candidates)) or 0,
     )  # fmt: skip
 
 

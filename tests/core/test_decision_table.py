@@ -166,7 +166,7 @@ def test_a_budget_compiles_from_the_safest_to_the_cheapest() -> None:
     assert kinds == sorted(kinds, key=["dense", "score_skip", "landmark"].index)
     taus = [s.tau for c in table.candidates if isinstance(s := c.plan.structure, Landmark)]
     assert taus == sorted(taus)
-    assert taus[0] == 0.002
+    assert taus[0] == min(BudgetPolicy().table_taus)
     assert all(
         c.plan.structure.group == 1536
         for c in table.candidates
@@ -194,9 +194,9 @@ def test_a_budget_chooses_like_its_table() -> None:
         plan = table.head_plan(decide_table(table, head)[0])
         for c, share, error in zip(table.candidates, shares, errors, strict=True):
             cost = (c.fixed + c.slope * share) * table.fallback.cost_estimate
-            if error <= 0.06 and cost < 0.8 * table.fallback.cost_estimate:
+            if error <= table.aim and cost < 0.8 * table.fallback.cost_estimate:
                 assert plan.cost_estimate <= cost * (1 + 1e-6)
-        assert plan.error_estimate <= 0.06 * (1 + 1e-6)
+        assert plan.error_estimate <= table.aim * (1 + 1e-6)
         if plan.structure == Dense():
             assert plan.reason.startswith("dense")
 

@@ -73,6 +73,7 @@ def test_parameter_blocks_have_the_size_of_their_twins(unit: ctypes.CDLL) -> Non
     assert unit.decide_bytes() == ctypes.sizeof(p.Decide)
     assert unit.certify_bytes() == ctypes.sizeof(p.Certify)
     assert unit.work_bytes() == ctypes.sizeof(p.Work)
+    assert unit.select_bytes() == ctypes.sizeof(p.Select)
     assert unit.list_bytes() == ctypes.sizeof(p.ListItems)
 
 
@@ -119,7 +120,7 @@ def test_gather_copies_the_landmarks_in_order(
     np.testing.assert_array_equal(buffer_value, expected_value)
 
 
-@pytest.mark.parametrize("drawn", [59, 128, 130, 256])
+@pytest.mark.parametrize("drawn", [59, 128, 130, 512])
 def test_certify_takes_the_order_statistic(unit: ctypes.CDLL, drawn: int) -> None:
     rng = np.random.default_rng(drawn)
     len_q, budget = 1000, 0.05
@@ -222,7 +223,7 @@ def test_decide_measures_the_spared_quantile(unit: ctypes.CDLL) -> None:
 
 
 def test_lists_hold_every_tile_of_every_head_once(unit: ctypes.CDLL) -> None:
-    """Ranked heads, then their items: exact ones as the host lists them, others by landmarks."""
+    """Exact heads have the items that the host would list; the others go by landmarks."""
     rng = np.random.default_rng(8)
     g = FarGeometry(
         batch=2, heads_q=6, heads_kv=2, len_q=2900, len_kv=3000, dim_qk=DIM, dim_v=DIM,
@@ -277,7 +278,16 @@ def test_lists_hold_every_tile_of_every_head_once(unit: ctypes.CDLL) -> None:
     wanted, _ = exact_items(replace(g, dim_qk=2**25 // 6000), tile_m, TILE)  # sections of one
     listed = items[: queue[1]]
     assert (items[queue[1]]["rows"], queue[0]) == (0, 0)
-    names = ("batch", "head", "row_first", "rows", "tiles", "stop_offset", "key_stop", "sources")
+    names = (
+        "batch",
+        "head",
+        "row_first",
+        "rows",
+        "tiles",
+        "stop_offset",
+        "key_stop",
+        "sources",
+    )
     head_of = listed["batch"] * g.heads_q + listed["head"]
     dense = decision[wanted["batch"] * g.heads_q + wanted["head"]] < 0
     expected = wanted[:-1][dense[:-1]]
@@ -318,3 +328,43 @@ def test_lists_hold_every_tile_of_every_head_once(unit: ctypes.CDLL) -> None:
         scores[head] += int((np.minimum(rows + 101, g.len_kv) - far).sum())
         assert item["tiles"] == sum(-(-int(s["keys"]) // TILE) for s in run)
     np.testing.assert_array_equal(kept, scores)
+
+
+@pytest.mark.parametrize("far_keys", [64, 640, 4096])
+def test_levels_are_nested_and_fill_the_tiles_they_begin(
+    unit: ctypes.CDLL, far_keys: int
+) -> None:
+    rng = np.random.default_rng(far_keys)
+    taus = (0.3, 0.1, 0.03, 0.002)
+    size = sizes(far_keys + 320, levels=len(taus))
+    codes = rng.gamma(2.0, 30.0, (HEADS, size.code_stride)).clip(0, 255).astype(np.uint8)
+    codes[1] = 90  # all alike
+    groups = np.zeros(1, GROUP)
+    groups["tiles"], groups["far_keys"] = size.tiles, far_keys
+    listed = np.zeros(1, np.int32)
+    selections = np.zeros((HEADS, LEVELS_MAX, 2), np.int32)
+    before = np.zeros((HEADS, LEVELS_MAX, size.tiles), np.int32)
+    block = p.Select(sizes=size, listed=1, tile_stride=size.tiles)
+    block.tau[: len(taus)] = taus
+    for name, array in (
+        ("groups", groups), ("group_list", listed), ("codes", codes),
+        ("selections", selections), ("tile_counts", before),
+    ):  # fmt: skip
+        setattr(block, name, array.ctypes.data)
+    unit.select_levels(ctypes.byref(block), HEADS)
+    first = np.maximum(np.arange(size.tiles) * TILE - 256, 0) // 64 * 64
+    mass = 2.0 ** ((np.arange(256) + 0.5) / 8 - 26)
+    for h in range(HEADS):
+        own = codes[h, :far_keys].astype(np.int64)
+        counts = np.bincount(own, minlength=256)
+        below = np.concatenate([[0], np.cumsum(counts * mass)])
+        above = np.concatenate([np.cumsum(counts[::-1])[::-1], [0]])
+        for level, tau in enumerate(taus):
+            needed = above[np.flatnonzero(below <= tau * size.samples * (1 + 1e-5)).max()]
+            room = max(-(-needed // SLOT_ROWS), 1) * SLOT_ROWS
+            expected = np.flatnonzero(above <= room).min()
+            assert selections[h, level].tolist() == [expected, above[expected]]
+            assert above[expected] >= needed
+            at = [int((own[:stop] >= expected).sum()) for stop in np.minimum(first, far_keys)]
+            assert before[h, level].tolist() == at
+        assert (np.diff(selections[h, : len(taus), 1]) >= 0).all()

@@ -9,11 +9,11 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from adaattn_core import bounds
 from adaattn_core.policies.table import DecisionTable
 from adaattn_cuda.device import driver
 from adaattn_cuda.device.graph import Graph
 from adaattn_cuda.device.launch import kernel_of, refuse_capture
+from adaattn_cuda.planner.drawing import certifying_orders
 from adaattn_cuda.planner.layout import kept_layout, scratch_layout
 from adaattn_cuda.planner.sequence import FarArrays, Packer, Step
 from adaattn_cuda.planner.specs import dense_tile, kernel_specs
@@ -27,8 +27,6 @@ _LANDMARK_SHARE = 0.1
 """Room for landmarks over the keys, on average over groups and heads."""
 _LANDMARK_ROWS_LEAST, _LANDMARK_BYTES_MOST = 2048, 6 << 30
 """Rows of a group that there is room for in any case; bytes of the buffer at most."""
-_TESTS = 2
-"""Outputs of a head that one call may test on the drawn rows: the confidence is split."""
 _ADDRESSES_REMEMBERED = 16
 
 
@@ -84,10 +82,10 @@ class FarLaunch:
         rows = max(_LANDMARK_ROWS_LEAST, int(_LANDMARK_SHARE * g.len_kv)) // TILE * TILE
         most = _LANDMARK_BYTES_MOST // (2 * (g.dim_qk + g.dim_v))
         self.landmark_rows = min(g.heads * g.groups * min(rows, g.len_kv), most)
-        confidence = 1 - (1 - budget.confidence) / _TESTS
-        order = bounds.order_statistic(g.drawn, budget.rows, confidence)
-        assert order is not None
-        self.order, self.budget = order, budget
+        orders = certifying_orders(g.drawn, budget, retried=bool(self.levels))
+        assert orders is not None  # `refusal` sees to it
+        self.orders = orders
+        self.budget = budget
         self.kept = kept_layout(g)
         self.dense = dense_tile(padded_dim(g.dim_qk), padded_dim(g.dim_v))
         self.exact_tiles = -(-g.len_q // self.dense.tile_m)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FarArrays", "Packer", "Step"]
 
-_MOST_SHARE = 0.3
+_MOST_SHARE = 0.5
 """Landmarks over far keys above which a level is not worth judging."""
 
 
@@ -339,7 +339,7 @@ class Packer:
         launch = self.launch
         g, t = launch.geometry, launch.tables
         rows = launch.judges * TILE
-        spare = round(rows * (g.drawn - launch.order) / g.drawn)
+        spare = round(rows * (g.drawn - launch.orders[0]) / g.drawn)
         block = p.Decide(
             sizes=self.sizes, slots=self.at["judge_slots"], exact=self.at["exact_rows"],
             exact_stride=t.drawn_rows.shape[1], finished=self.at["judged"],
@@ -364,7 +364,7 @@ class Packer:
             exact=self.at["exact_rows"], verdicts=self.at["certificates"],
             sum_factor=sums, score_factor=scores, drawn=g.drawn,
             drawn_stride=t.drawn_rows.shape[1], drawn_first=first,
-            square_stride=square_stride(g), order=launch.order, second=int(second),
+            square_stride=square_stride(g), order=launch.orders[second], second=int(second),
             section_heads=g.section_heads, finished=self.at["certified"],
         )  # fmt: skip
         if launch.levels and not second:

@@ -22,6 +22,8 @@ __all__ = [
 _ARCH = "sm_90a"
 _SELECT_THREADS = _GATHER_THREADS = _DECIDE_THREADS = 256
 LIST_THREADS = 256
+ROWS_MAX = 512
+"""Drawn rows of a head at most: ``kRowsMax`` of far_certify.cuh."""
 GATHER_KEYS = 16 * _GATHER_THREADS
 """Keys that one block looks for landmarks in: ``kStretch`` of far_gather.cuh."""
 _PROBES = {"probe_stats": (0, 1), "probe_lse": (0, 0), "probe_mass": (1, 0)}
@@ -44,7 +46,7 @@ def kernel_specs(g: FarGeometry, dtype: str, levels: int) -> dict[str, tuple[Ker
         "merge": (plan("far_merge", 8), 256),
         "attend_exact": (dense.spec(dtype), dense.threads),
         "exact": (exact.spec(dtype), exact.threads),
-        "certify": (plan("far_certify", kind, 256), 256),
+        "certify": (plan("far_certify", kind, ROWS_MAX), ROWS_MAX),
         "work_attend": (plan("far_work", 1), 1024),
         "list": (plan("far_list", LIST_THREADS), LIST_THREADS),
     }

@@ -25,7 +25,15 @@ from adaattn_cuda.work.records import (
     deal,
 )
 
-__all__ = ["GROUP", "POOL_KEYS", "SLOT", "FarGeometry", "FarTables", "exact_items", "far_tables"]
+__all__ = [
+    "GROUP",
+    "POOL_KEYS",
+    "SLOT",
+    "FarGeometry",
+    "FarTables",
+    "exact_items",
+    "far_tables",
+]
 
 POOL_KEYS = 64
 """Keys of a pool: kPoolKeys."""
@@ -338,7 +346,11 @@ def exact_items(
     index = np.arange(tiles)
     number = (first * tiles + head - first)[:, None] + (tiles - 1 - index) * beside[:, None]
     row_first = index * tile_m
-    stop = np.minimum(g.len_kv, row_first + tile_m + g.offset) if g.causal else index * 0 + g.len_kv
+    stop = (
+        np.minimum(g.len_kv, row_first + tile_m + g.offset)
+        if g.causal
+        else index * 0 + g.len_kv
+    )
     items = np.zeros(g.heads * tiles + 1, ITEM)
     sources = np.zeros(3 * len(items), SOURCE)
     own = np.zeros(number.shape, ITEM)

@@ -63,6 +63,10 @@ T __shfl_up_sync(unsigned, T value, int step) {
     return words::exchange(value, adaattn::ptx::emulation::lane() - step);
 }
 template <class T>
+T __shfl_down_sync(unsigned, T value, int step) {
+    return words::exchange(value, adaattn::ptx::emulation::lane() + step);
+}
+template <class T>
 T __ldg(const T* from) {
     return *from;
 }

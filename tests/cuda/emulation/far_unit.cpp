@@ -5,6 +5,7 @@
 #include "adaattn/plan/far_decide.cuh"
 #include "adaattn/plan/far_gather.cuh"
 #include "adaattn/plan/far_list.cuh"
+#include "adaattn/plan/far_select.cuh"
 #include "adaattn/plan/far_work.cuh"
 
 namespace {
@@ -24,8 +25,9 @@ void launch(const Params* params, int blocks) {
 constexpr auto kFormat = adaattn::Format::f16;
 using Gather = adaattn::far_gather::Traits<256>;
 using Decide = adaattn::far_decide::Traits<kFormat, 256>;
-using Certify = adaattn::far_certify::Traits<kFormat, 256>;
+using Certify = adaattn::far_certify::Traits<kFormat, 512>;
 using Work = adaattn::far_work::Traits<adaattn::far_work::kAttend>;
+using Select = adaattn::far_select::Traits<256>;
 using List = adaattn::far_list::Traits<256>;
 
 }  // namespace
@@ -34,6 +36,10 @@ extern "C" int gather_bytes() { return sizeof(adaattn::far_gather::Params); }
 extern "C" int decide_bytes() { return sizeof(adaattn::far_decide::Params); }
 extern "C" int certify_bytes() { return sizeof(adaattn::far_certify::Params); }
 extern "C" int work_bytes() { return sizeof(adaattn::far_work::Params); }
+extern "C" int select_bytes() { return sizeof(adaattn::far_select::Params); }
+extern "C" void select_levels(const adaattn::far_select::Params* params, int blocks) {
+    launch<Select, adaattn::far_select::Params, adaattn::far_select::run<Select>>(params, blocks);
+}
 extern "C" int list_bytes() { return sizeof(adaattn::far_list::Params); }
 extern "C" void work(const adaattn::far_work::Params* params, int blocks) {
     launch<Work, adaattn::far_work::Params, adaattn::far_work::run<Work>>(params, blocks);

@@ -7,10 +7,10 @@
 //              5. The block that finishes last ranks the heads that failed: far_list lists them to be computed exactly.
 //              Source: this project, docs/math/10-order-statistic.md, theorem 10.
 // Numerics     f32, rounded up by 2^-16; NaN counts as infinite.
-// Tiles        256 threads: eight lanes a row, then a thread a row.
-// Shared mem   errors: f32, 256 rows; norms likewise.
+// Tiles        512 threads: eight lanes a row, then a thread a row.
+// Shared mem   errors: f32, 512 rows; norms likewise.
 // Budget: registers<=128 spill_bytes=0 smem_bytes<=8192
-// Limits       at most 256 drawn rows a head; dim_v a multiple of 8 up to 256; rows start on 16 bytes.
+// Limits       at most 512 drawn rows a head; dim_v a multiple of 8 up to 256; rows start on 16 bytes.
 // Ladder       docs/kernels/far_field.md.
 #pragma once
 
@@ -49,8 +49,8 @@ struct Params {
     i32 drawn_first;   // the rows before it judged
     i32 square_stride;
     i32 padding;
-    i32 order;   // the order-th smallest error counts, from 1
-    i32 second;  // 1: only heads that failed are tested, again
+    i32 order;          // the order-th smallest error counts, from 1
+    i32 second;         // 1: only heads that failed are tested, again
     i32 section_heads;  // key heads whose keys and values L2 holds together
     far::List again;    // of the heads that failed; without places where none is to be made
     i32* finished;      // blocks done; 0 before and after
@@ -61,7 +61,7 @@ struct Traits {
     static constexpr Format kFormat = kFormatT;
     static constexpr int kThreads = kThreadsT;
     static constexpr int kWarps = kThreads / kWarpThreads;
-    static constexpr int kRowsMax = 256;
+    static constexpr int kRowsMax = 512;
     static constexpr int kSmemBytes = 0;
     static_assert(kThreads == kRowsMax, "a thread a row");
 };

@@ -78,8 +78,7 @@ ADAATTN_DEVICE work::Source keys_of(const Sizes& sizes, const work::WorkItem& it
 
 // Pools, landmarks and the near field of an item, in the order in which they are summed last to first; returns how many.
 ADAATTN_DEVICE int sources_of(const Sizes& sizes, const work::WorkItem& item, int first, int stop,
-                              int pool_first, int landmark_first, int landmarks,
-                              work::Source* to) {
+                              int pool_first, int landmark_first, int landmarks, work::Source* to) {
     int sources = 0;
     if (first > 0) {
         work::Source pools = {};

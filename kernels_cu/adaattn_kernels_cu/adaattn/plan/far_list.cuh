@@ -53,8 +53,8 @@ ADAATTN_DEVICE void write_exact(const Params& params, int rank, int index) {
     const far::Place place = list.places[rank];
     const int number = list.number(place, rank, index);
     const int row_first = index * list.tile;
-    const int stop = sizes.causal ? smaller(sizes.len_kv, row_first + list.tile + sizes.offset)
-                                  : sizes.len_kv;
+    const int stop =
+        sizes.causal ? smaller(sizes.len_kv, row_first + list.tile + sizes.offset) : sizes.len_kv;
     work::WorkItem item = far::item_of(sizes, place.head, row_first, list.tile, number,
                                        ceil_div(larger(stop, 1), list.tile_n));
     item.sources = 1;
@@ -89,9 +89,9 @@ ADAATTN_DEVICE void write_landmarks(const Params& params, int rank, int index) {
     }
     work::WorkItem item =
         far::item_of(sizes, place.head, index * list.tile, list.tile, number, tiles);
-    item.sources = far::sources_of(sizes, item, first, stop, params.pool_first[slot],
-                                   params.slots[slot].row_first, landmarks,
-                                   list.sources + 3 * number);
+    item.sources =
+        far::sources_of(sizes, item, first, stop, params.pool_first[slot],
+                        params.slots[slot].row_first, landmarks, list.sources + 3 * number);
     list.items[number] = item;
     const u64 far_scores =
         static_cast<u64>(item.rows) * static_cast<u64>(landmarks + first / far::kPoolKeys);

@@ -3,10 +3,11 @@
 //
 // Algorithm    One block per listed group and head: 1. a histogram of the codes of its far keys; 2. masses summed up from the
 //              smallest code on; 3. level k's threshold is the largest code below which at most tau_k of the sampled rows' mass
-//              remains. One ordering serves every level, so the sets are nested, and no sort is needed.
+//              remains, lowered as far as the landmarks still fit the key tiles that they begin, one at least: those cost
+//              nothing more. One ordering serves every level, so the sets are nested, and no sort is needed.
 // Numerics     Counts are integers; a mass is that of the code's middle. The sums are made in ascending order by one warp.
 // Tiles        256 threads; codes are read 16 bytes at a time.
-// Shared mem   histograms: i32, 8 x 256 (one a warp); masses: f32, 256.
+// Shared mem   histograms: i32, 8 x 256 (one a warp); masses: f32, 257; counts: i32, 257.
 // Budget: registers<=64 spill_bytes=0 smem_bytes<=16384
 // Limits       far_keys a multiple of 64; rows of codes start on 16 bytes.
 // Ladder       docs/kernels/far_field.md.
@@ -40,7 +41,7 @@ struct Traits {
 // The thresholds of every level, by one warp.
 template <class T>
 ADAATTN_DEVICE void choose(const Params& params, const int (&total)[256], float (&below)[257],
-                           far::Selection* chosen, far::Selection* out) {
+                           int (&above)[257], far::Selection* chosen, far::Selection* out) {
     const far::Sizes& sizes = params.sizes;
     // Each lane sums eight codes, then the lanes meet: always in the same order.
     const int lane = static_cast<int>(threadIdx.x);
@@ -64,7 +65,11 @@ ADAATTN_DEVICE void choose(const Params& params, const int (&total)[256], float 
     before -= own;       // mass of the lanes before this one
     after -= own_count;  // keys of the lanes after it
     for (int i = 0; i < 8; ++i) below[8 * lane + i] += before;
-    if (lane == 31) below[256] = before + own;
+    for (int i = 7, keys = after; i >= 0; --i) above[8 * lane + i] = keys += total[8 * lane + i];
+    if (lane == 31) {
+        below[256] = before + own;
+        above[256] = 0;
+    }
     __syncwarp();
     for (int level = 0; level < sizes.levels; ++level) {
         const float allowed = params.tau[level] * static_cast<float>(sizes.samples);
@@ -77,14 +82,15 @@ ADAATTN_DEVICE void choose(const Params& params, const int (&total)[256], float 
 #pragma unroll
         for (int step = 16; step > 0; step /= 2)
             threshold = larger(threshold, __shfl_xor_sync(kFullWarp, threshold, step));
-        int kept = 0;
-        for (int i = 0; i < 8; ++i) {
-            if (8 * lane + i >= threshold) kept += total[8 * lane + i];
+        const int room = larger(round_up(above[threshold], far::kSlotRows), far::kSlotRows);
+        for (int i = 7; i >= 0; --i) {
+            if (above[8 * lane + i] <= room) threshold = smaller(threshold, 8 * lane + i);
         }
 #pragma unroll
-        for (int step = 16; step > 0; step /= 2) kept += __shfl_xor_sync(kFullWarp, kept, step);
+        for (int step = 16; step > 0; step /= 2)
+            threshold = smaller(threshold, __shfl_xor_sync(kFullWarp, threshold, step));
         if (lane == 0) {
-            chosen[level] = out[level] = far::Selection{threshold, kept};
+            chosen[level] = out[level] = far::Selection{threshold, above[threshold]};
         }
     }
 }
@@ -121,6 +127,7 @@ ADAATTN_DEVICE void run(const Params& params) {
     __shared__ int counts[T::kWarps][256];
     __shared__ int total[256];
     __shared__ float below[257];  // mass of all codes smaller than this one
+    __shared__ int above[257];    // keys of this code and all larger ones
     const far::Sizes& sizes = params.sizes;
     const int group = params.group_list[blockIdx.x % params.listed];
     const int head = static_cast<int>(blockIdx.x / params.listed);  // of batch * heads_q
@@ -128,7 +135,7 @@ ADAATTN_DEVICE void run(const Params& params) {
     const int far_keys = params.groups[group].far_keys;
     const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
     for (int i = static_cast<int>(threadIdx.x); i < T::kWarps * 256; i += T::kThreads)
-        counts[0][i] = 0;
+        counts[i / 256][i % 256] = 0;
     __syncthreads();
     const i64 row = static_cast<i64>(head) * sizes.groups + group;
     const uint4* codes = reinterpret_cast<const uint4*>(params.codes + row * sizes.code_stride);
@@ -150,7 +157,7 @@ ADAATTN_DEVICE void run(const Params& params) {
     __syncthreads();
     __shared__ far::Selection chosen[far::kLevelsMax];
     if (warp == 0)
-        choose<T>(params, total, below, chosen, params.selections + row * far::kLevelsMax);
+        choose<T>(params, total, below, above, chosen, params.selections + row * far::kLevelsMax);
     __syncthreads();
     count_before_tiles<T>(params, row, params.groups[group], chosen);
 }

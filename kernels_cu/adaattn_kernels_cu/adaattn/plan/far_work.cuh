@@ -111,9 +111,8 @@ struct Block {
                 }
             }
             int total;
-            slot.row_first =
-                done + far::block_before<T::kThreads>(round_up(wanted, far::kSlotRows), total,
-                                                      warp_sums);
+            slot.row_first = done + far::block_before<T::kThreads>(round_up(wanted, far::kSlotRows),
+                                                                   total, warp_sums);
             done += total;
             if (slot.head >= 0 && slot.row_first + wanted > sizes.landmark_rows) {
                 if constexpr (T::kMode == kAttend) params.decision[slot.head] = far::kDenseLevel;
@@ -148,13 +147,13 @@ struct Block {
 
     ADAATTN_DEVICE void write(int index, int number, const Draft& own) const {
         const far::Sizes& sizes = params.sizes;
-        work::WorkItem item = far::item_of(sizes, own.head, own.tile * sizes.tile, sizes.tile,
-                                           number, own.tiles);
+        work::WorkItem item =
+            far::item_of(sizes, own.head, own.tile * sizes.tile, sizes.tile, number, own.tiles);
         item.partial = index;
-        item.sources = far::sources_of(
-            sizes, item, sizes.near_first(own.tile), sizes.near_stop(own.tile),
-            params.pool_first[index], params.slots[index].row_first, own.landmarks,
-            params.landmarks.sources + 3 * number);
+        item.sources =
+            far::sources_of(sizes, item, sizes.near_first(own.tile), sizes.near_stop(own.tile),
+                            params.pool_first[index], params.slots[index].row_first, own.landmarks,
+                            params.landmarks.sources + 3 * number);
         params.landmarks.items[number] = item;
     }
 

@@ -1,0 +1,47 @@
+"""How many rows of a head certify, and which of their errors counts."""
+
+from __future__ import annotations
+
+from adaattn_core import bounds
+from adaattn_core.budget import ErrorBudget
+from adaattn_cuda.planner.specs import ROWS_MAX
+
+__all__ = ["certifying_orders", "certifying_rows"]
+
+_FEW_ROWS, _LONG = 256, 16_384
+_FIRST_SHARES = (0.9, 0.5)
+
+
+def certifying_rows(len_q: int, budget: ErrorBudget, *, retried: bool) -> int | None:
+    """Return how many rows of a head are drawn to certify it; None if even the most are few.
+
+    The more there are, the nearer the certified quantile is to the budget's, and the less must
+    be kept: 128 rows certify the 99% quantile where 95% of the rows are asked for, 256 the 98%,
+    512 the 97%. They cost as much of dense attention as they are of its rows, so a short head
+    draws fewer.
+    """
+    counts = (ROWS_MAX,) if len_q >= _LONG else (_FEW_ROWS, ROWS_MAX)
+    for count in counts:
+        if certifying_orders(count, budget, retried=retried):
+            return count
+    return None
+
+
+def certifying_orders(
+    drawn: int, budget: ErrorBudget, *, retried: bool
+) -> tuple[int, ...] | None:
+    """Return which of the sorted errors counts, for each output that is tested on the rows.
+
+    Where a head that fails runs again and is tested on the same rows, both sentences must hold
+    together: the failures allowed are split between them. The second output is dense and passes
+    by far, so it gets the smaller part where the rows suffice for that. None if they do not.
+    """
+    failing = 1 - budget.confidence
+    for first in _FIRST_SHARES if retried else (1.0,):
+        shares = (first, 1 - first) if retried else (first,)
+        orders = [
+            bounds.order_statistic(drawn, budget.rows, 1 - share * failing) for share in shares
+        ]
+        if None not in orders:
+            return tuple(order for order in orders if order is not None)
+    return None
