@@ -220,9 +220,8 @@ class _Reading:
         heads = (g.batch, g.heads_q)
         self.certificates = part("certificates", CERTIFICATE, *heads)
         self.kept = part("kept", np.uint64, *heads)
-        self.planned = bool(launch.levels)
         self.decisions = part("decisions", DECISION, *heads) if launch.levels else None
-        self.decision = part("decision", np.int32, *heads)
+        self.decision = part("decision", np.int32, *heads) if launch.levels else None
         self.geometry = g
 
 
@@ -258,7 +257,7 @@ class _Whole:
                     table.fallback,
                     f"escalated: {plan.structure.kind} certified {first:.3g} only",
                 )
-            elif choice["candidate"] >= 0 and read.decision[index] < 0:
+            elif choice["candidate"] >= 0 and _dense(read, index):
                 plan = _with_reason(table.fallback, "dense: no room for its landmarks")
             elif plan.structure.kind != "dense":
                 measures = read.decisions[index]["measures"]
@@ -332,7 +331,7 @@ class _Whole:
         for index in self._heads:
             found = read.certificates[index]
             escalated = int(found["rounds"]) > 1
-            dense = escalated or read.decision[index] < 0
+            dense = escalated or _dense(read, index)
             share = 1.0 if dense else float(read.kept[index]) / max(self._visible, 1)
             out[index] = RunFacts(
                 share=min(share, 1.0),
@@ -352,6 +351,11 @@ class _Whole:
             for sequence, head in self._heads
             if rounds[sequence, head] > 1
         }
+
+
+def _dense(read: _Reading, index: HeadIndex) -> bool:
+    """Whether a head's first run was dense."""
+    return read.decision is None or bool(read.decision[index] < 0)
 
 
 def _with_reason(plan: HeadPlan, reason: str) -> HeadPlan:

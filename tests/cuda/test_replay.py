@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from adaattn_core.errors import AdaAttnError, UnsupportedError
-from adaattn_cuda.device import driver, graph
+from adaattn_cuda.device import driver, graph, lanes
+from adaattn_cuda.device.lanes import Step
 from adaattn_cuda.planner import launch
 
 
@@ -40,7 +41,7 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> set[int]:
 
 def test_the_second_start_records_once_and_every_later_one_replays(capturing: set[int]) -> None:
     seen: list[tuple[str, int]] = []
-    steps = [(name, lambda s, name=name: seen.append((name, s))) for name in ("a", "b")]
+    steps = [Step(name, lambda s, name=name: seen.append((name, s))) for name in ("a", "b")]
     replay = launch._Replay(steps, device=3)
     replay.start(1)
     assert seen == [("a", 1), ("b", 1)]
@@ -55,7 +56,7 @@ def test_the_second_start_records_once_and_every_later_one_replays(capturing: se
 
 def test_a_caller_that_records_gets_the_launches_themselves(capturing: set[int]) -> None:
     seen: list[int] = []
-    replay = launch._Replay([("a", seen.append)], device=0)
+    replay = launch._Replay([Step("a", seen.append)], device=0)
     capturing.add(7)
     replay.start(7)
     replay.start(5)  # the first that runs: kernels are loaded by it, not by a recording
@@ -156,7 +157,7 @@ def test_threads_record_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> 
     fake: Any = SimpleNamespace(
         CUstreamCaptureMode=SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED=2),
         CUstream_flags=SimpleNamespace(CU_STREAM_NON_BLOCKING=1),
-        cuStreamCreate=lambda flag: (0, 11),
+        cuStreamCreateWithPriority=lambda flag, priority: (0, 11),
         cuCtxGetDevice=lambda: (0, 5),
         cuGetErrorString=lambda number: (0, b"already recording"),
         cuThreadExchangeStreamCaptureMode=lambda mode: (0, 0),
@@ -200,7 +201,7 @@ def test_what_a_caller_records_keeps_the_tables(
     held: set[launch.FarLaunch] = set()
     monkeypatch.setattr(launch, "_RECORDED", held)
     far = object.__new__(launch.FarLaunch)
-    replay = launch._Replay([("a", lambda stream: None)], device=0)
+    replay = launch._Replay([Step("a", lambda stream: None)], device=0)
     monkeypatch.setattr(launch.FarLaunch, "_replay", lambda *_: replay)
     arrays = SimpleNamespace()
     far.start(arrays, 0, 0, 5)  # type: ignore[arg-type]
@@ -208,3 +209,34 @@ def test_what_a_caller_records_keeps_the_tables(
     capturing.add(7)
     far.start(arrays, 0, 0, 7)  # type: ignore[arg-type]
     assert held == {far}
+
+
+def test_lanes_wait_for_what_they_need_and_the_main_one_for_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[object] = []
+
+    class _Mark:
+        def __init__(self, device: int) -> None:
+            assert device == 4
+
+        def record(self, stream: int) -> None:
+            self.at = len(seen) - 1
+
+        def hold(self, stream: int) -> None:
+            seen.append((stream, "waits for", seen[self.at]))
+
+    monkeypatch.setattr(lanes, "Event", _Mark)
+    monkeypatch.setattr(lanes, "_lane_stream", lambda device, lane: 100 + lane)
+
+    def step(name: str, lane: int = 0, *after: int) -> Step:
+        return Step(name, lambda stream: seen.append((stream, name)), lane, after)
+
+    steps = [step("a"), step("b", 2, 0), step("c"), step("d", 2), step("e", 1, 2)]
+    held = lanes.start_in_lanes([*steps, step("f", 0, 3)], 4, 9)
+    assert seen == [
+        (9, "a"), (102, "waits for", (9, "a")), (102, "b"), (9, "c"), (102, "d"),
+        (101, "waits for", (9, "c")), (101, "e"), (9, "waits for", (102, "d")), (9, "f"),
+        (9, "waits for", (102, "d")), (9, "waits for", (101, "e")),
+    ]  # fmt: skip
+    assert len(held) == 4

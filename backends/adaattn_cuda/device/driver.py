@@ -314,12 +314,12 @@ class Call:
             check(result, "launching a kernel")
 
 
-def new_stream(device: int) -> Any:
-    """Return a new stream that waits for no other."""
+def new_stream(device: int, priority: int = 0) -> Any:
+    """Return a new stream that waits for no other; below 0 its work goes before others'."""
     cuda = load_driver()
     with OnDevice(device):
         flag = int(cuda.CUstream_flags.CU_STREAM_NON_BLOCKING)
-        return check(cuda.cuStreamCreate(flag), "making a stream")
+        return check(cuda.cuStreamCreateWithPriority(flag, priority), "making a stream")
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 from adaattn_cuda.device import driver
 
@@ -24,6 +25,12 @@ class Event:
         with driver.OnDevice(self._device):
             driver.check(self._cuda.cuEventRecord(self._handle, stream), "recording an event")
 
+    def hold(self, stream: int) -> None:
+        """Have what is put into `stream` from now on wait for the mark."""
+        with driver.OnDevice(self._device):
+            found = self._cuda.cuStreamWaitEvent(stream, self._handle, 0)
+            driver.check(found, "waiting for an event")
+
     def milliseconds_since(self, earlier: Event) -> float:
         """Wait for both marks; return the time between them."""
         with driver.OnDevice(self._device):
@@ -32,10 +39,24 @@ class Event:
         return float(driver.check(found, "reading an event"))
 
 
+class Timed(Protocol):
+    """A step of `adaattn_cuda.device.lanes`."""
+
+    @property
+    def name(self) -> str:
+        """Of the stage that it belongs to."""
+        ...
+
+    @property
+    def start(self) -> Callable[[int], None]:
+        """Enqueues it on a stream."""
+        ...
+
+
 def start_timed(
-    steps: Iterable[tuple[str, Callable[[int], None]]], device: int, stream: int
+    steps: Iterable[Timed], device: int, stream: int
 ) -> Callable[[], dict[str, float]]:
-    """Start named steps on a stream with a mark after each.
+    """Start named steps on a stream, one after the other, with a mark after each.
 
     Returns
     -------
@@ -45,9 +66,9 @@ def start_timed(
     marks = [Event(device)]
     names = []
     marks[0].record(stream)
-    for name, step in steps:
-        step(stream)
-        names.append(name)
+    for step in steps:
+        step.start(stream)
+        names.append(step.name)
         marks.append(Event(device))
         marks[-1].record(stream)
 

@@ -32,7 +32,8 @@ class Graph:
     Parameters
     ----------
     enqueue : callable of a stream
-        May launch kernels that ran before and fill memory; it allocates nothing.
+        May launch kernels that ran before and fill memory; it allocates nothing. What it
+        returns is held until the recording has ended.
     device : int
 
     Raises
@@ -41,7 +42,7 @@ class Graph:
         If the driver refuses to record or to prepare it.
     """
 
-    def __init__(self, enqueue: Callable[[int], None], device: int) -> None:
+    def __init__(self, enqueue: Callable[[int], object], device: int) -> None:
         cuda = load_driver()
         self._device, self._launch = device, cuda.cuGraphLaunch
         # Relaxed: what other threads and streams do meanwhile is no error, nor is this to them.
@@ -52,10 +53,11 @@ class Graph:
             try:
                 check(cuda.cuStreamBeginCapture(stream, relaxed), "recording a graph")
                 try:
-                    enqueue(int(stream))
+                    held = enqueue(int(stream))
                 finally:
                     recorded = cuda.cuStreamEndCapture(stream)
                 graph = check(recorded, "recording a graph")
+                del held
                 try:
                     self._graph = check(cuda.cuGraphInstantiate(graph, 0), "preparing a graph")
                 finally:

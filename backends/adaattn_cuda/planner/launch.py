@@ -12,10 +12,11 @@ from typing import Any
 from adaattn_core.policies.table import DecisionTable
 from adaattn_cuda.device import driver
 from adaattn_cuda.device.graph import Graph
+from adaattn_cuda.device.lanes import Step, start_in_lanes
 from adaattn_cuda.device.launch import kernel_of, refuse_capture
 from adaattn_cuda.planner.drawing import certifying_orders
 from adaattn_cuda.planner.layout import kept_layout, scratch_layout
-from adaattn_cuda.planner.sequence import FarArrays, Packer, Step
+from adaattn_cuda.planner.sequence import FarArrays, Packer
 from adaattn_cuda.planner.specs import dense_tile, kernel_specs
 from adaattn_cuda.recent import Recent
 from adaattn_cuda.tuning.sm90_attn_fwd_f16 import padded_dim
@@ -161,6 +162,7 @@ class FarLaunch:
 class _Replay:
     """The launches of one set of addresses; one graph from their second start on.
 
+    One by one they run in their order; in the graph, lanes of them side by side.
     A caller that records a graph itself gets the launches, one by one.
     """
 
@@ -179,10 +181,13 @@ class _Replay:
                 self._started |= not capturing
                 return capturing
             if self._graph is None:
-                self._graph = Graph(self._enqueue, self._device)
+                self._graph = Graph(self._record, self._device)
             self._graph.start(stream)
             return False
 
     def _enqueue(self, stream: int) -> None:
-        for _, step in self.steps:
-            step(stream)
+        for step in self.steps:
+            step.start(stream)
+
+    def _record(self, stream: int) -> object:
+        return start_in_lanes(self.steps, self._device, stream)

@@ -58,10 +58,7 @@ class Layout:
 
     def at(self, base: int) -> dict[str, int]:
         """Return the address of every part."""
-        found = {name: base + offset for name, (offset, _) in self.parts.items()}
-        if "exact_queue" in found:
-            found["exact_count"] = found["exact_queue"] + 4  # ``work::Queue::items``
-        return found
+        return {name: base + offset for name, (offset, _) in self.parts.items()}
 
 
 def square_stride(g: FarGeometry) -> int:

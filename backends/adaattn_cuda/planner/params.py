@@ -145,8 +145,8 @@ Prepare = _block(
     ("sizes", Sizes),
     ("query", Rows),
     ("arrays", Rows * 2),
-    *_pointers("drawn_rows", "drawn_query", "norms", "query_norms"),
-    *_ints("drawn", "copy_blocks", "stretches", "stretch_rows"),
+    *_pointers("drawn_rows", "drawn_query", "norms", "query_norms", "queue"),
+    *_ints("queued", "drawn", "copy_blocks", "stretches", "stretch_rows", "padding"),
 )
 Work = _block(
     "Work",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adaattn_cuda.device import driver
+from adaattn_cuda.device.lanes import Step
 from adaattn_cuda.kernels import sm90_attn_fwd_f16 as sm90
 from adaattn_cuda.planner import params as p
 from adaattn_cuda.planner.layout import square_stride
@@ -25,8 +25,10 @@ from adaattn_cuda.work.far import LEVELS_MAX, TILE, FarGeometry
 if TYPE_CHECKING:
     from adaattn_cuda.planner.launch import FarLaunch
 
-__all__ = ["FarArrays", "Packer", "Step"]
+__all__ = ["FarArrays", "Packer"]
 
+_DRAWN, _BESIDE = 2, 1
+"""Lanes beside the main one: exact rows, which the device takes up first, and what may wait."""
 _MOST_SHARE = 0.5
 """Landmarks over far keys above which a level is not worth judging."""
 
@@ -40,9 +42,6 @@ class FarArrays:
     value: sm90.DeviceMatrix
     out: sm90.DeviceMatrix
     lse: sm90.DeviceMatrix
-
-
-Step = tuple[str, Callable[[int], None]]
 
 
 class Packer:
@@ -65,76 +64,82 @@ class Packer:
     def steps(self) -> list[Step]:
         """Return the launches, in order; each takes the stream to be enqueued on."""
         launch = self.launch
-        g = launch.geometry
-        self._zero()
-        self._prepare()
-        self._exact()
-        self._merge()
-        if not launch.levels:
-            # Nothing is planned: the list of exact items is a constant, and dense is the top.
-            self._fill("decision", -1, g.heads)
-            self._fill("exact_queue", 0, 1)
-            self._fill("exact_count", g.heads * launch.exact_tiles, 1)
+        zero = self._zero()
+        if not launch.levels:  # nothing is planned, and there is no safer plan to escalate to
+            copied = self._copy(0)
+            exact = self._exact(_DRAWN, copied)
+            norms = self._norms(_BESIDE, zero)
             self._attend_exact("attend_exact")
-            self._certify(second=False)
+            self._certify(exact, norms, second=False)
             return self.out
-        self._judge()
-        self._plan()
-        self._attend("attend", None, None)
-        self._attend_exact("attend_exact")
-        self._certify(second=False)
+        self._copy(_DRAWN, zero)
+        exact = self._exact(_DRAWN)
+        norms = self._norms(_BESIDE, zero)
+        self._judge(exact)
+        listed, gathered = self._plan()
+        # Exact heads are longer: the others fill up the end of their launch.
+        dense = self._attend_exact("attend_exact", _DRAWN, len(self.out) - 1)
+        self._attend("attend", None, None, listed, gathered)
+        self._certify(dense, norms, second=False)
         self._list("list_again", landmarks=False)
         self._attend_exact("escalate")
         self._certify(second=True)
         return self.out
 
-    def _judge(self) -> None:
+    def _judge(self, exact: int) -> None:
         """Measure and judge some groups, and decide for every head."""
         launch, g = self.launch, self.launch.geometry
         judged = (self.at["judge_groups"], launch.judges)
         self._probe("probe_stats", judged, 0)
         self._probe("probe_mass", judged, 0)
         self._select(judged, 0)
-        self._work("work_judge", "judge_slots", "judge_pool_first")
-        self._gather("judge_slots", g.heads * launch.judges * launch.levels)
+        placed = self._work("work_judge", "judge_slots", "judge_pool_first")
+        gathered = self._gather("judge_slots", g.heads * launch.judges * launch.levels, placed)
         self._pool("judge_slots", "judge_pool_first", launch.judges * launch.levels)
         self._fit("judge_slots", "judge_pool_first", launch.judges * launch.levels)
-        self._attend("judge", "judge_out", "judge_lse")
-        self._decide()
+        self._attend("judge", "judge_out", "judge_lse", gathered)
+        self._decide(exact)
 
-    def _plan(self) -> None:
-        """Choose landmarks and pools of the other groups; list the work of every head."""
+    def _plan(self) -> tuple[int, int]:
+        """Choose landmarks and pools of the other groups; list the work of every head.
+
+        Returns the steps that list and gather.
+        """
         g, t = self.launch.geometry, self.launch.tables
         if len(t.rest_groups):
             rest = (self.at["rest_groups"], len(t.rest_groups))
             self._probe("probe_lse", rest, self.at["decision"])
             self._probe("probe_mass", rest, self.at["decision"])
             self._select(rest, self.at["decision"])
-        self._work("work_attend", "landmarks", "pool_first")
-        self._list("list", landmarks=True)
-        self._gather("landmarks", g.heads * g.groups)
+        placed = self._work("work_attend", "landmarks", "pool_first")
+        listed = self._list("list", placed, landmarks=True, lane=_DRAWN)
+        gathered = self._gather("landmarks", g.heads * g.groups, placed)
         self._pool("landmarks", "pool_first", g.groups)
         self._fit("landmarks", "pool_first", g.groups)
+        return listed, gathered
 
     # -- helpers ------------------------------------------------------------------------------
-    def _add(self, name: str, kernel: str, block: Any, grid: int) -> None:
+    def _add(
+        self, name: str, kernel: str, block: Any, grid: int, lane: int = 0, *after: int
+    ) -> int:
+        """Append a launch; return its position."""
         call = driver.Call(self.launch.kernels[kernel], block, grid)
         device = self.launch.device
 
         def step(stream: int) -> None:
             call.to(stream).start(device)
 
-        self.out.append((name, step))
+        self.out.append(Step(name, step, lane, after))
+        return len(self.out) - 1
 
-    def _zero(self) -> None:
+    def _zero(self) -> int:
         first, size = self.at["finished"], self.at["zero_end"] - self.at["finished"]
-        self.out.append(("zero", lambda stream: driver.fill_words(first, 0, size // 4, stream)))
 
-    def _fill(self, part: str, value: int, count: int) -> None:
-        address = self.at[part]
-        self.out.append(
-            ("fill", lambda stream: driver.fill_words(address, value, count, stream))
-        )
+        def step(stream: int) -> None:
+            driver.fill_words(first, 0, size // 4, stream)
+
+        self.out.append(Step("zero", step))
+        return len(self.out) - 1
 
     def _rows(self, matrix: sm90.DeviceMatrix) -> p.Rows:
         batch, head, row = matrix.strides
@@ -146,21 +151,32 @@ class Packer:
         return block
 
     # -- the launches -------------------------------------------------------------------------
-    def _prepare(self) -> None:
+    def _copy(self, lane: int, *after: int) -> int:
+        """Copy the drawn rows side by side, and measure them."""
         g, t = self.launch.geometry, self.launch.tables
-        padded = t.drawn_rows.shape[1]
-        copy_blocks = max(1, g.heads * padded // 32)
+        rows = t.drawn_rows.shape[1]
+        blocks = max(1, g.heads * rows // 32)
+        block = p.Prepare(sizes=self.sizes, query=self._rows(self.arrays.query))
+        block.drawn, block.copy_blocks = rows, blocks
+        self._set(block, "drawn_rows", "drawn_query", "norms", "query_norms")
+        if not self.launch.levels:
+            block.queue, block.queued = (
+                self.at["exact_queue"],
+                g.heads * self.launch.exact_tiles,
+            )
+        return self._add("copy", "prepare", block, blocks, lane, *after)
+
+    def _norms(self, lane: int, *after: int) -> int:
+        """Find the largest norms of keys and values."""
+        g = self.launch.geometry
         stretch = 256
         stretches = -(-g.len_kv // stretch)
-        block = p.Prepare(
-            sizes=self.sizes, query=self._rows(self.arrays.query), drawn=padded,
-            copy_blocks=copy_blocks, stretches=stretches, stretch_rows=stretch,
-        )  # fmt: skip
+        block = p.Prepare(sizes=self.sizes, stretches=stretches, stretch_rows=stretch)
         block.arrays[0] = self._rows(self.arrays.value)
         block.arrays[1] = self._rows(self.arrays.key)
-        self._set(block, "drawn_rows", "drawn_query", "norms", "query_norms")
-        grid = copy_blocks + 2 * g.batch * g.heads_kv * stretches
-        self._add("prepare", "prepare", block, grid)
+        self._set(block, "norms")
+        grid = 2 * g.batch * g.heads_kv * stretches
+        return self._add("norms", "prepare", block, grid, lane, *after)
 
     def _probe(self, kernel: str, listed: tuple[int, int], decision: int) -> None:
         g = self.launch.geometry
@@ -201,7 +217,7 @@ class Packer:
         launch = self.launch
         return self._work_list("exact", launch.dense, launch.exact_tiles)
 
-    def _work(self, kernel: str, slots: str, pool_first: str) -> None:
+    def _work(self, kernel: str, slots: str, pool_first: str) -> int:
         g = self.launch.geometry
         block = p.Work(
             sizes=self.sizes, slots=self.at[slots], pool_first=self.at[pool_first],
@@ -212,9 +228,9 @@ class Packer:
             block, "groups", "judge_tiles", "judge_groups", "selections", "decision", "kept"
         )
         block.tile_counts = self.at.get("tile_counts", 0)
-        self._add(kernel, kernel, block, 1)
+        return self._add(kernel, kernel, block, 1)
 
-    def _list(self, name: str, *, landmarks: bool) -> None:
+    def _list(self, name: str, *after: int, landmarks: bool, lane: int = 0) -> int:
         """List the items of the heads that were ranked; of exact ones alone or of both."""
         launch, g = self.launch, self.launch.geometry
         threads = -(-g.heads * g.tiles // LIST_THREADS) * LIST_THREADS if landmarks else 0
@@ -226,9 +242,9 @@ class Packer:
         block.slots = self.at["landmarks"]
         block.tile_counts = self.at.get("tile_counts", 0)
         grid = (threads + g.heads * launch.exact_tiles + LIST_THREADS - 1) // LIST_THREADS
-        self._add(name, "list", block, grid)
+        return self._add(name, "list", block, grid, lane, *after)
 
-    def _gather(self, slots: str, count: int) -> None:
+    def _gather(self, slots: str, count: int, placed: int) -> int:
         g = self.launch.geometry
         block = p.Gather(
             sizes=self.sizes, key=self._rows(self.arrays.key),
@@ -236,7 +252,7 @@ class Packer:
         )  # fmt: skip
         self._set(block, "groups", "codes", "selections", "landmark_key", "landmark_value")
         stretches = -(-g.len_kv // (GATHER_KEYS))
-        self._add("gather", "gather", block, count * stretches)
+        return self._add("gather", "gather", block, count * stretches, _BESIDE, placed)
 
     def _pool(self, slots: str, pool_first: str, slots_per_head: int) -> None:
         g = self.launch.geometry
@@ -269,14 +285,6 @@ class Packer:
         )
         self._add("fit", "fit", block, g.heads * slots_per_head * splits)
 
-    def _merge(self) -> None:
-        t = self.launch.tables
-        tiles = t.drawn_rows.size // TILE
-        block = p.Merge(tiles=tiles, dim_v=self.launch.geometry.dim_v)
-        block.partial_out, block.partial_lse = self.at["exact_out"], self.at["exact_lse"]
-        block.first_partial, block.exact = self.at["first_partial"], self.at["exact_rows"]
-        self._add("merge", "merge", block, tiles * TILE // 8)
-
     def _tile(self) -> Tile:
         g = self.launch.geometry
         return attend_tile(padded_dim(g.dim_qk), padded_dim(g.dim_v))
@@ -296,17 +304,19 @@ class Packer:
         block.bias = self.at.get("pool_bias", 0)
         return block
 
-    def _attend(self, name: str, partial_out: str | None, partial_lse: str | None) -> None:
+    def _attend(
+        self, name: str, partial_out: str | None, partial_lse: str | None, *after: int
+    ) -> int:
         block = self._attention(self.arrays.query, self._tile())
         if partial_out is not None and partial_lse is not None:
             block.partial_out, block.partial_lse = self.at[partial_out], self.at[partial_lse]
         self._take_from(block, "landmark")
-        self._add(name, "attend", block, self.launch.blocks)
+        return self._add(name, "attend", block, self.launch.blocks, 0, *after)
 
-    def _attend_exact(self, name: str) -> None:
+    def _attend_exact(self, name: str, lane: int = 0, *after: int) -> int:
         block = self._attention(self.arrays.query, self.launch.dense)
         self._take_from(block, "exact")
-        self._add(name, "attend_exact", block, self.launch.blocks)
+        return self._add(name, "attend_exact", block, self.launch.blocks, lane, *after)
 
     def _take_from(self, block: sm90.Params, stem: str) -> None:
         """Have an attention take the items of a list of the device."""
@@ -318,7 +328,8 @@ class Packer:
         block.squares_batch = g.heads_q * block.squares_head
         block.rounds = 2**31 - 1
 
-    def _exact(self) -> None:
+    def _exact(self, lane: int, *after: int) -> int:
+        """Compute the drawn rows exactly, split over the keys, and join the splits."""
         launch = self.launch
         g, t = launch.geometry, launch.tables
         padded = t.drawn_rows.shape[1]
@@ -333,9 +344,14 @@ class Packer:
         block.rounds = t.exact.rounds
         block.row_stops = self.at["drawn_stops"]
         block.partial_out, block.partial_lse = self.at["exact_out"], self.at["exact_lse"]
-        self._add("exact", "exact", block, t.exact.grid)
+        self._add("exact", "exact", block, t.exact.grid, lane, *after)
+        tiles = t.drawn_rows.size // TILE
+        merged = p.Merge(tiles=tiles, dim_v=g.dim_v)
+        merged.partial_out, merged.partial_lse = self.at["exact_out"], self.at["exact_lse"]
+        merged.first_partial, merged.exact = self.at["first_partial"], self.at["exact_rows"]
+        return self._add("merge", "merge", merged, tiles * TILE // 8, lane)
 
-    def _decide(self) -> None:
+    def _decide(self, *after: int) -> int:
         launch = self.launch
         g, t = launch.geometry, launch.tables
         rows = launch.judges * TILE
@@ -352,9 +368,9 @@ class Packer:
             block, "groups", "judge_tiles", "judge_groups", "selections", "stats",
             "sample_rows", "decision", "errors",
         )  # fmt: skip
-        self._add("decide", "decide", block, g.heads * launch.levels)
+        return self._add("decide", "decide", block, g.heads * launch.levels, 0, *after)
 
-    def _certify(self, *, second: bool) -> None:
+    def _certify(self, *after: int, second: bool) -> None:
         launch = self.launch
         g, t, budget = launch.geometry, launch.tables, launch.budget
         first = launch.judges * TILE if launch.levels else 0
@@ -371,7 +387,7 @@ class Packer:
             block.again = self._exact_list()
         self._set(block, "drawn_rows", "squares", "norms", "query_norms", "failed")
         name = "certify_again" if second else "certify"
-        self._add(name, "certify", block, g.heads)
+        self._add(name, "certify", block, g.heads, 0, *after)
 
 
 def _flat(pointer: int, rows: int, dim: int) -> sm90.DeviceMatrix:
