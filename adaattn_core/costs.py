@@ -34,6 +34,10 @@ class CostModel:
         that single probe and certificate rows (``"rows"``) reach.
     head_seconds : float
         Fixed time of measuring a head beyond the rows it computes.
+    key_seconds : float
+        Time of measuring a head for each of its keys of 64 + 64 elements: gathers and pools.
+    call_seconds : float
+        Fixed time of measuring, deciding and certifying a call, which its heads share.
     rows_format : str
         Format in which probe and certificate rows are computed there.
     source : str
@@ -47,6 +51,8 @@ class CostModel:
     gathers_single_keys: bool
     efficiency: Mapping[str, float] = field(default_factory=dict)
     head_seconds: float = 0.0
+    key_seconds: float = 0.0
+    call_seconds: float = 0.0
     rows_format: str = "f32"
     source: str = ""
 
@@ -99,7 +105,8 @@ class CostModel:
         rows = n * (certify if measured else certify + min(share, 1.0))
         wide = self.rows_format
         seconds = self.scores_seconds(rows, rows, d, dv, wide, wide)
-        fixed = 0.0 if measured else self.head_seconds
+        keys = stats.len_kv * (d + dv) / 128
+        fixed = 0.0 if measured else self.head_seconds + keys * self.key_seconds
         return fixed + seconds / self.efficiency.get("rows", 1.0)
 
     def dense_cost(self, stats: HeadStats, qk: str = "f32", pv: str = "f32") -> float:
@@ -158,15 +165,18 @@ COST_MODELS: dict[str, CostModel] = {
             overlap=True,
             gathers_single_keys=False,
             efficiency={
-                "landmark": 0.75,
+                "landmark": 0.6,
                 "block_sparse": 0.9,
                 "score_skip": 0.85,
                 "rows": 0.6,
             },
             head_seconds=2e-6,
+            key_seconds=1e-9,
+            call_seconds=2.5e-4,
             rows_format="bf16",
             source="H100: f32, tf32 and 16-bit as measured with this project's kernels, head"
-            " dim 128, 4,096 keys; 8-bit, softmax_rate and efficiencies assumed",
+            " dim 128, 4,096 keys; landmarks and planning fitted to stages of heads of dim 64,"
+            " 8k to 128k; 8-bit, softmax_rate and the other efficiencies assumed",
         ),
         CostModel(
             name="sm80",

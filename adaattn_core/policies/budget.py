@@ -47,6 +47,8 @@ ESCALATED_LAM = 1e-3
 """Weight threshold of score-then-skip that a head climbs to when its landmarks fell short."""
 LONG_GROUPS = 40
 """Groups that a sequence must have before larger ones are taken, where both are offered."""
+LANDMARK_SHARE = 0.2
+"""Share that landmarks are taken to keep before any head was measured."""
 USUAL_SHARE = 0.15
 """Share that score-then-skip keeps of heads on which it was not tried."""
 
@@ -306,7 +308,7 @@ class BudgetPolicy:
             plan = HeadPlan(structure=structure, qk=exact, pv=exact)
             candidates.append(compiling.priced(plan, context, entropy_below=limit))
         return DecisionTable(
-            compiling.worth_measuring(candidates, context, self.worthwhile),
+            compiling.worth_measuring(candidates, context, self.worthwhile, LANDMARK_SHARE),
             compiling.dense_fallback(context),
             aim=self.table_margin * budget.rel,
             escalation_aim=AIM * budget.rel,

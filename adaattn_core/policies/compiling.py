@@ -143,18 +143,30 @@ def _relative(cost: float, dense: float) -> float:
 
 
 def worth_measuring(
-    candidates: Iterable[Candidate], context: PolicyContext, worthwhile: float
+    candidates: Iterable[Candidate],
+    context: PolicyContext,
+    worthwhile: float,
+    usual_share: float = 0.0,
 ) -> tuple[Candidate, ...]:
-    """Those that could be cheap enough at their least share, from the safest to the cheapest.
+    """Those that could be cheap enough, from the safest to the cheapest.
+
+    A structure is taken to keep `usual_share`, or more where it cannot keep so little, and to
+    bear its part of the time that measuring takes whatever is found. So where measuring would
+    not pay on usual heads the table is empty and nothing is measured.
 
     Where they are more than a table holds, reduced formats of dense heads go first.
     """
-    shape = one_shape(context)
-    able = [
-        c
-        for c in candidates
-        if c.fixed + c.slope * fitting.least_share(c.plan.structure, shape) < worthwhile
-    ]
+    shape, costs, exact = one_shape(context), context.costs, context.exact_format
+    dense_seconds = costs.dense_cost(shape, exact, exact) * len(context.shapes)
+    call = costs.call_seconds / max(dense_seconds, 1e-30)
+
+    def cost(c: Candidate) -> float:
+        if c.plan.structure.kind == "dense":
+            return c.fixed + c.slope
+        share = max(fitting.least_share(c.plan.structure, shape), usual_share)
+        return c.fixed + call + c.slope * share
+
+    able = [c for c in candidates if cost(c) < worthwhile]
     able.sort(key=_danger)
     dense = [c for c in able if c.plan.structure.kind == "dense"]
     rest = [c for c in able if c.plan.structure.kind != "dense"]

@@ -159,7 +159,7 @@ def test_tables_are_checked() -> None:
 
 def test_a_budget_compiles_from_the_safest_to_the_cheapest() -> None:
     sizes = Landmark(group=1536, tile=128, samples=48, screen_rank=0)
-    table = BudgetPolicy().compile(context(32768, sizes=(sizes,)))
+    table = BudgetPolicy().compile(context(131_072, sizes=(sizes,)))
     assert table is not None
     assert table.judged
     kinds = [c.plan.structure.kind for c in table.candidates]
@@ -183,7 +183,7 @@ def test_a_budget_compiles_from_the_safest_to_the_cheapest() -> None:
 
 def test_a_budget_chooses_like_its_table() -> None:
     """On what was measured of the table's own candidates; the host also fits between them."""
-    policy, here = BudgetPolicy(), context(32768)
+    policy, here = BudgetPolicy(), context(131_072)
     table = policy.compile(here)
     assert table is not None
     rng = np.random.default_rng(0)
@@ -292,7 +292,7 @@ def test_entropy_chooses_like_its_table(entropy, saturation, score, landmarks, f
 
 
 def test_costs_of_a_table_bound_the_cost_model() -> None:
-    here = context(32768)
+    here = context(131_072)
     table = BudgetPolicy().compile(here)
     assert table is not None
     head = here.shapes[0, 0]
@@ -301,3 +301,12 @@ def test_costs_of_a_table_bound_the_cost_model() -> None:
         for share in (0.0, 0.1, 0.5, 1.0):
             exact = here.costs.head_cost(head, c.plan, share) / dense
             assert exact <= (c.fixed + c.slope * share) * (1 + 1e-9)
+
+
+def test_many_heads_share_the_time_of_a_call() -> None:
+    """One head of a length at which measuring does not pay for it alone, and 27 of them."""
+    alone = context(32_768)
+    shape = next(iter(alone.shapes.values()))
+    many = replace(alone, shapes={(0, head): shape for head in range(27)})
+    assert not BudgetPolicy().compile(alone).candidates  # type: ignore[union-attr]
+    assert BudgetPolicy().compile(many).candidates  # type: ignore[union-attr]

@@ -8,15 +8,27 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adaattn_core import ErrorBudget, Mask, attention
+import adaattn_core
+from adaattn_core import ErrorBudget, Mask
 from adaattn_core.errors import AdaAttnError
 from adaattn_core.lazy import LazyHeads
-from adaattn_core.policies import FixedPolicy
+from adaattn_core.policies import BudgetPolicy, FixedPolicy
 from adaattn_core.structure import Landmark
 from adaattn_cuda.device.graph import Graph
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.gpu
+
+
+UNHURRIED = BudgetPolicy(worthwhile=100.0)
+"""Measures and takes what is accurate, however short a problem and whatever it costs."""
+
+
+def attention(*arrays: Any, **options: Any) -> Any:
+    """`adaattn_core.attention`, whose budgets are planned at any length."""
+    if "budget" in options:
+        options.setdefault("policy", UNHURRIED)
+    return adaattn_core.attention(*arrays, **options)
 
 
 def smooth(
@@ -117,6 +129,31 @@ def test_landmarks_are_chosen_where_they_serve_and_dense_where_they_do_not() -> 
     assert {head.structure.kind for head in result.plan.heads.values()} == {"dense"}
     assert (result.certificate.upper <= 0.1).all()
     assert "dense" in result.plan.explain()
+
+
+@pytest.mark.parametrize(("length", "dim"), [(2048, 64), (8192 + 37, 64), (9000, 128)])
+def test_a_short_problem_is_dense_and_certified_without_measuring(
+    length: int, dim: int
+) -> None:
+    q, k, v = smooth(length=length, dim=dim)
+    result = adaattn_core.attention(
+        q, k, v, mask=Mask.causal(), budget=0.1, backend="cuda", seed=3, profile=True
+    )
+    assert result.provenance["planned_on"] == "device"
+    assert "probe_stats" not in result.provenance["stage_ms"]
+    assert {head.structure.kind for head in result.plan.heads.values()} == {"dense"}
+    assert {facts.share for facts in result.facts.values()} == {1.0}
+    upper = result.certificate.upper[0]
+    assert (upper <= 0.02).all()
+    assert_covered(np.quantile(row_errors(result, q, k, v), 0.95, axis=1), upper)
+    exact = adaattn_core.attention(q, k, v, mask=Mask.causal(), backend="cuda")
+    assert (result.out - exact.out).float().abs().max() <= 2**-7 * exact.out.float().abs().max()
+    for _ in range(3):
+        again = adaattn_core.attention(
+            q, k, v, mask=Mask.causal(), budget=0.1, backend="cuda", seed=3
+        )
+        assert torch.equal(again.out, result.out)
+        assert np.array_equal(again.certificate.upper[0], upper)
 
 
 def test_heads_decide_for_themselves_alone_or_in_a_batch() -> None:

@@ -8,7 +8,7 @@ from adaattn_cuda.planner.specs import ROWS_MAX
 
 __all__ = ["certifying_orders", "certifying_rows"]
 
-_FEW_ROWS, _LONG = 256, 16_384
+_TILE_ROWS, _FEW_ROWS, _LONG = 128, 256, 16_384
 _FIRST_SHARES = (0.9, 0.5)
 
 
@@ -18,9 +18,10 @@ def certifying_rows(len_q: int, budget: ErrorBudget, *, retried: bool) -> int | 
     The more there are, the nearer the certified quantile is to the budget's, and the less must
     be kept: 128 rows certify the 99% quantile where 95% of the rows are asked for, 256 the 98%,
     512 the 97%. They cost as much of dense attention as they are of its rows, so a short head
-    draws fewer.
+    draws fewer; where nothing is planned, dense passes by far with one tile of them.
     """
-    counts = (ROWS_MAX,) if len_q >= _LONG else (_FEW_ROWS, ROWS_MAX)
+    least = _TILE_ROWS if not retried else ROWS_MAX if len_q >= _LONG else _FEW_ROWS
+    counts = [count for count in (_TILE_ROWS, _FEW_ROWS, ROWS_MAX) if count >= least]
     for count in counts:
         if certifying_orders(count, budget, retried=retried):
             return count
