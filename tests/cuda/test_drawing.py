@@ -11,7 +11,6 @@ from adaattn_core.budget import ErrorBudget
 from adaattn_cuda.planner.drawing import certifying_orders, certifying_rows
 from adaattn_cuda.planner.specs import ROWS_MAX
 
-
 LOG_FACTORIAL = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, ROWS_MAX + 1)))])
 
 
