@@ -2,7 +2,8 @@
 
     python benchmarks/gpu_capture.py ... --out DATA          queries, keys, values of a model
     python benchmarks/gpu_adaptive.py --data DATA --out DIR  writes gpu_adaptive.json
-    python benchmarks/gpu_adaptive.py --render FILE.json     table and plots of an earlier run
+    python benchmarks/gpu_adaptive.py --render FILE.json ...  table and plots of earlier runs,
+                                                             written beside the first
 
 Everything is inside the timed region: probe, plan, gather, attend, certify, escalate; inputs
 are warm on the device. Contenders take turns in random order; figures are medians of CUDA
@@ -242,6 +243,19 @@ def _rounded(value: Any) -> Any:
     return value
 
 
+def joined(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """One report of several runs of one revision on one kind of device, parts of the whole."""
+    report, *others = reports
+    for other in others:
+        for key in ("device", "torch", "driver", "revision", "rounds", "rows", "budgets"):
+            if other.get(key) != report.get(key):
+                raise SystemExit(f"{key}: {other.get(key)} beside {report.get(key)}")
+        for key, value in other.items():
+            if isinstance(value, list) and key != "budgets":
+                report[key] = report[key] + value
+    return report
+
+
 def main() -> None:
     """Measure, or render an earlier measurement."""
     parser = argparse.ArgumentParser(
@@ -249,7 +263,7 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, help="folder that gpu_capture.py wrote")
     parser.add_argument("--out", type=Path, default=Path())
-    parser.add_argument("--render", type=Path)
+    parser.add_argument("--render", type=Path, nargs="+", metavar="FILE")
     parser.add_argument("--revision", default="unknown", help="of this repository")
     parser.add_argument("--texts", nargs="+", default=["prose", "code"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32_768, 131_072])
@@ -264,9 +278,10 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options = parser.parse_args()
     if options.render:
-        report = json.loads(options.render.read_text())
-        options.render.with_suffix(".md").write_text(adaptive_report.markdown(report))
-        adaptive_plots.plot(report, options.render.with_suffix(".png"))
+        report = joined([json.loads(path.read_text()) for path in options.render])
+        first = options.render[0]
+        first.with_suffix(".md").write_text(adaptive_report.markdown(report))
+        adaptive_plots.plot(report, first.with_suffix(".png"))
         return
     if options.data is None:
         parser.error("--data names the folder that gpu_capture.py wrote")

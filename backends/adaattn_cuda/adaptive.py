@@ -73,10 +73,10 @@ class AdaptiveCalls:
         AdaAttnError
             If device memory runs out, or the driver reports an error.
         """
-        reason = refusal(problem, table, budget)
+        query, key, value = input_views(problem)
+        reason = refusal(problem, table, budget, query.device)
         if reason:
             return reason
-        query, key, value = input_views(problem)
         library = library_of(problem.query)
         shape = (*query.shape[:3], value.shape[3])
         # The output's address is not known yet: an allocator's alignment is taken for granted.
@@ -110,7 +110,8 @@ class AdaptiveCalls:
         reading = Later(lambda: _Reading(launch, library.pointer(kept), query.device, kept))
         whole = _Whole(problem, table, budget, reading)
         notes["escalated"] = Later(whole.escalated)
-        notes["workspace_bytes"] = launch.scratch.size + launch.kept.size
+        sizes = launch.scratch.size, launch.kept.size, launch.workspace_bytes
+        notes["workspace_bytes"] = sum(sizes)
         facts = cast("dict[HeadIndex, RunFacts]", LazyHeads(whole.facts))
         return Adapted(
             raw=RawResult(out, lse, facts),
@@ -156,12 +157,14 @@ class AdaptiveCalls:
         return found
 
 
-def refusal(problem: AttentionProblem, table: DecisionTable, budget: ErrorBudget) -> str:
+def refusal(
+    problem: AttentionProblem, table: DecisionTable, budget: ErrorBudget, device: int
+) -> str:
     """Why a problem is not planned on the device; empty if it is."""
     mask = problem.mask
     kinds = {candidate.plan.structure.kind for candidate in table.candidates}
     span = problem.sequences[0] if problem.sequences else None
-    if driver.device_facts(max(driver.current_device(), 0)).arch != "sm_90a":
+    if driver.device_facts(device).arch != "sm_90a":
         return "the planning kernels are Hopper's"
     if problem.dtype not in ("bf16", "f16"):
         return f"dtype {problem.dtype}: planned on the device in 16-bit formats only"
