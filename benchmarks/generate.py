@@ -17,12 +17,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import smollm2
 import torch
-from quality import CODE, NEEDLE, QUESTION
 from transformers import DynamicCache
 
+import smollm2
 from adaattn_torch import AdaptiveCache
+from quality import CODE, NEEDLE, QUESTION
 
 FORMATS = ("exact", "i8", "e4m3")
 

@@ -65,7 +65,8 @@ def layer() -> Layer:
 SMALL = (
     "--device", "cpu", "--budgets", "0.2", "--tokens", 48, "--windows", 2,
     "--lengths", "160,200", "--depths", "0.2,0.8", "--prompt-tokens", 16,
-    "--greedy-tokens", 4, "--questions", 2, "--context-tokens", 32, "--head-tokens", 64, "--ablation-layers", 1,
+    "--greedy-tokens", 4, "--questions", 2, "--context-tokens", 32,
+    "--head-tokens", 64, "--ablation-layers", 1,
 )  # fmt: skip
 
 
