@@ -19,6 +19,8 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build", "examples/**", "figures/*.py"]
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 html_title = f"AdaAttn {release}"
 
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence"]
