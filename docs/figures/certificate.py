@@ -18,6 +18,7 @@ from adaattn_core.testing.oracles import exact_attention
 from adaattn_reference.backend import NumpyBackend
 
 BUDGET = 0.1
+ORDINALS = ("", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 LEAST = 3e-4
 """Smallest error drawn: rows whose near field holds all they see err by rounding alone."""
 
@@ -90,7 +91,7 @@ def draw_certificate(length: int = 8192) -> Path:
     axis.legend(loc="upper left", fontsize=8)
     axis.set_title(
         f"{one.name}, {result.facts[0, 0].share:.0%} of the scores computed.\n"
-        f"Of {len(drawn)} rows drawn after the plan was fixed, the {len(drawn) - rank + 1}. "
-        f"largest error is certified: confidence {certificate.confidence:.0%}"
+        f"Of {len(drawn)} rows drawn after the plan was fixed, the "
+        f"{ORDINALS[len(drawn) - rank]} largest error is certified: confidence {certificate.confidence:.0%}"
     )
     return save(figure, "certificate")

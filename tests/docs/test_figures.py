@@ -139,3 +139,15 @@ def test_far_field_cuts_nothing_at_full_rank() -> None:
     cut, whole = far.cut_features(one, late, (32, 64))
     assert whole == pytest.approx(0, abs=1e-9)
     assert cut > 0
+
+
+def test_what_the_pages_say_of_one_setting_is_so() -> None:
+    """README, index and why.md: errors that differ by ten, and a budget that is kept."""
+    one, heads = script("one_setting"), script("heads").all_heads()
+    fixed = next(policy for name, policy in one.CHOICES.items() if "landmarks" in name)
+    errors = [one.outcome(head, fixed).true_rows for head in heads]
+    assert max(errors) / min(errors) > 8
+    assert f"{round(100 * max(errors))}%" in (ROOT / "README.md").read_text(encoding="utf-8")
+    kept = [one.outcome(head, None) for head in (heads[0], heads[4])]
+    assert all(row.certificate.upper <= one.BUDGET for row in kept)
+    assert all(row.true_rows <= row.certificate.upper for row in kept)
