@@ -144,11 +144,13 @@ class CudaBackend:
         ]
         self._last.launches, self._last.device = launches, query.device
         inputs = (query, key, value, out_view)
-        figures = self._facts.get(layout)
+        known_by = layout, *(None if mask is None else mask[1:] for mask in masks)
+        figures = self._facts.get(known_by)
         if figures is None:
-            figures = FactsPlan(problem, inputs, stream)  # may compile
-            self._facts.put(layout, figures)
-        records = RowFacts(figures, inputs, problem.query, library, stream)
+            figures = FactsPlan(problem, inputs, masks, stream)  # may compile
+            self._facts.put(known_by, figures)
+        allowed, bias = (0 if mask is None else mask.pointer for mask in masks)
+        records = RowFacts(figures, inputs, (allowed, bias), problem.query, library, stream)
         kept = records.workspace_bytes + sum(launch.workspace_bytes for launch in launches)
         self._last.workspace_bytes = kept
         step_keys = min((launch.step_keys for launch in launches), default=1)

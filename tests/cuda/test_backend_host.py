@@ -73,7 +73,9 @@ class HostRecords:
 
     workspace_bytes = 1000
 
-    def __init__(self, plan: Any, arrays: Any, like: Any, library: Any, stream: int):
+    def __init__(
+        self, plan: Any, arrays: Any, masks: Any, like: Any, library: Any, stream: int
+    ):
         self.problem, self.out = plan, HostRecords.outputs[arrays[3].pointer]
 
     outputs: ClassVar[dict[int, Any]] = {}
@@ -120,7 +122,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaBackend]:
     monkeypatch.setattr(backend_module, "library_of", lambda array: HostLibrary())
     monkeypatch.setattr(dispatch.sm80, "Sm80Launch", Recorder)
     monkeypatch.setattr(backend_module, "RowFacts", HostRecords)
-    monkeypatch.setattr(backend_module, "FactsPlan", lambda problem, arrays, stream: problem)
+    monkeypatch.setattr(backend_module, "FactsPlan", lambda problem, *others: problem)
     monkeypatch.setattr(backend_module, "nvrtc_version", lambda: "13.5")
     Recorder.made, Recorder.started = [], []
     return CudaBackend()

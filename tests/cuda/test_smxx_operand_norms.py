@@ -16,6 +16,7 @@ from adaattn_cuda.kernels.smxx_operand_norms import SLOTS, FactsPlan, RowFacts
 
 EDGES = (0, 70, 70, 270, 300)
 RECORDS = 1 << 30
+NO_MASKS = (None, None)
 
 
 class Call:
@@ -75,8 +76,8 @@ def views(base: int, batch: int = 1) -> tuple[ArrayView, ...]:
 
 
 def test_a_whole_batch_is_one_launch() -> None:
-    plan = FactsPlan(problem(None, batch=3), views(4096, batch=3), 99)
-    facts = RowFacts(plan, views(4096, batch=3), None, Library(), 99)  # type: ignore[arg-type]
+    plan = FactsPlan(problem(None, batch=3), views(4096, batch=3), NO_MASKS, 99)
+    facts = RowFacts(plan, views(4096, batch=3), (0, 0), None, Library(), 99)  # type: ignore[arg-type]
     (launch,) = Call.started
     assert plan.shape == (1, 3 * 12, 3, len(SLOTS))
     assert facts.workspace_bytes == 8 * 36 * 3 * len(SLOTS)
@@ -89,10 +90,10 @@ def test_a_whole_batch_is_one_launch() -> None:
 
 def test_sequences_are_found_at_any_address() -> None:
     mask = Mask(cu_seqlens_q=EDGES, cu_seqlens_kv=EDGES)
-    plan = FactsPlan(problem(mask), views(4096), 99)
+    plan = FactsPlan(problem(mask), views(4096), NO_MASKS, 99)
     for base, stream in ((4096, 99), (1 << 40, 7)):
         Call.started.clear()
-        plan.start(views(base), RECORDS, stream)
+        plan.start(views(base), (0, 0), RECORDS, 0, stream)
         assert len(Call.started) == 4
         for number, launch in enumerate(Call.started):
             begin, end = EDGES[number : number + 2]
@@ -119,8 +120,8 @@ def test_only_what_rows_see_is_looked_at(mask, rows, keys) -> None:
     arrays = tuple(
         contiguous(4096 + (i << 24), (2, 2, n, 64), "f32", 2) for i, n in enumerate(lengths)
     )
-    plan = FactsPlan(AttentionProblem.from_arrays(q, kv, kv, mask=mask), arrays, 99)
-    plan.start(arrays, RECORDS, 99)
+    plan = FactsPlan(AttentionProblem.from_arrays(q, kv, kv, mask=mask), arrays, NO_MASKS, 99)
+    plan.start(arrays, (0, 0), RECORDS, 0, 99)
     seen = (rows, keys, keys, (0, 300))  # every row of the output counts in its rms
     for i, (first, last) in enumerate(seen):
         address, _, length, _, _ = Call.started[0]["rows"][i]
@@ -134,13 +135,13 @@ def test_rows_that_see_nothing_are_not_looked_at() -> None:
         for i, n in enumerate((300, 100, 100, 300))
     )
     mask = Mask.causal("bottom_right")
-    plan = FactsPlan(AttentionProblem.from_arrays(q, kv, kv, mask=mask), arrays, 99)
-    plan.start(arrays, RECORDS, 99)
+    plan = FactsPlan(AttentionProblem.from_arrays(q, kv, kv, mask=mask), arrays, NO_MASKS, 99)
+    plan.start(arrays, (0, 0), RECORDS, 0, 99)
     address, _, length, _, _ = Call.started[0]["rows"][0]
     assert (address, length) == (arrays[0].pointer + 200 * 64 * 4, 100)
 
 
 def test_rows_off_the_grid_are_read_one_by_one() -> None:
-    plan = FactsPlan(problem(None), views(4100), 99)
-    plan.start(views(4100), RECORDS, 99)
+    plan = FactsPlan(problem(None), views(4100), NO_MASKS, 99)
+    plan.start(views(4100), (0, 0), RECORDS, 0, 99)
     assert Call.started[0]["vectorised"] == 0

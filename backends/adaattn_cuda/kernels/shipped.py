@@ -5,6 +5,7 @@ from __future__ import annotations
 import adaattn_kernels_cu as kernels
 from adaattn_cuda.jit.resources import Budget, parse_budget
 from adaattn_cuda.jit.spec import KernelSpec
+from adaattn_cuda.kernels import smxx_mask_seen as mask_seen
 from adaattn_cuda.kernels import smxx_operand_norms as operand_norms
 from adaattn_cuda.tuning import sm80_attn_fwd as sm80
 from adaattn_cuda.tuning import sm90_attn_fwd_f16 as sm90
@@ -21,7 +22,7 @@ def specs(arch: str) -> list[KernelSpec]:
         If the architecture is older than Ampere or unknown.
     """
     own = sm90.shipped() if arch == "sm_90a" else []
-    return sm80.shipped(arch) + own + operand_norms.shipped(arch)
+    return sm80.shipped(arch) + own + operand_norms.shipped(arch) + mask_seen.shipped(arch)
 
 
 def budget(spec: KernelSpec) -> Budget:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from adaattn_cuda.device.launch import kernel_of
 from adaattn_cuda.device.library import Library
 from adaattn_cuda.device.views import ITEM_BYTES, ArrayView
 from adaattn_cuda.jit.spec import KernelSpec
+from adaattn_cuda.kernels.smxx_mask_seen import MaskSeen
 
 __all__ = ["ARRAYS", "SLOTS", "FactsPlan", "RowFacts", "shipped"]
 
@@ -31,8 +32,8 @@ class _Rows(ctypes.Structure):
     """The twin of ``Rows`` in smxx_operand_norms.cuh."""
 
     _fields_ = (
-        ("data", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("batch", "head", "row")),
+        *((name, ctypes.c_void_p) for name in ("data", "counted")),
+        *((name, ctypes.c_int64) for name in ("batch", "head", "row", "counted_unit")),
         *((name, ctypes.c_int32) for name in ("heads", "len", "dim", "first_unit")),
     )
 
@@ -68,6 +69,8 @@ class FactsPlan:
         Only its sequences are looked at.
     arrays : tuple of ArrayView
         query, key, value, out.
+    masks : tuple of ArrayView or None
+        The boolean and the additive mask, broadcast to (batch, heads_q, len_q, len_kv).
     stream : int
         Where it will be started first: loading a kernel is refused during a graph capture.
 
@@ -75,10 +78,16 @@ class FactsPlan:
     ----------
     shape : tuple of int
         Of the records: (parts, units, blocks, slots), float64.
+    seen_bytes : int
+        Scratch memory for what the masks leave visible.
     """
 
     def __init__(
-        self, problem: AttentionProblem, arrays: tuple[ArrayView, ...], stream: int
+        self,
+        problem: AttentionProblem,
+        arrays: tuple[ArrayView, ...],
+        masks: tuple[ArrayView | None, ArrayView | None],
+        stream: int,
     ) -> None:
         query, key = arrays[:2]
         spans = problem.sequences
@@ -97,32 +106,80 @@ class FactsPlan:
         kernel = kernel_of(_spec(query.dtype, _arch(self._device)), THREADS, stream)
         kernel.prepare(self._device)
         vectorised = int(all(map(_is_vectorised, arrays)))
-        self._parts: list[tuple[driver.Call, _Params, tuple[int, ...], int]] = []
+        self._seen: MaskSeen | None = None
+        self.seen_bytes = 0
+        if masks != (None, None):
+            self._seen = MaskSeen(problem, parts, *masks, self._device, stream)
+            self.seen_bytes = self._seen.keys_bytes + self._seen.rows_bytes
+        self._parts: list[_Part] = []
         for number, part in enumerate(parts if units else ()):
             params = _Params(blocks=blocks, vectorised=vectorised)
-            first, starts = 0, []
+            first, starts, counts = 0, [], []
             seeing, seen = _visible(problem, spans[0] if part is None else part)
             for i, array in enumerate(arrays):
                 stretch = (seeing, seen, seen, slice(None))[i]
-                rows, start = _rows(
+                rows, start, row_first = _rows(
                     array, part, stretch, is_query=i in (0, 3), first_unit=first
                 )
+                rows.counted_unit = array.shape[2]
                 params.arrays[i] = rows
                 starts.append(start)
+                batch_first = 0 if part is None else part.batch
+                counts.append(batch_first * self.heads[i] * array.shape[2] + row_first)
                 first += self.batch * self.heads[i]
             place = 8 * number * units * blocks * len(SLOTS)
             call = driver.Call(kernel, params, units * blocks)
-            self._parts.append((call, params, tuple(starts), place))
+            self._parts.append(_Part(call, params, tuple(starts), tuple(counts), place))
         self._lock = threading.Lock()
 
-    def start(self, arrays: tuple[ArrayView, ...], records: int, stream: int) -> None:
-        """Enqueue it: what it finds out about `arrays` goes to the address `records`."""
+    def start(
+        self,
+        arrays: tuple[ArrayView, ...],
+        masks: tuple[int, int],
+        records: int,
+        seen: int,
+        stream: int,
+    ) -> None:
+        """Enqueue it.
+
+        Parameters
+        ----------
+        arrays : tuple of ArrayView
+            query, key, value, out.
+        masks : tuple of int
+            Addresses of the boolean and the additive mask; 0: none.
+        records : int
+            Address of what it finds out.
+        seen : int
+            Address of `seen_bytes` of scratch memory, needed until it has run.
+        stream : int
+        """
         with self._lock:  # the driver copies the parameters before a start returns
-            for call, params, starts, place in self._parts:
-                for rows, array, start in zip(params.arrays, arrays, starts, strict=True):
-                    rows.data = array.pointer + start
-                params.records = records + place
-                call.to(stream).start(self._device)
+            bytes_of: tuple[int | None, ...] = (None,) * 4
+            if self._seen is not None:
+                keys, rows_see = seen, seen + self._seen.keys_bytes
+                self._seen.start(masks, keys, rows_see, stream)
+                bytes_of = (rows_see, keys, keys, None)  # of out, hidden rows are 0
+            for part in self._parts:
+                for i, array in enumerate(arrays):
+                    rows, counted = part.params.arrays[i], bytes_of[i]
+                    rows.data = array.pointer + part.starts[i]
+                    rows.counted = None if counted is None else counted + part.counts[i]
+                part.params.records = records + part.place
+                part.call.to(stream).start(self._device)
+
+
+class _Part(NamedTuple):
+    """A launch: one stretch of sequences."""
+
+    call: driver.Call
+    params: _Params
+    starts: tuple[int, ...]
+    """Bytes from each array's first element to the stretch's."""
+    counts: tuple[int, ...]
+    """Bytes from the first flag of each array's rows to the stretch's."""
+    place: int
+    """Bytes to its records."""
 
 
 class RowFacts:
@@ -137,6 +194,8 @@ class RowFacts:
     plan : FactsPlan
     arrays : tuple of ArrayView
         query, key, value, out.
+    masks : tuple of int
+        Addresses of the boolean and the additive mask; 0: none.
     like : array
         One of the caller's, beside which the records are allocated.
     library : Library
@@ -147,6 +206,7 @@ class RowFacts:
         self,
         plan: FactsPlan,
         arrays: tuple[ArrayView, ...],
+        masks: tuple[int, int],
         like: Any,
         library: Library,
         stream: int,
@@ -154,9 +214,14 @@ class RowFacts:
         self._plan, self._library, self._device = plan, library, arrays[0].device
         # Doubles, asked for as pairs of floats: allocators align far beyond eight bytes.
         size = 2 * math.prod(plan.shape)
-        self.workspace_bytes = 4 * size
+        self._record_bytes = 4 * size
+        # The flags go back to the library, which reuses memory in the order of the stream.
+        flags = -(-plan.seen_bytes // 4)
+        seen = library.empty((flags,), "f32", like) if flags else None
+        self.workspace_bytes = self._record_bytes + 4 * flags
         self._records = library.empty((size,), "f32", like)
-        plan.start(arrays, library.pointer(self._records), stream)
+        place = 0 if seen is None else library.pointer(seen)
+        plan.start(arrays, masks, library.pointer(self._records), place, stream)
 
     def read(self) -> list[NDArray[np.float64]]:
         """Return the records of query, key, value and out, shapes (sequences, heads, slots).
@@ -169,7 +234,7 @@ class RowFacts:
             If a stream is recording a CUDA graph: read after its replay instead.
         """
         plan, address = self._plan, self._library.pointer(self._records)
-        size = self.workspace_bytes
+        size = self._record_bytes
         raw = driver.read(address, size, self._device) if size else b""
         records = np.frombuffer(raw, np.float64).reshape(plan.shape)
         return split_records(records, plan.batch, plan.heads)
@@ -203,7 +268,7 @@ def split_records(
 def _visible(problem: AttentionProblem, span: SequenceSpan) -> tuple[slice, slice]:
     """Rows of a sequence from the first to the last that see a key, and the keys they see.
 
-    By the intervals of the mask alone: what a boolean or additive mask hides besides counts.
+    By the intervals of the mask alone; `MaskSeen` finds what array masks hide besides.
     """
     start, stop = problem.mask.intervals(span.len_q, span.len_kv)
     live = np.flatnonzero(stop > start)
@@ -219,7 +284,7 @@ def _rows(
     stretch: slice,
     is_query: bool,
     first_unit: int,
-) -> tuple[_Rows, int]:
+) -> tuple[_Rows, int, int]:
     """Describe a stretch of an array, or of a sequence's rows of it, as a batch of its own.
 
     Returns
@@ -228,6 +293,8 @@ def _rows(
         Without the address.
     start : int
         Bytes from the array's first element to the stretch's.
+    row_first : int
+        Row of the array at which the stretch begins.
     """
     _, heads, length, dim = array.shape
     batch, head, row, _ = array.strides
@@ -237,6 +304,10 @@ def _rows(
         length = part.len_q if is_query else part.len_kv
         start = part.batch * batch
     low, high, _ = stretch.indices(length)
-    start = (start + (begin + low) * row) * ITEM_BYTES[array.dtype]
-    length = high - low
-    return _Rows(0, batch, head, row, heads, length, dim, first_unit), start
+    row_first = begin + low
+    start = (start + row_first * row) * ITEM_BYTES[array.dtype]
+    described = _Rows(
+        batch=batch, head=head, row=row, heads=heads, len=high - low, dim=dim,
+        first_unit=first_unit,
+    )  # fmt: skip
+    return described, start, row_first

@@ -63,9 +63,11 @@ constexpr int kWarpRows = 32 / kRowLanes;
 // _Rows of adaattn_cuda/kernels/smxx_operand_norms.py.
 struct Rows {
     const void* data;
+    const unsigned char* counted;  // a byte a row of each head, 0: left out; null: all count
     i64 batch;
     i64 head;
     i64 row;
+    i64 counted_unit;  // from one head's bytes to the next one's
     i32 heads;
     i32 len;
     i32 dim;
@@ -79,7 +81,7 @@ struct Params {
     i32 vectorised;  // every row begins on 16 bytes and holds whole 16-byte chunks
 };
 
-static_assert(sizeof(Params) == 208, "mirrored by the host");
+static_assert(sizeof(Params) == 272, "mirrored by the host");
 
 template <Format kInput_>
 struct Traits {
@@ -139,19 +141,24 @@ ADAATTN_DEVICE void load_chunk(float (&x)[T::kChunk], const void* data, i64 inde
     }
 }
 
-// Mean of up to kCentreRows evenly spaced rows, column by column; what is not finite counts as 0.
+// Mean of up to kCentreRows evenly spaced rows that count, column by column; what is not finite is
+// taken for 0.
 template <class T>
-ADAATTN_DEVICE void find_centre(const Rows& rows, i64 base, float* centre) {
+ADAATTN_DEVICE void find_centre(const Rows& rows, const unsigned char* counted, i64 base,
+                                float* centre) {
     const int count = smaller(rows.len, kCentreRows);
     for (int column = static_cast<int>(threadIdx.x); column < kMaxDim; column += T::kThreads) {
         double sum = 0.0;
+        int summed = 0;
         for (int i = 0; column < rows.dim && i < count; ++i) {
             const i64 row = static_cast<i64>(i) * rows.len / count;
+            if (counted != nullptr && !counted[row]) continue;
+            ++summed;
             const float x =
                 quant::load_element<T::kInput>(rows.data, base + row * rows.row + column);
             sum += is_finite(x) ? static_cast<double>(x) : 0.0;
         }
-        centre[column] = static_cast<float>(sum / larger(count, 1));
+        centre[column] = static_cast<float>(sum / larger(summed, 1));
     }
 }
 
@@ -170,8 +177,10 @@ ADAATTN_DEVICE void run(const Params& params) {
     const int index = unit - rows.first_unit;
     const i64 base = (index / rows.heads) * rows.batch + (index % rows.heads) * rows.head;
     const bool is_out = which == kOut, is_value = which == kValue;
+    const unsigned char* counted =
+        rows.counted == nullptr ? nullptr : rows.counted + index * rows.counted_unit;
     if (is_value) {
-        find_centre<T>(rows, base, centre);
+        find_centre<T>(rows, counted, base, centre);
     }
     __syncthreads();  // all threads: the centre is written before anyone reads it
 
@@ -218,7 +227,8 @@ ADAATTN_DEVICE void run(const Params& params) {
         }
 #pragma unroll
         for (int r = 0; r < T::kRowsAtOnce; ++r) {
-            const bool exists = first + lane / kRowLanes + r * step < rows.len;
+            const int row = first + lane / kRowLanes + r * step;
+            const bool exists = row < rows.len && (counted == nullptr || counted[row]);
             const u32 agreed = __ballot_sync(kFullWarp, finite[r]) >> (lane & ~(kRowLanes - 1));
             const bool counts =
                 exists && (agreed & ((1u << kRowLanes) - 1)) == (1u << kRowLanes) - 1;
