@@ -25,7 +25,6 @@ import random
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,8 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from adaattn_bench.clock import Burst, by_events, by_host_together, in_turn, take_turns
+from adaattn_bench.devices import measure_rates
 from adaattn_core.mask import Mask
 from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.problem import AttentionProblem
@@ -48,10 +49,6 @@ OURS, CUDNN, FA2, FA3 = "adaattn", "cuDNN", "FA2", "FA3"
 BARS = (CUDNN, FA3)
 AGREEMENT_REL = 0.01
 """Largest relative difference from cuDNN that two bf16 kernels can have on these inputs."""
-
-Burst = Callable[[int], list[float]]
-"""Runs a number of calls; returns milliseconds of single calls (or of their mean)."""
-
 
 Cell = tuple[int, int, bool]
 """dim, len, causal"""
@@ -78,21 +75,6 @@ def tflops(dim: int, length: int, causal: bool, milliseconds: float) -> float:
 
 
 # --- measuring --------------------------------------------------------------------------------
-def events(calls: list[Callable[[], Any]]) -> Burst:
-    """Time single calls by CUDA events."""
-
-    def burst(count: int) -> list[float]:
-        marks = [[torch.cuda.Event(enable_timing=True) for _ in "ab"] for _ in range(count)]
-        for i, (start, stop) in enumerate(marks):
-            start.record()
-            calls[i % len(calls)]()
-            stop.record()
-        torch.cuda.synchronize()
-        return [start.elapsed_time(stop) for start, stop in marks]
-
-    return burst
-
-
 def torch_bursts(sets: list[list[Any]], causal: bool) -> dict[str, Burst]:
     """Attention of torch's cuDNN and FlashAttention-2 backends."""
 
@@ -105,7 +87,7 @@ def torch_bursts(sets: list[list[Any]], causal: bool) -> dict[str, Burst]:
         (CUDNN, SDPBackend.CUDNN_ATTENTION),
         (FA2, SDPBackend.FLASH_ATTENTION),
     ):
-        found[name] = events([lambda b=backend, x=x: call(b, x) for x in sets])
+        found[name] = by_events(in_turn([lambda b=backend, x=x: call(b, x) for x in sets]))
     return found
 
 
@@ -121,7 +103,8 @@ def our_burst(sets: list[list[Any]], causal: bool) -> tuple[Burst, Callable[[], 
         assert torch.equal(out, planned), "both doors start the same kernel"
         return out, backend.provenance()["kernels"]
 
-    return events([lambda x=x: backend.forward(*x, mask=mask) for x in sets]), compared
+    calls = [lambda x=x: backend.forward(*x, mask=mask) for x in sets]
+    return by_events(in_turn(calls)), compared
 
 
 def fa3_burst(dim: int, length: int, causal: bool) -> Burst | None:
@@ -143,43 +126,22 @@ def fa3_burst(dim: int, length: int, causal: bool) -> Burst | None:
         print("FA3:", dim, str(error)[:200], file=sys.stderr)
         return None
 
-    def burst(count: int) -> list[float]:
-        call(*draw[0]).block_until_ready()
-        start = time.perf_counter()
-        for i in range(count):
-            out = call(*draw[i % 2])
-        out.block_until_ready()
-        return [(time.perf_counter() - start) / count * 1e3]
-
-    return burst
+    calls = in_turn([lambda x=x: call(*x) for x in draw])
+    return by_host_together(calls, lambda out: out.block_until_ready())
 
 
 def side_by_side(bursts: dict[str, Burst], rounds: int, burst_ms: float) -> dict[str, float]:
-    """Median milliseconds of each contender."""
-    single = {name: statistics.median(burst(4)) for name, burst in bursts.items()}
-    times: dict[str, list[float]] = {name: [] for name in bursts}
-    for _ in range(rounds):
-        for name in random.sample(sorted(bursts), len(bursts)):
-            count = max(4, int(burst_ms / single[name]))
-            bursts[name](count // 2)
-            times[name] += bursts[name](count)
-    return {name: statistics.median(values) for name, values in times.items()}
+    """Median milliseconds of each contender; whoever fails ends the run."""
+    timings = take_turns(bursts, rounds, burst_ms, most=sys.maxsize)
+    if timings.failed:
+        raise SystemExit(f"failed: {timings.failed}")
+    return {name: summary.median for name, summary in timings.summaries().items()}
 
 
 def ceilings() -> dict[str, float]:
     """Rates of a large bf16 matrix product (TFLOP/s) and of a large copy (TB/s)."""
-    n = 8192
-    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    product = events([lambda: a @ b])
-    source = torch.randn(1 << 30, device="cuda")
-    target = torch.empty_like(source)
-    copy = events([lambda: target.copy_(source)])
-    for burst in (product, copy):
-        burst(5)
-    return {
-        "matmul_tflops": 2 * n**3 / statistics.median(product(40)) / 1e9,
-        "copy_tbps": 2 * source.nbytes / statistics.median(copy(10)) / 1e9,
-    }
+    rates = measure_rates("cuda", "bfloat16")
+    return {"matmul_tflops": rates.matmul / 1e12, "copy_tbps": rates.copy / 1e12}
 
 
 def measure(rounds: int, burst_ms: float, revision: str, chosen: list[Cell]) -> dict[str, Any]:

@@ -17,10 +17,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import random
-import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,8 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from adaattn_bench.clock import Call, by_events, in_turn, take_turns
+from adaattn_bench.devices import measure_rates
 from adaattn_core.errors import AdaAttnError
 from adaattn_core.mask import Mask
 from adaattn_core.problem import AttentionProblem
@@ -55,8 +55,6 @@ SM80 = {
 }  # fmt: skip
 """Variants beside the chosen one: tile_m, tile_n, warps, stages."""
 
-Call = Callable[[], Any]
-
 
 def contenders(
     family: str, dtype: str, length: int, dim: int, causal: bool
@@ -82,12 +80,6 @@ def contenders(
             print(f"left out: {name}: {error.got}", file=sys.stderr)
             continue
         yield name, in_turn(calls)
-
-
-def in_turn(calls: list[Call]) -> Call:
-    """Call each after the other: no contender finds its inputs in a cache."""
-    following = itertools.cycle(calls)
-    return lambda: next(following)()
 
 
 def torch_call(kind: SDPBackend, three: list[torch.Tensor], causal: bool) -> Call:
@@ -141,34 +133,13 @@ def sm80_variants(dtype: str, dim: int) -> list[tuple[str, tuning80.Specialisati
     ]
 
 
-def milliseconds(call: Call, repeats: int, warm_up: int) -> list[float]:
-    """Time single calls by events."""
-    for _ in range(warm_up):
-        call()
-    marks = [[torch.cuda.Event(enable_timing=True) for _ in "ab"] for _ in range(repeats)]
-    for start, stop in marks:
-        start.record()
-        call()
-        stop.record()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(stop) for start, stop in marks]
-
-
 def side_by_side(calls: dict[str, Call]) -> dict[str, float]:
     """Median milliseconds of every contender."""
-    once = {name: statistics.median(milliseconds(call, 4, 2)) for name, call in calls.items()}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
-        for name in random.sample(sorted(calls), len(calls)):
-            count = max(4, int(BURST_MS / once[name]))
-            times[name] += milliseconds(calls[name], count, count // 2)
-    return {name: statistics.median(found) for name, found in times.items()}
-
-
-def matmul_tflops(n: int = 8192) -> float:
-    """Rate of a bf16 product of random matrices."""
-    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in "ab")
-    return 2 * n**3 / statistics.median(milliseconds(lambda: a @ b, 20, 5)) / 1e9
+    bursts = {name: by_events(call) for name, call in calls.items()}
+    timings = take_turns(bursts, ROUNDS, BURST_MS, most=sys.maxsize)
+    for name, why in timings.failed.items():
+        print(f"left out: {name}: {why}", file=sys.stderr)
+    return {name: summary.median for name, summary in timings.summaries().items()}
 
 
 def main() -> None:
@@ -194,9 +165,12 @@ def main() -> None:
                 family, chosen.dtype, chosen.length, dim, chosen.causal
             ):
                 if chosen.profile in name:
-                    milliseconds(call, 4, 0)
+                    by_events(call)(4)
             continue
-        say(device=torch.cuda.get_device_name(), matmul_tflops=round(matmul_tflops()))
+        say(
+            device=torch.cuda.get_device_name(),
+            matmul_tflops=round(measure_rates("cuda", "bfloat16").matmul / 1e12),
+        )
         for length, causal in CELLS:
             found = side_by_side(dict(contenders(family, chosen.dtype, length, dim, causal)))
             flops = 4 * TOKENS * length * WIDTH / (2 if causal else 1)

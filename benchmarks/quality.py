@@ -3,8 +3,8 @@
     python benchmarks/quality.py TEXT.txt TEXT.txt TEXT.txt --out docs/benchmarks
 
 Every layer and head runs through ``model.set_attn_implementation("adaattn")``. "sdpa" is
-PyTorch's own attention with the same weights; "exact" is AdaAttn without a budget. See
-smollm2.py for the model.
+PyTorch's own attention with the same weights; "exact" is AdaAttn without a budget. The tasks
+are those of ``adaattn eval`` (`adaattn_bench.tasks`); columns and page are this script's.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import argparse
 import datetime
 import json
 import platform
-import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,134 +20,35 @@ import numpy as np
 import torch
 import transformers
 
-import adaattn_torch
-import smollm2
-from adaattn_core.plan import HeadPlan
-from adaattn_core.policies.base import PolicyContext
-from adaattn_core.policies.budget import BudgetPolicy
-from adaattn_core.stats import HeadStats, MeasureRequest
-from adaattn_torch.entries.transformers import KEY, budgets, register_transformers
+from adaattn_bench import models, tasks
+from adaattn_bench.tasks import CODE, NEEDLE, QUESTION
 
-BUDGETS: dict[str, float | None] = {
-    "sdpa": None,
-    "exact": None,
-    "0.02": 0.02,
-    "0.05": 0.05,
-    "0.1": 0.1,
-    "0.2": 0.2,
+__all__ = ["CODE", "NEEDLE", "QUESTION"]
+
+BUDGETS: dict[str, models.Setting] = {
+    "sdpa": models.Setting(models.TORCH),
+    "exact": models.Setting(models.EXACT),
+    **{name: models.Setting(name, float(name)) for name in ("0.02", "0.05", "0.1", "0.2")},
 }
 NEEDLE_BUDGETS = ("sdpa", "0.1", "0.2")
 DEPTHS = (0.2, 0.5, 0.8)
-CODE = "493027518664"
-NEEDLE = f" The access code of the northern archive is {CODE}."
-QUESTION = (
-    "\n\nQuestion: what is the access code of the northern archive?"
-    "\nAnswer: The access code of the northern archive is"
-)
 PARTS = ("perplexity", "needle", "greedy")
 PROMPT = "The history of the lighthouse began when"
 
 
-class Unhurried(BudgetPolicy):
-    """The default policy, as if measuring and certifying took no time.
-
-    At a few thousand tokens they take longer than a dense head on a CPU, so the default policy
-    runs everything dense there and a budget changes nothing. What is asked here is what a plan
-    within the budget does to the model.
-    """
-
-    def request(self, context: PolicyContext) -> MeasureRequest | None:
-        """Ask for all structures."""
-        return super().request(_free(context))
-
-    def decide_head(self, stats: HeadStats, context: PolicyContext) -> HeadPlan:
-        """Choose by the scores computed."""
-        return super().decide_head(stats, _free(context))
-
-    def escalate(
-        self, plan: HeadPlan, upper: float, stats: HeadStats, context: PolicyContext
-    ) -> HeadPlan | None:
-        """Climb the same way."""
-        return super().escalate(plan, upper, stats, _free(context))
-
-
-def settings(name: str) -> Any:
-    """Budget and policy of a column; without a budget both are exact."""
-    budget = BUDGETS[name]
-    return budgets(budget, policy=None if budget is None else Unhurried())
-
-
-def _free(context: PolicyContext) -> PolicyContext:
-    rates = {**context.costs.efficiency, "rows": 1e9, "landmark": 1.0, "score_skip": 1.0}
-    return replace(context, costs=replace(context.costs, head_seconds=0.0, efficiency=rates))
-
-
-def run(model: Any, name: str, ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
-    """Logits of one forward pass, and what the heads did."""
-    model.set_attn_implementation("sdpa" if name == "sdpa" else KEY)
-    seen: list[adaattn_torch.AttentionInfo] = []
-    started = time.perf_counter()
-    with torch.no_grad(), adaattn_torch.listening(seen), settings(name):
-        logits = model(ids).logits[0]
-    assert all(info.fell_back is None for info in seen)
-    shares = [facts.share for info in seen for facts in info.facts.values()]
-    uppers = [float(np.max(info.certificate.upper)) for info in seen]
-    return logits, {
-        "seconds": time.perf_counter() - started,
-        "share": float(np.mean(shares)) if shares else 1.0,
-        "upper_max": max(uppers, default=float("nan")),
-    }
-
-
-def perplexity(model: Any, name: str, ids: torch.Tensor) -> dict[str, float]:
-    """Perplexity of one window."""
-    logits, facts = run(model, name, ids)
-    loss = torch.nn.functional.cross_entropy(logits[:-1].double(), ids[0, 1:])
-    return {"perplexity": float(loss.exp()), **facts}
-
-
-def needle(
-    model: Any, tokenizer: Any, name: str, prose: torch.Tensor, depth: float
-) -> dict[str, Any]:
-    """Nats of the code's tokens, and whether each is the most likely one."""
-
-    def encode(text: str) -> torch.Tensor:
-        return tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][0]
-
-    hidden, question, answer = encode(NEEDLE), encode(QUESTION), encode(f" {CODE}")
-    room = len(prose) - len(hidden) - len(question) - len(answer)
-    split = int(depth * room)
-    ids = torch.cat([prose[:split], hidden, prose[split:room], question, answer])
-    logits, facts = run(model, name, ids[None])
-    first = len(ids) - len(answer)
-    predicted = logits[first - 1 : -1].double()
-    nats = torch.nn.functional.cross_entropy(predicted, answer)
-    right = int((predicted.argmax(-1) == answer).sum())
-    return {"nats": float(nats), "right": right, "tokens": len(answer), **facts}
-
-
-def greedy(model: Any, ids: torch.Tensor, count: int) -> dict[str, dict[str, Any]]:
+def greedy(model: models.Model, ids: torch.Tensor, count: int) -> dict[str, dict[str, Any]]:
     """Continue a prompt greedily at every budget, and compare with PyTorch's continuation."""
     rows: dict[str, dict[str, Any]] = {}
     reference: list[int] = []
-    for name in BUDGETS:  # "sdpa" is the first
-        model.set_attn_implementation("sdpa" if name == "sdpa" else KEY)
-        seen: list[adaattn_torch.AttentionInfo] = []
-        with torch.no_grad(), settings(name), adaattn_torch.listening(seen):
-            made = model.generate(
-                ids, max_new_tokens=count, min_new_tokens=count, do_sample=False
-            )
-        tokens = list(map(int, made[0, ids.shape[1] :]))
-        reference = reference or tokens
-        same = [a == b for a, b in zip(tokens, reference, strict=True)]
-        prefill = seen[: model.config.num_hidden_layers]  # the prompt comes first
-        shares = [facts.share for info in prefill for facts in info.facts.values()]
+    for name, setting in BUDGETS.items():  # "sdpa" is the first
+        row = tasks.greedy(model, setting, ids, count, reference)
+        reference = reference or row["tokens"]
         rows[name] = {
-            "agreement": float(np.mean(same)),
-            "first_difference": None if all(same) else same.index(False),
-            "prefill_share": float(np.mean(shares)) if shares else 1.0,
+            "agreement": row["agreement"],
+            "first_difference": row["first_difference"],
+            "prefill_share": row.get("share", 1.0),
         }
-        print("greedy", ids.shape[1], name, rows[name], flush=True)
+        print("greedy", len(ids), name, rows[name], flush=True)
     return rows
 
 
@@ -297,12 +196,10 @@ def main() -> None:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Run everything."""
-    register_transformers()
-    tokenizer, model = smollm2.load()
+    model = models.load(models.SMOLLM2)
 
     def window(path: Path, count: int) -> torch.Tensor:
-        text = path.read_text(errors="ignore")[: count * 8]
-        return tokenizer(text, return_tensors="pt")["input_ids"][:, :count]
+        return model.encode(path.read_text(errors="ignore"), count)
 
     wanted = PARTS if args.only is None else (args.only,)
     report: dict[str, Any] = {
@@ -316,23 +213,24 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for path in args.texts if "perplexity" in wanted else ():
         ids = window(path, args.tokens)
         rows = report["perplexity"][path.stem] = {}
-        for name in BUDGETS:
-            rows[name] = perplexity(model, name, ids)
+        for name, setting in BUDGETS.items():
+            row = tasks.perplexity(model, setting, [ids])
+            rows[name] = {"share": 1.0, "upper_max": float("nan")} | row
             print(path.stem, name, rows[name], flush=True)
     if "greedy" in wanted:
-        short = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
-        long = window(args.texts[0], args.prompt_tokens)
+        short, long = model.encode(PROMPT), window(args.texts[0], args.prompt_tokens)
         report |= {"greedy_tokens": args.greedy_tokens, "prompt_tokens": args.prompt_tokens}
         report["greedy"] = greedy(model, short, args.greedy_tokens)
         report["greedy_long"] = greedy(model, long, args.greedy_tokens)
     if "needle" in wanted:
         report |= {"needle_tokens": args.needle_tokens, "needle": {}}
-        prose = window(args.texts[0], args.needle_tokens)[0]
-    names = [name for name in NEEDLE_BUDGETS if name in BUDGETS]
-    for name in names if "needle" in wanted else ():
-        report["needle"][name] = [
-            needle(model, tokenizer, name, prose, depth) for depth in DEPTHS
+        prose = window(args.texts[0], args.needle_tokens)
+    for name in NEEDLE_BUDGETS if "needle" in wanted else ():
+        found = [
+            tasks.needle(model, BUDGETS[name], prose, args.needle_tokens, depth)
+            for depth in DEPTHS
         ]
+        report["needle"][name] = [{"share": 1.0} | row for row in found]
         print("needle", name, report["needle"][name], flush=True)
     return report
 

@@ -15,7 +15,7 @@ from adaattn_core.errors import ArgumentError
 from adaattn_core.files import atomic_write_text, check_writable
 from adaattn_core.mask import Mask
 from adaattn_core.report.figure import can_draw, check_figure, draw_choices
-from adaattn_core.report.predict import Prediction, joined
+from adaattn_core.report.predict import Prediction, joined, prediction_lines
 from adaattn_core.report.run_page import render_report
 from adaattn_core.report.summary import HeadRow, Totals, totals
 from adaattn_core.report.tables import console, head_table, print_json, progress, total_lines
@@ -127,7 +127,7 @@ def _show(
     screen = console()
     screen.print(head_table(rows, TITLE))
     screen.print()
-    for line in (*total_lines(sums), *prediction.lines()):
+    for line in (*total_lines(sums), *prediction_lines(prediction.to_json())):
         screen.print(line)
     if drawn is not None:
         screen.print(f"map of choices: {drawn}")

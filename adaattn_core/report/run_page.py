@@ -15,6 +15,7 @@ from adaattn_core.report.heads import (
     share_figure,
 )
 from adaattn_core.report.page import Page, Section, Tile, facts_table
+from adaattn_core.report.predict import prediction_lines
 from adaattn_core.report.svg import short
 
 EXPLANATION = (
@@ -83,12 +84,5 @@ def _tiles(heads: Sequence[Head], totals: Mapping[str, Any]) -> list[Tile]:
 
 
 def _lines(body: Mapping[str, Any]) -> list[str]:
-    if (found := body.get("prediction")) is None:
-        return []
-    ratio = found["dense_seconds"] / found["seconds"] if found["seconds"] else 1.0
-    return [
-        f"Predicted on {found['target']} ({found['format']}), not measured: these structures"
-        f" and shares {1e6 * found['seconds']:.0f} us, dense"
-        f" {1e6 * found['dense_seconds']:.0f} us, {ratio:.2f}x. Launches, the host, and how a"
-        " small problem fills the device are not in the cost model."
-    ]
+    found = body.get("prediction")
+    return [] if found is None else prediction_lines(found)

@@ -15,14 +15,12 @@ from numpy.typing import NDArray
 from adaattn_bench.policies import PARTS, Without, unfitted
 from adaattn_core.api import attention
 from adaattn_core.budget import ErrorBudget
-from adaattn_core.costs import get_cost_model
 from adaattn_core.errors import AdaAttnError
 from adaattn_core.mask import Mask
-from adaattn_core.plan import HeadPlan
 from adaattn_core.problem import AttentionProblem
+from adaattn_core.report.predict import predict
 from adaattn_core.report.summary import HeadRow, TrueError, head_rows
 from adaattn_core.result import AttentionResult
-from adaattn_core.stats import problem_shapes
 from adaattn_core.testing.oracles import exact_attention, relative_frobenius, row_quantile
 
 WHOLE = "everything on"
@@ -122,8 +120,9 @@ def _measure(
             seconds += time.perf_counter() - started
         heads += layer.rows(result)
         escalated += len(result.provenance.get("escalated", ()))
-        for a, w, d in _predicted(layer.problem, result, target):
-            alone, whole, dense = alone + a, whole + w, dense + d
+        found = predict(layer.problem, result, target, as_planned=True)
+        alone, whole = alone + found.plan_seconds, whole + found.seconds
+        dense += found.dense_seconds
     return summarise(heads, rel) | {
         "seconds": seconds,
         "speedup": dense / alone if alone else 1.0,
@@ -148,18 +147,3 @@ def summarise(heads: Sequence[HeadRow], rel: float) -> dict[str, Any]:
         "structures": dict(Counter(row.plan.structure.kind for row in heads)),
         "formats": dict(Counter(f"{row.plan.qk}/{row.plan.pv}" for row in heads)),
     }
-
-
-def _predicted(
-    problem: AttentionProblem, result: AttentionResult, target: str
-) -> Iterator[tuple[float, float, float]]:
-    """Predicted seconds of each head: the plan alone, the whole call, and dense."""
-    costs = get_cost_model(target)
-    shapes = problem_shapes(problem)
-    exact = problem.dtype if costs.runs(problem.dtype, problem.dtype) else "f32"
-    for index in result.plan:
-        plan: HeadPlan = result.plan[index]
-        shape, share = shapes[index], result.facts[index].share
-        whole = costs.head_cost(shape, plan, share)
-        alone = whole - costs.extra_seconds(shape, plan.structure)
-        yield alone, whole, costs.dense_cost(shape, exact, exact)

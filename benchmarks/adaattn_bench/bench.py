@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from adaattn_bench.clock import Timings, reason, take_turns
+from adaattn_bench.clock import Timings, kept_when_interrupted, reason, take_turns
 from adaattn_bench.contenders import Contender, Field, Given, gather
 from adaattn_bench.devices import PeakMemory, Rates, Utilization, describe, measure_rates
 from adaattn_bench.problems import DTYPES, Problem, Shape, make_problem
@@ -96,10 +96,9 @@ def sweep(settings: Settings, note: Note = lambda _: None) -> dict[str, Any]:
         "rates": {},
         "cells": [],
         "cut_short": [],
-        "interrupted": False,
     }
     todo = settings.shapes()
-    try:
+    with kept_when_interrupted(report):
         note("this machine's rates")
         rates = measure_rates(settings.device, settings.dtype)
         report["rates"] = asdict(rates)
@@ -113,8 +112,6 @@ def sweep(settings: Settings, note: Note = lambda _: None) -> dict[str, Any]:
                 _keep(report["cells"], cell)
             todo.pop(0)
             note("")
-    except KeyboardInterrupt:
-        report["interrupted"] = True
     why = "interrupted" if report["interrupted"] else "no time left"
     report["cut_short"] = [f"{s.len_kv} tokens, dim {s.dim}: {why}" for s in todo]
     kept: dict[str, Any] = rounded(report)
@@ -269,9 +266,3 @@ def _figures(
             }
         cell["contenders"][name] = found
     return cell
-
-
-def speedups(cell: Mapping[str, Any], base: str) -> dict[str, float]:
-    """Time of one contender over everybody's."""
-    times = {n: e["ms"]["median"] for n, e in cell["contenders"].items() if "ms" in e}
-    return {name: times[base] / ms for name, ms in times.items()} if base in times else {}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +18,10 @@ Call = Callable[[], Any]
 Burst = Callable[[int], list[float]]
 """Runs a number of calls; returns milliseconds of each, or their mean if no more is known."""
 
+EXIT_SIGNAL = 128
+"""Plus a signal's number: how a command that it ended exits."""
 COUNT_MAX = 40
-"""Most calls of one burst."""
+"""Most calls of one burst, unless asked for more."""
 
 
 def synchronize() -> None:
@@ -40,6 +45,12 @@ def by_events(call: Call) -> Burst:
         return [start.elapsed_time(stop) for start, stop in marks]
 
     return burst
+
+
+def in_turn(calls: Sequence[Call]) -> Call:
+    """Call each after the other: no contender finds its inputs in a cache."""
+    following = itertools.cycle(calls)
+    return lambda: next(following)()
 
 
 def by_host(call: Call) -> Burst:
@@ -93,6 +104,21 @@ class Timings:
         return {name: Summary.of(x) for name, x in self.warm.items() if x}
 
 
+@contextmanager
+def kept_when_interrupted(report: dict[str, Any]) -> Iterator[None]:
+    """End early, with what there is: ``report["interrupted"]`` becomes the signal's number."""
+    report["interrupted"] = 0
+    try:
+        yield
+    except KeyboardInterrupt:
+        report["interrupted"] = int(signal.SIGINT)
+    except SystemExit as stop:  # how the command line lets other signals unwind
+        code = stop.code if isinstance(stop.code, int) else 0
+        if code <= EXIT_SIGNAL:
+            raise
+        report["interrupted"] = code - EXIT_SIGNAL
+
+
 def reason(error: BaseException) -> str:
     """Say in one line why a contender left the field."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -103,9 +129,9 @@ def take_turns(
     rounds: int,
     burst_ms: float,
     *,
-    cold: Mapping[str, float] | None = None,
     timings: Timings | None = None,
     seed: int = 17,
+    most: int = COUNT_MAX,
 ) -> Timings:
     """Time contenders in turn, in random order.
 
@@ -118,15 +144,15 @@ def take_turns(
         Turns that each contender takes.
     burst_ms : float
         Aimed length of a burst; at least two calls are counted.
-    cold : mapping of str to float, optional
-        First calls that were timed already; by default the first call here is the cold one.
     timings : Timings, optional
         Filled as the rounds go on: who holds it has what there is when a run is interrupted.
+        Who has a cold call there was called before; else the first call here is the cold one.
     seed : int
         Of the order of turns.
+    most : int
+        Most calls of one burst.
     """
     found = Timings() if timings is None else timings
-    found.cold.update(cold or {})
     draw = random.Random(seed)
     single: dict[str, float] = {}
 
@@ -147,30 +173,7 @@ def take_turns(
         for name in draw.sample(sorted(bursts), len(bursts)):
             if name in found.failed:
                 continue
-            count = min(max(2, int(burst_ms / max(single[name], 1e-3))), COUNT_MAX)
+            count = min(max(2, int(burst_ms / max(single[name], 1e-3))), most)
             run(name, max(1, count // 3))
             found.warm.setdefault(name, []).extend(run(name, count))
     return found
-
-
-def whole_calls(call: Call, look: Callable[[Any], Any], repeats: int) -> dict[str, Summary]:
-    """Milliseconds by the host's clock of single calls on an idle device.
-
-    Returns
-    -------
-    dict
-        ``returned``: until the call returns; ``done``: until the device is done; ``looked``:
-        until `look` has read what it wants of the result (a certificate, say).
-    """
-    times: dict[str, list[float]] = {"returned": [], "done": [], "looked": []}
-    for _ in range(repeats):
-        synchronize()
-        started = time.perf_counter()
-        result = call()
-        times["returned"].append(1e3 * (time.perf_counter() - started))
-        synchronize()
-        times["done"].append(1e3 * (time.perf_counter() - started))
-        look(result)
-        synchronize()
-        times["looked"].append(1e3 * (time.perf_counter() - started))
-    return {name: Summary.of(x) for name, x in times.items()}

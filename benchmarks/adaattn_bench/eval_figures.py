@@ -128,6 +128,7 @@ def _greedy(report: Report) -> Sheet:
             column,
             f"{row['agreement']:.0%}",
             "none" if row["first_difference"] is None else f"token {row['first_difference']}",
+            _share(row),
         )
         for column, row in report["greedy"].items()
     ]
@@ -136,7 +137,8 @@ def _greedy(report: Report) -> Sheet:
         f"{asked['greedy_tokens']} tokens after {asked['prompt_tokens']:,} of prose; one row at"
         " a time runs dense, so what a budget did to the prompt is what shows."
     )
-    return Sheet("Greedy text", ("attention", "same tokens", "first difference"), rows, remark)
+    header = ("attention", "same tokens", "first difference", "share kept in the prompt")
+    return Sheet("Greedy text", header, rows, remark)
 
 
 def _choices(report: Report) -> Sheet:

@@ -11,6 +11,7 @@ from typing import Any
 from adaattn_bench import tasks, texts
 from adaattn_bench.ablations import Layer, ablate, summarise
 from adaattn_bench.bench import Note
+from adaattn_bench.clock import kept_when_interrupted
 from adaattn_bench.devices import describe
 from adaattn_bench.models import EXACT, TORCH, Model, Setting, load, settings
 from adaattn_bench.policies import PARTS as ADAPTIVE_PARTS
@@ -121,17 +122,15 @@ def evaluate(asked: Settings, note: Note = lambda _: None) -> dict[str, Any]:
         "machine": describe(asked.device),
         "settings": asdict(asked),
         "cut_short": [],
-        "interrupted": False,
     }
     run = _Run(asked, report, note, time.monotonic() + asked.seconds)
-    try:
+    with kept_when_interrupted(report):
         if asked.needs_model:
             note("loading the model")
             run.model = load(asked.model, asked.device)
         for part in asked.parts:
             run.part(part)
-    except KeyboardInterrupt:
-        report["interrupted"] = True
+    if report["interrupted"]:
         report["cut_short"].append(f"{run.now}: interrupted")
     kept: dict[str, Any] = rounded(report)
     return kept

@@ -70,9 +70,11 @@ class Model:
             found = self.network(ids[None].to(self.device)).logits[0].float().cpu()
         return found, summary(seen)
 
-    def generate(self, ids: Any, count: int, setting: Setting) -> list[int]:
-        """Continue greedily by a number of tokens."""
-        with self._torch.no_grad(), setting.on(self):
+    def generate(
+        self, ids: Any, count: int, setting: Setting
+    ) -> tuple[list[int], dict[str, float]]:
+        """Continue greedily by a number of tokens; and what the heads did to the prompt."""
+        with self._torch.no_grad(), setting.on(self) as seen:
             made = self.network.generate(
                 ids[None].to(self.device),
                 attention_mask=self._torch.ones_like(ids[None]).to(self.device),
@@ -81,7 +83,8 @@ class Model:
                 do_sample=False,
                 pad_token_id=0,
             )
-        return [int(token) for token in made[0, len(ids) :]]
+        prompt = summary(seen[: self.network.config.num_hidden_layers])  # it comes first
+        return [int(token) for token in made[0, len(ids) :]], prompt
 
     def heads(self, ids: Any) -> list[tuple[str, Any, Any, Any, float]]:
         """Layer, query, key, value (1, heads, len, dim; bf16) and scale of every layer."""
@@ -177,18 +180,7 @@ def load(name: str, device: str = "cpu") -> Model:
     FileError
         If there is no model at the path.
     """
-    for package, install in (("torch", "torch"), ("transformers", "'transformers>=5'")):
-        if importlib.util.find_spec(package) is None:
-            raise _missing(package, install)
-    folder, options = _place(name)
-    if options and importlib.util.find_spec("gguf") is None:
-        raise _missing("gguf", "gguf accelerate")
-    # Read by transformers while it is imported: everything needed lies on this machine.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
-    transformers = importlib.import_module("transformers")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    transformers, folder, options = _found(name)
     torch = importlib.import_module("torch")
     quietly = io.StringIO()  # a GGUF file is read with a progress bar that nothing switches off
     try:
@@ -205,6 +197,29 @@ def load(name: str, device: str = "cpu") -> Model:
             path=name,
         ) from error
     return Model(name, tokenizer, network.eval().to(device), device)
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load the tokenizer of a model alone; names and errors are those of `load`."""
+    transformers, folder, options = _found(name)
+    return transformers.AutoTokenizer.from_pretrained(folder, **options)
+
+
+def _found(name: str) -> tuple[Any, str, dict[str, str]]:
+    """Return transformers, and where and how it finds a model."""
+    for package, install in (("torch", "torch"), ("transformers", "'transformers>=5'")):
+        if importlib.util.find_spec(package) is None:
+            raise _missing(package, install)
+    folder, options = _place(name)
+    if options and importlib.util.find_spec("gguf") is None:
+        raise _missing("gguf", "gguf accelerate")
+    # Read by transformers while it is imported: everything needed lies on this machine.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+    transformers = importlib.import_module("transformers")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers, folder, options
 
 
 def _place(name: str) -> tuple[str, dict[str, str]]:

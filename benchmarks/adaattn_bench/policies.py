@@ -81,8 +81,9 @@ class Without:
         kinds = ("dense",) if self.part == "structure" else kinds
         rates = {"rows": 1e9, "landmark": 1.0, "score_skip": 1.0}
         costs = replace(
-            context.costs, head_seconds=0.0, efficiency={**context.costs.efficiency, **rates}
-        )
+            context.costs, head_seconds=0.0, key_seconds=0.0, call_seconds=0.0,
+            efficiency={**context.costs.efficiency, **rates},
+        )  # fmt: skip
         return replace(context, capabilities=replace(able, structures=kinds), costs=costs)
 
     def _changed(self, plan: HeadPlan) -> HeadPlan:

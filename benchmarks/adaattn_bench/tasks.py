@@ -96,12 +96,13 @@ def greedy(
     model: Model, setting: Setting, ids: Any, count: int, reference: Sequence[int]
 ) -> dict[str, Any]:
     """Continue a prompt greedily; compare with a reference (empty: this is the reference)."""
-    tokens = model.generate(ids, count, setting)
+    tokens, prompt = model.generate(ids, count, setting)
     same = [a == b for a, b in zip(tokens, reference or tokens, strict=True)]
     return {
         "agreement": float(np.mean(same)),
         "first_difference": None if all(same) else same.index(False),
         "tokens": tokens,
+        **prompt,
     }
 
 

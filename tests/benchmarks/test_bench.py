@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import signal
 import statistics
 import time
 from pathlib import Path
@@ -121,23 +122,24 @@ def test_bad_options_end_in_three_lines(cli: Any, options: tuple[str, ...]) -> N
     assert three_lines(err)
 
 
-def test_ctrl_c_keeps_what_there_is(
-    cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_keep_what_there_is(
+    cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     honest = benching.take_turns
 
     def impatient(*arguments: Any, **options: Any) -> Any:
         if len(seen) == 1:
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
         seen.append(1)
         return honest(*arguments, **options)
 
     seen: list[int] = []
     monkeypatch.setattr(benching, "take_turns", impatient)
     code, out, _ = cli(*SMALL, "--budgets", "none", "--out", tmp_path, "--json")
-    assert code == 130
+    assert code == 128 + number
     report = json.loads(out)
-    assert report["interrupted"]
+    assert report["interrupted"] == number
     first, second = report["cells"]
     assert "ms" in first["contenders"]["exact"]
     assert "ms" not in second["contenders"]["exact"]

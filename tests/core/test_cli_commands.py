@@ -153,7 +153,9 @@ def test_demo_keeps_its_budget_on_real_heads_and_draws(
     assert body["totals"]["coverage"] > 0.5
     assert body["totals"]["share"] < 0.8
     assert body["prediction"]["kind"] == "prediction by a cost model, not a measurement"
-    assert 0 < body["prediction"]["seconds"] < body["prediction"]["dense_seconds"] < 1e-3
+    predicted = body["prediction"]
+    assert 0 < predicted["plan_seconds"] < predicted["dense_seconds"] < 1e-3
+    assert predicted["seconds"] > predicted["plan_seconds"]
     figure = tmp_path / "adaattn-demo.png"
     assert figure.read_bytes().startswith(b"\x89PNG")
     assert list(tmp_path.iterdir()) == [figure]
@@ -167,7 +169,9 @@ def test_demo_without_matplotlib_says_so(
     code, out, _ = cli("demo")
     assert code == 0
     assert "no figure: matplotlib is not installed" in out
-    assert re.search(r"^predicted on sm90, bf16: these structures and shares \d+ us", out, re.M)
+    assert re.search(
+        r"^predicted on sm90, bf16: dense \d+ us, these plans alone \d+ us", out, re.M
+    )
     assert "not a measurement" in out
     assert list(tmp_path.iterdir()) == []
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from adaattn_bench import bench_figures
 from adaattn_bench.bench import Settings, sweep
+from adaattn_bench.clock import EXIT_SIGNAL
 from adaattn_bench.commands.options import Steps, numbers, wholes
 from adaattn_bench.contenders import checked_peers
 from adaattn_bench.devices import checked_device, torch_module
@@ -21,7 +22,6 @@ from adaattn_core.report.figure import can_draw
 from adaattn_core.report.tables import console, print_json
 
 Option = typer.Option
-EXIT_INTERRUPTED = 130
 DEFAULT_LENGTHS = {"cpu": "1024,2048,4096", "cuda": "4096,16384,65536"}
 DEFAULT_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 
@@ -99,7 +99,7 @@ def bench(
     else:
         _show(found)
     if found["interrupted"]:
-        raise typer.Exit(EXIT_INTERRUPTED)
+        raise typer.Exit(EXIT_SIGNAL + found["interrupted"])
 
 
 def _heads(text: str | None, given: tuple[int, ...] | None) -> tuple[int, int]:

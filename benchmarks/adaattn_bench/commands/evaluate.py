@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from adaattn_bench import eval_figures
-from adaattn_bench.commands.bench import EXIT_INTERRUPTED
+from adaattn_bench.clock import EXIT_SIGNAL
 from adaattn_bench.commands.options import Steps, numbers, wholes
 from adaattn_bench.devices import checked_device
 from adaattn_bench.evaluation import OF_HEADS, PARTS, Settings, evaluate
@@ -109,7 +109,7 @@ def evaluation(
     else:
         _show(found)
     if found["interrupted"]:
-        raise typer.Exit(EXIT_INTERRUPTED)
+        raise typer.Exit(EXIT_SIGNAL + found["interrupted"])
 
 
 def _parts(text: str) -> tuple[str, ...]:
