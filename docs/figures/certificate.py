@@ -92,6 +92,7 @@ def draw_certificate(length: int = 8192) -> Path:
     axis.set_title(
         f"{one.name}, {result.facts[0, 0].share:.0%} of the scores computed.\n"
         f"Of {len(drawn)} rows drawn after the plan was fixed, the "
-        f"{ORDINALS[len(drawn) - rank]} largest error is certified: confidence {certificate.confidence:.0%}"
+        f"{ORDINALS[len(drawn) - rank]} largest error is certified: "
+        f"confidence {certificate.confidence:.0%}"
     )
     return save(figure, "certificate")
