@@ -62,6 +62,7 @@ def bench(
     out: Annotated[
         Path | None, Option(help="folder for bench.json, bench.md and bench.png")
     ] = None,
+    stem: Annotated[str, Option(help="name of the files in that folder")] = "bench",
     report: Annotated[Path | None, Option(help="write a self-contained HTML page")] = None,
     as_json: Annotated[bool, Option("--json", help="print JSON instead of tables")] = False,
 ) -> None:
@@ -88,7 +89,7 @@ def bench(
         seconds=seconds,
         seed=seed,
     )
-    files = _files(out)
+    files = _files(out, stem)
     for path in (*files, *([report] if report else ())):
         check_writable(path)
     with Steps("bench", 1 + len(settings.shapes())) as steps:
@@ -123,12 +124,12 @@ def _lengths(device: str, given: tuple[int, ...] | None) -> str:
     return ",".join(map(str, fitting or [given[2]]))
 
 
-def _files(folder: Path | None) -> list[Path]:
+def _files(folder: Path | None, stem: str) -> list[Path]:
     if folder is None:
         return []
     folder.mkdir(parents=True, exist_ok=True)
-    names = ["bench.json", "bench.md"] + (["bench.png"] if can_draw() else [])
-    return [folder / name for name in names]
+    kinds = (".json", ".md", ".png") if can_draw() else (".json", ".md")
+    return [folder / f"{stem}{kind}" for kind in kinds]
 
 
 def _write(found: dict[str, Any], files: list[Path], report: Path | None) -> None:

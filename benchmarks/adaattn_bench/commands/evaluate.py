@@ -13,6 +13,7 @@ from adaattn_bench import eval_figures
 from adaattn_bench.clock import EXIT_SIGNAL
 from adaattn_bench.commands.options import Steps, numbers, wholes
 from adaattn_bench.devices import checked_device
+from adaattn_bench.eval_tables import sheets
 from adaattn_bench.evaluation import OF_HEADS, PARTS, Settings, evaluate
 from adaattn_core.costs import get_cost_model
 from adaattn_core.errors import ArgumentError
@@ -63,6 +64,7 @@ def evaluation(
     out: Annotated[
         Path | None, Option(help="folder for eval.json, eval.md and eval.png")
     ] = None,
+    stem: Annotated[str, Option(help="name of the files in that folder")] = "eval",
     report: Annotated[Path | None, Option(help="write a self-contained HTML page")] = None,
     as_json: Annotated[bool, Option("--json", help="print JSON instead of tables")] = False,
 ) -> None:
@@ -89,7 +91,7 @@ def evaluation(
         seconds=seconds,
         seed=seed,
     )
-    files = _files(out)
+    files = _files(out, stem)
     for path in (*files, *([report] if report else ())):
         check_writable(path)
     with Steps("eval", settings.steps) as steps:
@@ -98,7 +100,7 @@ def evaluation(
         if path.suffix == ".json":
             atomic_write_text(path, json.dumps(found, indent=1) + "\n")
         elif path.suffix == ".md":
-            figure = "eval.png" if can_draw() else None
+            figure = f"{stem}.png" if can_draw() else None
             atomic_write_text(path, eval_figures.markdown(found, figure))
         else:
             eval_figures.plot(found, path)
@@ -143,17 +145,17 @@ def _heads(text: str) -> str:
     return text
 
 
-def _files(folder: Path | None) -> list[Path]:
+def _files(folder: Path | None, stem: str) -> list[Path]:
     if folder is None:
         return []
     folder.mkdir(parents=True, exist_ok=True)
-    names = ["eval.json", "eval.md"] + (["eval.png"] if can_draw() else [])
-    return [folder / name for name in names]
+    kinds = (".json", ".md", ".png") if can_draw() else (".json", ".md")
+    return [folder / f"{stem}{kind}" for kind in kinds]
 
 
 def _show(found: dict[str, Any]) -> None:
     screen = console()
-    for sheet in eval_figures.sheets(found):
+    for sheet in sheets(found):
         table = Table(
             title=sheet.title, title_justify="left", box=None, pad_edge=False,
             header_style="bold", caption=sheet.remark, caption_justify="left",
