@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -215,8 +215,6 @@ def _facts(result: Any) -> dict[str, Any]:
     """Return what a result says of itself, head by head."""
     indices = list(result.plan)
     certificates = [result.certificate[index] for index in indices]
-    escalated = result.provenance.get("escalated")
-    count = len(escalated) if isinstance(escalated, Mapping) else np.count_nonzero(escalated)
     return {
         "share": [float(result.facts[index].share) for index in indices],
         "upper": [float(c.upper) for c in certificates],
@@ -225,8 +223,17 @@ def _facts(result: Any) -> dict[str, Any]:
         "formats": dict(
             Counter(f"{p.qk}/{p.pv}" for p in map(result.plan.__getitem__, indices))
         ),
-        "escalated": int(count) if escalated is not None else 0,
+        "escalated": _escalated(result.provenance.get("escalated")),
     }
+
+
+def _escalated(noted: Any) -> int:
+    """Heads that were computed again; backends note their names, or a mark for each head."""
+    if noted is None:
+        return 0
+    if isinstance(noted, Sized) and not hasattr(noted, "shape"):
+        return len(noted)
+    return int(np.count_nonzero(np.asarray(noted)))
 
 
 def _figures(
