@@ -5,10 +5,11 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from adaattn_core.arrays import like, move_axis_layout
-from adaattn_core.backend import BACKEND_PARTS, Backend
+from adaattn_core.arrays import in_library_of, move_axis_layout
+from adaattn_core.backend import BACKEND_PARTS, Backend, Capabilities
 from adaattn_core.budget import ErrorBudget, as_budget
 from adaattn_core.checks import shown, truth, whole, word
 from adaattn_core.costs import get_cost_model
@@ -16,11 +17,12 @@ from adaattn_core.errors import ArgumentError
 from adaattn_core.lazy import LazyNotes
 from adaattn_core.mask import Mask
 from adaattn_core.pipeline import run_pipeline
-from adaattn_core.plan import SEED_MAX, Plan
+from adaattn_core.plan import SEED_MAX, HeadPlan, Plan
 from adaattn_core.plugins.registry import get_backend, get_policy
 from adaattn_core.policies.base import Policy
 from adaattn_core.policies.budget import BudgetPolicy
-from adaattn_core.policies.fixed import ExactPolicy
+from adaattn_core.policies.calibrated import CalibratedPolicy
+from adaattn_core.policies.fixed import ExactPolicy, FixedPolicy
 from adaattn_core.policies.paged import PagedPolicy
 from adaattn_core.problem import AttentionProblem
 from adaattn_core.result import AttentionResult
@@ -65,7 +67,9 @@ def attention(
         Run this plan and decide nothing. A budget is then what its certificate is held against;
         with ``on_violation="escalate"`` (the default of a budget) heads that miss it climb on.
     backend : Backend or str
-        A backend, its name, or ``"auto"``: the first that takes arrays from where these live.
+        A backend, its name, or ``"auto"``: the first that takes arrays from where these live
+        and runs the formats and structures that `plan` (or a policy that fixes them) names. A
+        `target` other than a backend's own asks for one that emulates.
     target : str, optional
         Plan for another machine (a name in `adaattn_core.costs`) and run its formats here, by
         emulation. Default: the backend's own.
@@ -138,14 +142,14 @@ def attention(
     truth("profile", profile)
     drawn = seed is None
     seed = secrets.randbits(48) if seed is None else whole("seed", seed, 0, SEED_MAX)
-    chosen = _backend(backend, problem.device)
+    costs = None if target is None else get_cost_model(target)
+    chosen = _backend(backend, problem, plan, deciding, target)
     capabilities = chosen.capabilities()
-    costs = get_cost_model(capabilities.target if target is None else target)
+    costs = get_cost_model(capabilities.target) if costs is None else costs
     raw, final, certificate, stats, notes = run_pipeline(
         problem, chosen, capabilities, deciding, asked, costs,
         plan=plan, seed=seed, layer=layer, drawn=drawn, profile=profile,
     )  # fmt: skip
-    out = raw.out if problem.device != "cpu" else like(raw.out, query)
     provenance: Mapping[str, Any] = LazyNotes({
         "backend": chosen.name,
         **chosen.provenance(),
@@ -156,14 +160,23 @@ def attention(
         **notes,
     })  # fmt: skip
     return AttentionResult(
-        out=move_axis_layout(out, layout),
-        lse=raw.lse if problem.device != "cpu" else like(raw.lse, query, keep_dtype=False),
+        out=move_axis_layout(in_library_of(query, raw.out), layout),
+        lse=in_library_of(query, raw.lse, keep_dtype=False),
         plan=final,
         certificate=certificate,
         provenance=provenance,
         stats=stats,
         facts=raw.facts,  # not copied: reading some backends' facts waits for a device
     )
+
+
+def _plans_of(policy: Policy | None) -> list[HeadPlan]:
+    """Heads' plans that a policy has before it sees a problem."""
+    if isinstance(policy, CalibratedPolicy):
+        return [head for plan in policy.plans.values() for head in plan.heads.values()]
+    if isinstance(policy, FixedPolicy) and not isinstance(policy, ExactPolicy):
+        return [policy.plan]
+    return []
 
 
 def _policy(
@@ -185,8 +198,21 @@ def _policy(
     return chosen
 
 
-def _backend(backend: Any, device: str) -> Backend:
-    chosen: Backend = get_backend(backend, device) if isinstance(backend, str) else backend
+def _backend(
+    backend: Any,
+    problem: AttentionProblem,
+    plan: Plan | None,
+    policy: Policy | None,
+    target: str | None,
+) -> Backend:
+    serves, paged = None, problem.paged is not None
+    if isinstance(backend, str) and backend == "auto":
+        heads = list(plan.heads.values()) if plan is not None else _plans_of(policy)
+        if heads or paged or target is not None:
+            serves = partial(_serves, heads=heads, target=target, paged=paged)
+    chosen: Backend = (
+        get_backend(backend, problem.device, serves) if isinstance(backend, str) else backend
+    )
     # By hand: asking a protocol costs 30 us, more than a short launch.
     if isinstance(chosen, type) or not all(hasattr(chosen, part) for part in BACKEND_PARTS):
         raise ArgumentError(
@@ -195,3 +221,15 @@ def _backend(backend: Any, device: str) -> Backend:
             do='use backend="auto", or see `adaattn backends`',
         )
     return chosen
+
+
+def _serves(can: Capabilities, heads: list[HeadPlan], target: str | None, paged: bool) -> bool:
+    """Whether a backend runs these plans; those for another machine it must emulate."""
+    if target is not None and target != can.target and not can.emulated_formats:
+        return False
+    return (can.paged or not paged) and all(
+        head.qk in can.qk_formats
+        and head.pv in can.pv_formats
+        and head.structure.kind in can.structures
+        for head in heads
+    )

@@ -147,6 +147,27 @@ def like(values: NDArray[Any], reference: Any, *, keep_dtype: bool = True) -> An
     return xp.astype(moved, reference.dtype) if keep_dtype and name != "bool" else moved
 
 
+def in_library_of(reference: Any, result: Any, *, keep_dtype: bool = True) -> Any:
+    """Return a backend's array in the library of the caller's, sharing memory where that can.
+
+    Parameters
+    ----------
+    reference : array
+        The caller's.
+    result : array
+        The backend's own, on the same device.
+    keep_dtype : bool
+        Whether it has the dtype of `reference` there, else its own.
+    """
+    if isinstance(result, np.ndarray):
+        return like(result, reference, keep_dtype=keep_dtype)
+    if isinstance(result, type(reference)):
+        return result
+    if isinstance(reference, np.ndarray) or array_device(result) == "cpu":
+        return like(to_numpy(result), reference, keep_dtype=keep_dtype)
+    return array_api_compat.array_namespace(reference).from_dlpack(result)
+
+
 def move_axis_layout(x: Any, layout: str) -> Any:
     """Return a (batch, heads, len, dim) view of an array in `layout`; its own inverse."""
     if layout == "bhsd":

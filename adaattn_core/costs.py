@@ -152,6 +152,18 @@ COST_MODELS: dict[str, CostModel] = {
             " timed heads of 8,192 tokens; f64 and emulated formats assumed",
         ),
         CostModel(
+            name="torch_cpu",
+            # PyTorch's fused kernel on two cores; 16-bit formats gain nothing without AMX.
+            flops={"f64": 9e10, "f32": 1.9e11, "f16": 5e10, "bf16": 5e10},
+            softmax_rate=1.75e9,
+            overlap=False,
+            gathers_single_keys=True,
+            efficiency={"landmark": 0.55, "rows": 0.12},
+            head_seconds=3e-2,
+            source="two cores of an AMD EPYC (AVX-512), PyTorch 2.13: f32, softmax and"
+            " efficiencies fitted to timed layers of 9 heads of 8,192 tokens; others assumed",
+        ),
+        CostModel(
             name="sm90",
             flops={
                 "f32": 6.2e13,

@@ -118,15 +118,18 @@ class MeasureRequest:
         Candidates to try on held-out rows, cheapest first.
     enough_error : float
         Candidates of one kind need not be tried beyond the first with this row error or less.
-    enough_share : float
-        Other kinds need not be tried once such a candidate keeps at most this share of the
-        scores.
     formats : tuple of (str, str)
         (qk, pv) pairs to try on sampled rows.
     spectrum : bool
         Whether the spectral proxies and feature residuals are wanted.
     seed : int
         Seed of the probe rows.
+    enough_share : float
+        Other kinds need not be tried once such a candidate keeps at most this share of the
+        scores.
+    most_share : float
+        Landmarks that keep more than this share cannot pay: a head that needs more may be left
+        alone as soon as that is seen.
     """
 
     rows: float
@@ -136,6 +139,7 @@ class MeasureRequest:
     spectrum: bool
     seed: int
     enough_share: float = 1.0
+    most_share: float = 1.0
 
 
 def problem_shapes(problem: AttentionProblem) -> dict[HeadIndex, HeadStats]:

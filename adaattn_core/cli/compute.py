@@ -56,16 +56,16 @@ def compute(
     """
     q, k, v = inputs.query, inputs.key, inputs.value
     problem = AttentionProblem.from_arrays(q, k, v, mask=mask, scale=inputs.scale)
-    chosen = get_backend(backend, problem.device)
-    shared: dict[str, Any] = {"mask": mask, "scale": inputs.scale, "backend": chosen}
+    get_backend(backend, problem.device)  # imports it
+    shared: dict[str, Any] = {"mask": mask, "scale": inputs.scale}
     start = time.perf_counter()
-    result = attention(q, k, v, **shared, layer=layer, **choices)
+    result = attention(q, k, v, **shared, backend=backend, layer=layer, **choices)
     seconds = time.perf_counter() - start
     errors, dense_seconds = None, None
     if measure:
         errors = true_errors(problem, result)
         start = time.perf_counter()
-        attention(q, k, v, **shared)
+        attention(q, k, v, **shared, backend=result.provenance["backend"])
         dense_seconds = time.perf_counter() - start
     rows = head_rows(result, errors, layer)
     prediction = None if predicted_on is None else predict(problem, result, predicted_on)

@@ -1,8 +1,8 @@
 """Discovery: plugins found by entry point, loaded one by one, each failure isolated.
 
 AdaAttn's own plugins are loaded first, so no other can claim their names, and ``"auto"`` asks
-their backends first. Other backends follow by the priority that they state, then by name: what
-`attention` runs on does not depend on what a plugin is called.
+their backends first; both they and the others by the priority that they state, then by name:
+what `attention` runs on does not depend on what a plugin is called.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import pluggy
 
-from adaattn_core.backend import Backend
+from adaattn_core.backend import Backend, Capabilities
 from adaattn_core.checks import shown, whole, word
 from adaattn_core.errors import (
     AdaAttnError,
@@ -60,7 +60,7 @@ class Registration:
         Entry point that brought it.
     probe : callable or None
     priority : int
-        Among the backends of other distributions, ``"auto"`` asks the highest first.
+        ``"auto"`` asks the highest first, AdaAttn's own backends before all others.
     own : bool
         Whether AdaAttn's own distribution brought it; ``"auto"`` asks those before all others.
     """
@@ -258,7 +258,11 @@ def list_backends() -> list[BackendInfo]:
     return rows
 
 
-def get_backend(name: str = "auto", device: str = "cpu") -> Backend:
+def get_backend(
+    name: str = "auto",
+    device: str = "cpu",
+    serves: Callable[[Capabilities], bool] | None = None,
+) -> Backend:
     """Return a backend by name.
 
     Parameters
@@ -269,6 +273,9 @@ def get_backend(name: str = "auto", device: str = "cpu") -> Backend:
         backend is available is found out once; `list_backends` finds it out again.
     device : str
         Where the arrays live (used by ``"auto"`` only).
+    serves : callable, optional
+        Whether capabilities suffice for what is asked (used by ``"auto"`` only): the first such
+        backend is taken; where there is none, the first of all, which says what it lacks.
 
     Raises
     ------
@@ -292,7 +299,7 @@ def get_backend(name: str = "auto", device: str = "cpu") -> Backend:
             do='use "auto", or see `adaattn backends`',
         )
     if name == "auto":
-        return _auto(registry, device)
+        return _auto(registry, device, serves)
     if name not in registry.backends:
         known = ", ".join(sorted(registry.backends)) or "none installed"
         raise BackendUnavailableError(
@@ -314,16 +321,23 @@ def get_backend(name: str = "auto", device: str = "cpu") -> Backend:
     return backend
 
 
-def _auto(registry: Registry, device: str) -> Backend:
+def _auto(
+    registry: Registry, device: str, serves: Callable[[Capabilities], bool] | None
+) -> Backend:
     kind = device.split(":")[0]
-    if kind in registry.chosen:
-        return registry.chosen[kind]
+    first = registry.chosen.get(kind)
+    if first is not None and (serves is None or serves(first.capabilities())):
+        return first
     for entry in registry.in_order():
         if entry.unavailable_reason() is None:
             backend: Backend = entry.load()
-            if kind in backend.capabilities().array_devices:
-                registry.chosen[kind] = backend
-                return backend
+            can = backend.capabilities()
+            if kind in can.array_devices:
+                first = registry.chosen.setdefault(kind, backend)
+                if serves is None or serves(can):
+                    return backend
+    if first is not None:
+        return first
     raise BackendUnavailableError(
         got=f"arrays on {device}, and backends {', '.join(registry.backends) or 'none'}",
         needed="an installed backend that runs here and takes arrays from there",

@@ -130,6 +130,7 @@ class BudgetPolicy:
             spectrum=not sampled,
             seed=context.seed,
             enough_share=self._enough_share(context),
+            most_share=self._most_share(context),
         )
 
     def _enough_share(self, context: PolicyContext) -> float:
@@ -141,6 +142,18 @@ class BudgetPolicy:
         bar = context.costs.head_cost(shape, skip, fitting.least_share(skip.structure, shape))
         landmark = HeadPlan(structure=_landmark(self.taus[0], context))
         none, whole = (context.costs.head_cost(shape, landmark, share) for share in (0, 1))
+        return min(max((bar - none) / max(whole - none, 1e-30), 0.0), 1.0)
+
+    def _most_share(self, context: PolicyContext) -> float:
+        """Share from which on landmarks cost more than `worthwhile` of dense."""
+        shape = max(context.shapes.values(), key=lambda s: s.visible, default=None)
+        if shape is None:
+            return 1.0
+        plan = HeadPlan(structure=_landmark(self.taus[0], context))
+        none, whole = (
+            context.costs.head_cost(shape, plan, share, measured=True) for share in (0, 1)
+        )
+        bar = self.worthwhile * context.costs.dense_cost(shape)
         return min(max((bar - none) / max(whole - none, 1e-30), 0.0), 1.0)
 
     def _structures(self, context: PolicyContext) -> Iterator[Structure]:

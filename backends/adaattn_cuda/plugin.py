@@ -9,11 +9,14 @@ from typing import Any
 from adaattn_core.errors import BackendUnavailableError
 from adaattn_core.plugins import hookimpl
 
+PRIORITY = 20
+"""``"auto"`` asks it before the other backends of this distribution."""
+
 
 @hookimpl
 def adaattn_register_backends(register: Callable[..., None]) -> None:
     """Register the backend ``cuda``."""
-    register("cuda", "adaattn_cuda.backend:CudaBackend", probe=probe)
+    register("cuda", "adaattn_cuda.backend:CudaBackend", probe=probe, priority=PRIORITY)
 
 
 @hookimpl

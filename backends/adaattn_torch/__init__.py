@@ -5,20 +5,19 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from adaattn_torch import compat
-from adaattn_torch.bridge import Attended, attend
-from adaattn_torch.entries.mode import enable
-from adaattn_torch.entries.modules import AdaptiveAttention, convert
-from adaattn_torch.functional import scaled_dot_product_attention
-from adaattn_torch.info import AttentionInfo, FallbackWarning, listening
-from adaattn_torch.rules import Rule
-
 if TYPE_CHECKING:
+    from adaattn_torch import compat
+    from adaattn_torch.bridge import Attended, attend
     from adaattn_torch.cache import AdaptiveCache
     from adaattn_torch.entries.flash import register_flash_attention
+    from adaattn_torch.entries.mode import enable
+    from adaattn_torch.entries.modules import AdaptiveAttention, convert
     from adaattn_torch.entries.transformers import budgets, register_transformers
+    from adaattn_torch.functional import scaled_dot_product_attention
+    from adaattn_torch.info import AttentionInfo, FallbackWarning, listening
     from adaattn_torch.masks.flex_blocks import import_block_mask
     from adaattn_torch.report import ModelReport, calibrate, model_report
+    from adaattn_torch.rules import Rule
 
 __all__ = [
     "AdaptiveAttention",
@@ -43,19 +42,32 @@ __all__ = [
 ]
 
 _LATE = {
+    "AdaptiveAttention": "entries.modules",
     "AdaptiveCache": "cache",
+    "Attended": "bridge",
+    "AttentionInfo": "info",
+    "FallbackWarning": "info",
     "ModelReport": "report",
-    "calibrate": "report",
-    "model_report": "report",
+    "Rule": "rules",
+    "attend": "bridge",
     "budgets": "entries.transformers",
+    "calibrate": "report",
+    "convert": "entries.modules",
+    "enable": "entries.mode",
     "import_block_mask": "masks.flex_blocks",
+    "listening": "info",
+    "model_report": "report",
     "register_flash_attention": "entries.flash",
     "register_transformers": "entries.transformers",
+    "scaled_dot_product_attention": "functional",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import what few callers need (reports, transformers) when it is asked for."""
+    """Import a name where it is first asked for: the plugin's manifest needs no PyTorch."""
+    if name == "compat":
+        return import_module("adaattn_torch.compat")
     if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"adaattn_torch.{_LATE[name]}"), name)
+    found = globals()[name] = getattr(import_module(f"adaattn_torch.{_LATE[name]}"), name)
+    return found

@@ -10,25 +10,18 @@ import numpy as np
 import torch
 
 
-def to_backend(tensor: torch.Tensor) -> Any:
-    """Return what a backend takes: a NumPy view of a CPU tensor, else the tensor itself.
-
-    bfloat16 travels as its bits: NumPy's own protocol has no such type.
-    """
+def to_backend(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what a backend takes: the tensor's numbers, without a gradient."""
     if tensor.requires_grad:
         tensor = tensor.detach()
     if tensor.is_neg():
         tensor = tensor.resolve_neg()
-    if tensor.device.type != "cpu":
-        # Kernels read vectors along the last axis.
-        return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] < 2 else tensor.contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return np.from_dlpack(tensor.view(torch.int16)).view(ml_dtypes.bfloat16)
-    return np.from_dlpack(tensor)
+    # Kernels read vectors along the last axis.
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] < 2 else tensor.contiguous()
 
 
 def from_backend(array: Any) -> torch.Tensor:
-    """Invert `to_backend`."""
+    """Return what a backend gave back as a tensor."""
     if isinstance(array, torch.Tensor):
         return array
     if array.dtype == ml_dtypes.bfloat16:

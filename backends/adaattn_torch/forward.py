@@ -19,7 +19,7 @@ from adaattn_core.errors import UnsupportedError
 from adaattn_core.mask import Mask
 from adaattn_core.plugins.registry import Registry, default_registry, get_backend
 from adaattn_torch.arrays import from_backend, in_order_of, to_backend
-from adaattn_torch.call import Call
+from adaattn_torch.call import Asked, Call
 from adaattn_torch.info import AttentionInfo, announce, is_heard
 
 Forward = Callable[..., tuple[Any, Any]]
@@ -118,10 +118,17 @@ def run(call: Call, want_info: bool) -> Computed:
         budget=asked.budget,
         policy=asked.policy,
         plan=asked.plan,
-        backend=backend_for(asked.backend, query.device.type),
+        backend=_backend_of(asked, query.device.type),
         seed=asked.seed,
         layer=asked.layer,
     )
     info = AttentionInfo.of_result(result, asked.layer)
     announce(info)
     return in_order_of(query, from_backend(result.out)), from_backend(result.lse), info
+
+
+def _backend_of(asked: Asked, kind: str) -> Backend | str:
+    """Return the backend; a name where what it is depends on a plan or a policy."""
+    if asked.plan is None and asked.policy is None:
+        return backend_for(asked.backend, kind)
+    return asked.backend

@@ -215,7 +215,7 @@ def test_strides_are_those_that_fake_tensors_promise(shape, order, dim_v):
     promised = empty_output(query, dim_v).stride()
     out = sdpa(query, query, value, backend=Quick())
     assert out.stride() == promised
-    assert torch.equal(out, sdpa(query, query, value))
+    assert torch.equal(out, sdpa(query, query, value, backend="numpy"))
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

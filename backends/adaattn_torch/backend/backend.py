@@ -1,0 +1,307 @@
+"""TorchBackend: measures heads, runs plans, and compares sampled rows with exact attention."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+from adaattn_core.backend import Capabilities
+from adaattn_core.errors import UnsupportedError
+from adaattn_core.facts import RawResult, RowErrors
+from adaattn_core.mask import Mask
+from adaattn_core.plan import HeadPlan, Plan
+from adaattn_core.problem import AttentionProblem, HeadIndex
+from adaattn_core.stats import MeasureRequest, ProblemStats
+from adaattn_core.structure import Dense, Landmark, Structure
+from adaattn_torch.backend import kernels
+from adaattn_torch.backend.dense import attend, spelled_out
+from adaattn_torch.backend.facts import facts_of
+from adaattn_torch.backend.geometry import Geometry
+from adaattn_torch.backend.landmark import landmark, refuse_mask
+from adaattn_torch.backend.measuring import measure_sequence
+from adaattn_torch.backend.probing import Prober
+from adaattn_torch.backend.rows import row_errors
+from adaattn_torch.backend.sequences import Sequence
+from adaattn_torch.backend.short import forward
+from adaattn_torch.backend.tensors import DTYPES, as_tensor
+
+FORMATS = ("f64", "f32", "f16", "bf16")
+"""Operand formats that plans may name here."""
+SIZES = Landmark(band=192, clusters=8, samples=64, tail=64, screen_rank=0)
+"""Landmarks as they are cheapest here."""
+
+
+class Workspace:
+    """A problem's sequences as tensors, and what `measure` found of them."""
+
+    def __init__(self, problem: AttentionProblem, seed: int) -> None:
+        self.problem, self.seed = problem, seed
+        self._sequences: dict[int, Sequence] = {}
+        self.probers: dict[int, Prober] = {}
+
+    def __getitem__(self, index: int) -> Sequence:
+        if index not in self._sequences:
+            self._sequences[index] = Sequence(self.problem, index)
+        return self._sequences[index]
+
+
+class TorchBackend:
+    """Dense and landmark plans in PyTorch's own operations, on any device that it knows."""
+
+    name = "torch"
+
+    def __init__(self) -> None:
+        self._used: tuple[str, ...] = ()
+
+    def capabilities(self) -> Capabilities:
+        """Dense and landmarks, in the formats that PyTorch multiplies."""
+        return Capabilities(
+            qk_formats=FORMATS,
+            pv_formats=FORMATS,
+            structures=("dense", "landmark"),
+            sizes=(SIZES,),
+            array_devices=_devices(),
+            target="torch_cpu",
+        )
+
+    def measure(
+        self, problem: AttentionProblem, request: MeasureRequest
+    ) -> tuple[ProblemStats, Workspace]:
+        """Measure every head; see `adaattn_core.backend.Measures.measure`."""
+        space, heads = Workspace(problem, request.seed), {}
+        with torch.inference_mode():
+            for span in problem.sequences:
+                found, prober = measure_sequence(space[span.index], request)
+                heads.update({(span.index, head): said for head, said in found.items()})
+                if prober is not None:
+                    space.probers[span.index] = prober
+        return ProblemStats(heads), space
+
+    def run(
+        self,
+        problem: AttentionProblem,
+        plan: Plan,
+        *,
+        workspace: Any = None,
+        heads: Collection[HeadIndex] | None = None,
+        into: RawResult | None = None,
+    ) -> RawResult:
+        """Run the plan; see `adaattn_core.backend.Backend.run`.
+
+        Raises
+        ------
+        UnsupportedError
+            If a format or structure is not one of `capabilities`, only one of the two products
+            is asked for in f64, or landmarks meet a mask that is neither causal nor full.
+        """
+        plan.check_fits(problem)
+        todo = list(problem.heads() if heads is None else heads)
+        for index in todo:
+            _check(plan[index])
+        space = workspace
+        if not isinstance(space, Workspace) or space.problem is not problem:
+            space = Workspace(problem, plan.seed)
+        raw = _empty_result(problem) if into is None else into
+        raw.workspace = space
+        used: set[str] = set()
+        by_sequence: dict[int, list[int]] = {}
+        for sequence, head in todo:
+            by_sequence.setdefault(sequence, []).append(head)
+        with torch.inference_mode():
+            for number, chosen in by_sequence.items():
+                used |= _run_sequence(space, number, chosen, plan, raw)
+        self._used = tuple(sorted(used))
+        return raw
+
+    def row_errors(
+        self, problem: AttentionProblem, raw: RawResult, rows: Mapping[HeadIndex, NDArray[Any]]
+    ) -> dict[HeadIndex, RowErrors]:
+        """Compare returned rows with exact attention of the same rows."""
+        space = raw.workspace
+        if not isinstance(space, Workspace) or space.problem is not problem:
+            space = Workspace(problem, 0)
+        found: dict[HeadIndex, RowErrors] = {}
+        with torch.inference_mode():
+            for sequence in {sequence for sequence, _ in rows}:
+                mine = {
+                    head: chosen for (owner, head), chosen in rows.items() if owner == sequence
+                }
+                errors = row_errors(space[sequence], mine, raw.out)
+                found.update({(sequence, head): error for head, error in errors.items()})
+        return found
+
+    def forward(
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        *,
+        mask: Mask | None = None,
+        scale: float | None = None,
+    ) -> tuple[Any, Any]:
+        """Exact attention by the shortest way; see `adaattn_core.backend.Forwards.forward`."""
+        return forward(self, query, key, value, mask, scale)
+
+    def provenance(self) -> dict[str, str]:
+        """Return PyTorch's version, its threads, and the kernels of the last run."""
+        return {
+            "torch": str(torch.__version__),
+            "threads": str(torch.get_num_threads()),
+            "kernels": "; ".join(self._used),
+        }
+
+
+def _devices() -> tuple[str, ...]:
+    """Kinds of devices that this PyTorch computes on."""
+    found = ["cpu"]
+    if torch.cuda.is_available():
+        found.append("cuda")
+    for name in ("mps", "xpu"):
+        module = getattr(torch, name, None)
+        if module is not None and getattr(module, "is_available", bool)():
+            found.append(name)
+    return tuple(found)
+
+
+def _check(head: HeadPlan) -> None:
+    if not {head.qk, head.pv} <= set(FORMATS):
+        raise UnsupportedError(
+            got=f"qk={head.qk}, pv={head.pv}",
+            needed=f"formats out of {', '.join(FORMATS)}, which PyTorch multiplies",
+            do='use backend="numpy", which emulates the others',
+        )
+    if (head.qk == "f64") != (head.pv == "f64"):
+        raise UnsupportedError(
+            got=f"qk={head.qk}, pv={head.pv}",
+            needed="f64 for both products or for none",
+            do='use qk="f64", pv="f64"',
+        )
+    if not isinstance(head.structure, Dense | Landmark):
+        raise UnsupportedError(
+            got=f"structure {head.structure.kind!r}",
+            needed="dense or landmark",
+            do='use one of these, or backend="numpy"',
+            structure=head.structure.kind,
+        )
+
+
+def _empty_result(problem: AttentionProblem) -> RawResult:
+    query = as_tensor(problem.query)
+    shape = (problem.batch, problem.heads_q, problem.len_q)
+    dtype = DTYPES[problem.dtype]
+    return RawResult(
+        out=torch.zeros((*shape, problem.dim_v), dtype=dtype, device=query.device),
+        lse=torch.full(shape, -torch.inf, dtype=torch.float32, device=query.device),
+    )
+
+
+def _run_sequence(
+    space: Workspace, number: int, heads: list[int], plan: Plan, raw: RawResult
+) -> set[str]:
+    """Run some heads of a sequence, those with equal plans together."""
+    sequence = space[number]
+    regular = sequence.regular
+    groups: dict[tuple[Structure, str, str, bool], list[int]] = {}
+    for head in heads:
+        how = plan[number, head]
+        structure = how.structure
+        sound = regular[head] and (how.qk == "f64" or sequence.fits_float32)
+        if not sound and structure != Dense():
+            raw.ran_dense.add((number, head))
+            structure = Dense()
+        if isinstance(structure, Landmark):  # heads that differ in their mass go together
+            structure = replace(structure, tau=0.0)
+        groups.setdefault((structure, how.qk, how.pv, sound), []).append(head)
+    used: set[str] = set()
+    for (structure, qk, pv, sound), chosen in groups.items():
+        said: dict[str, Any] = {}
+        if isinstance(structure, Landmark) and sequence.mask.visible:
+            prober = _prober(space, number, chosen, structure, (qk, pv), plan.seed)
+            taus = [plan[number, head].structure.tau for head in prober.heads]  # type: ignore[attr-defined]
+            chosen = prober.heads
+            found = landmark(prober, sequence.mask, taus)
+            out, lse = found.out, found.lse
+            names = {kernels.kernel_for(out, out.shape[2], masked=True)}
+            said = {"share": found.share, "rank": found.rank, "dropped": found.dropped}
+        else:
+            out, lse, names = _dense(sequence, chosen, (qk, pv), sound)
+        used |= names
+        stored = out.to(raw.out.dtype)
+        _write(raw, sequence, chosen, stored, lse)
+        arithmetic = kernels.arithmetic_of(names)
+        if said:  # its fields are merged: more steps than one kernel takes
+            arithmetic = replace(arithmetic, step_keys=0)
+        facts = facts_of(sequence, chosen, (qk, pv), stored, arithmetic, **said)
+        raw.facts.update({(number, head): known for head, known in facts.items()})
+    return used
+
+
+def _write(
+    raw: RawResult,
+    sequence: Sequence,
+    heads: list[int],
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Put heads' rows into the result."""
+    span, mask = sequence.span, sequence.mask
+    rows = slice(span.q_start, span.q_stop)
+    index = torch.tensor(heads, device=raw.out.device)
+    if mask.bias is not None:
+        shift = mask.known.shift
+        lse = lse.double() + (shift if len(shift) == 1 else shift[index])
+    raw.out[span.batch, index, rows] = out
+    raw.lse[span.batch, index, rows] = narrow(lse)
+
+
+def _prober(
+    space: Workspace,
+    number: int,
+    heads: list[int],
+    structure: Landmark,
+    formats: tuple[str, str],
+    seed: int,
+) -> Prober:
+    """Return a prober of these heads: what `measure` left, where it would find the same."""
+    sequence, known = space[number], space.probers.get(number)
+    dtype = torch.float64 if formats[0] == "f64" else torch.float32
+    if (
+        known is not None
+        and space.seed == seed
+        and set(formats) <= {"f32"}
+        and known.geometry.same_fields(structure)
+        and set(heads) <= set(known.heads)
+    ):
+        places = [place for place, head in enumerate(known.heads) if head in heads]
+        return known.restricted(places).under(structure)
+    geometry = Geometry.of(sequence.mask, structure)
+    if geometry is None:
+        raise refuse_mask()
+    operands = sequence.formatted(*formats).to(dtype)
+    return Prober(operands.heads(heads), heads, geometry, seed)
+
+
+def _dense(
+    sequence: Sequence, heads: list[int], formats: tuple[str, str], sound: bool
+) -> tuple[torch.Tensor, torch.Tensor, set[str]]:
+    whole = heads == list(range(len(sequence.query)))
+    mask = sequence.mask if whole else sequence.mask.heads(heads)
+    operands = sequence.formatted(*formats) if sound else sequence.careful(*formats)
+    if not whole:
+        operands = operands.heads(heads)
+    if sound:
+        return attend(operands, mask)
+    out, lse = spelled_out(operands, mask, careful=True)
+    return out, lse, {kernels.PLAIN}
+
+
+def narrow(lse: torch.Tensor) -> torch.Tensor:
+    """Log-sum-exps as float32; finite ones stay finite, since -inf means "sees nothing"."""
+    if lse.dtype == torch.float32:
+        return lse
+    largest = torch.finfo(torch.float32).max
+    return torch.where(torch.isinf(lse), lse, lse.clamp(-largest, largest)).float()

@@ -1,0 +1,130 @@
+"""The shortest way to a kernel: exact attention without a plan and without a certificate.
+
+Three reductions tell whether the numbers are sound; whatever is not, and every mask that one
+call of a kernel does not take, goes the way of `TorchBackend.run`, without facts.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from adaattn_core.arrays import in_library_of
+from adaattn_core.mask import Mask
+from adaattn_core.plan import HeadPlan, Plan
+from adaattn_core.problem import AttentionProblem
+from adaattn_torch.backend import kernels
+from adaattn_torch.backend.operands import SCALE_RANGE, SCORE_RANGE
+from adaattn_torch.backend.tensors import DTYPES
+
+if TYPE_CHECKING:
+    from adaattn_torch.backend.backend import TorchBackend
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LIMIT = SCORE_RANGE[torch.float32]
+
+
+def forward(
+    backend: TorchBackend,
+    query: Any,
+    key: Any,
+    value: Any,
+    mask: Mask | None,
+    scale: float | None,
+) -> tuple[Any, Any]:
+    """See `adaattn_core.backend.Forwards.forward`."""
+    if type(query) is type(key) is type(value) is torch.Tensor:
+        found = _one_call(query, key, value, mask, scale)
+        if found is not None:
+            return found
+    problem = AttentionProblem.from_arrays(query, key, value, mask=mask, scale=scale)
+    plan = Plan.uniform(problem, HeadPlan(qk=problem.dtype, pv=problem.dtype))
+    raw = backend.run(problem, plan)
+    out = in_library_of(query, raw.out)
+    return out, in_library_of(query, raw.lse, keep_dtype=False)
+
+
+def _one_call(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: Mask | None,
+    scale: float | None,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Attention by one call of a kernel; None where that does not do."""
+    if not (query.dim() == key.dim() == value.dim() == 4):
+        return None
+    batch, heads, len_q, dim = query.shape
+    shared, len_kv = key.shape[1], key.shape[2]
+    dtype, dim_v = query.dtype, value.shape[3]
+    causal = False
+    if mask is not None and mask is not _NOTHING:
+        if mask.lengths is not None or mask.cu_seqlens_q is not None or mask.left is not None:
+            return None
+        if mask.allowed is not None or mask.bias is not None:
+            return None
+        causal = mask.right == 0
+        if causal and len_q != len_kv:
+            if not (len_q == 1 and mask.alignment == "bottom_right"):
+                return None
+            causal = False
+        elif mask.right is not None and not causal:
+            return None
+    if not (
+        dtype in _NAMES
+        and batch and heads and len_q and len_kv and dim and dim_v and shared
+        and dtype is key.dtype is value.dtype
+        and key.shape == (batch, shared, len_kv, dim)
+        and value.shape[:3] == key.shape[:3]
+        and not heads % shared
+        and query.device == key.device == value.device
+        and not (query.requires_grad or key.requires_grad or value.requires_grad)
+        and query.stride(3) == key.stride(3) == value.stride(3) == 1
+    ):  # fmt: skip
+        return None
+    if scale is None:
+        scale = 1.0 / math.sqrt(dim)
+    if not SCALE_RANGE[0] < scale < SCALE_RANGE[1]:
+        return None
+    if kernels.kernel_for(query, dim_v, masked=False) == kernels.PLAIN:
+        return None
+    low_q, high_q = torch.aminmax(query)
+    low_k, high_k = torch.aminmax(key)
+    size = heads // shared
+    q, k, v = query, key, value
+    if size > 1 and not batch == shared == 1:
+        if batch > 1 and not (_folds(query) and _folds(key) and _folds(value)):
+            return None
+        q = query.reshape(batch * shared, size, len_q, dim)
+        k = key.reshape(batch * shared, 1, len_kv, dim).expand(-1, size, -1, -1)
+        v = value.reshape(batch * shared, 1, len_kv, dim_v).expand(-1, size, -1, -1)
+    elif size > 1:
+        k, v = key.expand(-1, size, -1, -1), value.expand(-1, size, -1, -1)
+    out, lse = kernels.fused(q, k, v, scale, causal=causal)
+    low_v, high_v = torch.aminmax(value)
+    edges = torch.stack([low_q, high_q, low_k, high_k, low_v, high_v]).tolist()
+    of_query, of_key, of_value = (max(-edges[i], edges[i + 1]) for i in (0, 2, 4))
+    reach = of_query * max(scale, 1.0) * dim
+    limit = _LIMIT
+    if not (reach < limit and reach * of_key < limit and of_key < limit):
+        return None
+    if not of_value * len_kv * dim_v < limit:
+        return None
+    shape = (batch, heads, len_q)
+    if out.shape[:3] != shape:
+        lse = lse.reshape(shape)
+        if batch == 1 and query.stride(2) > query.stride(1):  # rows outermost, as the query's
+            out = out.permute(2, 0, 1, 3).reshape(1, len_q, heads, dim_v).transpose(1, 2)
+        else:
+            out = out.reshape(*shape, dim_v)
+    return out, lse if lse.dtype == torch.float32 else lse.float()
+
+
+_NOTHING = Mask.none()
+
+
+def _folds(x: torch.Tensor) -> bool:
+    """Whether batch and heads are one axis in memory."""
+    return x.stride(0) == x.shape[1] * x.stride(1)
