@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from adaattn_cuda.work.far import (
     SLOT,
     TILE,
     FarGeometry,
-    exact_items,
+    exact_work,
     far_tables,
 )
 from adaattn_cuda.work.records import ITEM, ORIGINAL, POOLED, SOURCE
@@ -222,7 +221,8 @@ def test_decide_measures_the_spared_quantile(unit: ctypes.CDLL) -> None:
     np.testing.assert_array_equal(finished, 0)
 
 
-def test_lists_hold_every_tile_of_every_head_once(unit: ctypes.CDLL) -> None:
+@pytest.mark.parametrize("blocks", [0, 7, 1000])
+def test_lists_hold_every_tile_of_every_head_once(unit: ctypes.CDLL, blocks: int) -> None:
     """Exact heads have the items that the host would list; the others go by landmarks."""
     rng = np.random.default_rng(8)
     g = FarGeometry(
@@ -250,13 +250,14 @@ def test_lists_hold_every_tile_of_every_head_once(unit: ctypes.CDLL) -> None:
     lists = {}
     for stem, tile, tiles in (("landmarks", TILE, g.tiles), ("exact", tile_m, exact_tiles)):
         made[stem] = (
-            np.zeros(g.heads * tiles + 1, ITEM), np.zeros(3 * (g.heads * tiles + 1), SOURCE),
+            np.full(g.heads * tiles + 3 * blocks + 1, 9, ITEM),
+            np.zeros(3 * (g.heads * tiles + 3 * blocks + 1), SOURCE),
             np.zeros(4, np.int32), np.zeros(g.heads, PLACE),
         )  # fmt: skip
         addresses = (part.ctypes.data for part in made[stem])
-        lists[stem] = p.List(*addresses, tile, TILE, tiles)
+        lists[stem] = p.List(*addresses, tile, TILE, tiles, blocks if stem == "exact" else 0)
     block = p.Work(
-        sizes=size, **lists, tile_stride=g.tiles_per_group, section_heads=1,
+        sizes=size, **lists, tile_stride=g.tiles_per_group, section_heads=2,
     )  # fmt: skip
     threads = -(-g.heads * g.tiles // 256) * 256
     items_block = p.ListItems(
@@ -275,29 +276,34 @@ def test_lists_hold_every_tile_of_every_head_once(unit: ctypes.CDLL) -> None:
     # The last head's landmarks found no room: it is exact now.
     assert decision.tolist() == [2, -1, 0, -1, -1, 1, 0, 1, -1, 2, -1, -1]
     items, sources, queue, _ = made["exact"]
-    wanted, _ = exact_items(replace(g, dim_qk=2**25 // 6000), tile_m, TILE)  # sections of one
-    listed = items[: queue[1]]
-    assert (items[queue[1]]["rows"], queue[0]) == (0, 0)
-    names = (
-        "batch",
-        "head",
-        "row_first",
-        "rows",
-        "tiles",
-        "stop_offset",
-        "key_stop",
-        "sources",
-    )
-    head_of = listed["batch"] * g.heads_q + listed["head"]
-    dense = decision[wanted["batch"] * g.heads_q + wanted["head"]] < 0
-    expected = wanted[:-1][dense[:-1]]
-    assert [tuple(x[n] for n in names) for x in listed] == [
-        tuple(x[n] for n in names) for x in expected
-    ]
-    assert set(head_of) == set(np.flatnonzero(decision < 0))
-    own = sources[listed["first_source"]]
-    assert (own["keys"] == np.minimum(listed["row_first"] + tile_m + 100, g.len_kv)).all()
-    assert (own["head"] == listed["head"] // 3).all()
+    assert (queue[0], queue[1]) == (0, (decision < 0).sum() * exact_tiles)
+    if blocks:
+        rounds = len(items) // blocks
+        columns = [
+            items[: rounds * blocks].reshape(rounds, blocks)[:, b] for b in range(blocks)
+        ]
+        columns = [c[: np.flatnonzero(c["rows"] == 0)[0]] for c in columns]
+        loads = [int(c["tiles"].sum()) for c in columns]
+        assert max(loads) - min(loads) <= items["tiles"][0]
+        listed = np.concatenate(columns)
+    else:
+        listed = items[: queue[1]]
+        assert items[queue[1]]["rows"] == 0
+        assert (np.diff(listed["row_first"].astype(np.int64).reshape(2, -1)) <= 0).all()
+    wanted = exact_work(g, tile_m, TILE, 5)
+    names = ("batch", "head", "row_first", "rows", "tiles", "stop_offset", "key_stop")
+
+    def told(table: NDArray[Any], keys: NDArray[Any]) -> list[tuple[int, ...]]:
+        of = keys[table["first_source"]]
+        return sorted(
+            (*(int(item[n]) for n in names), int(k["head"]), int(k["keys"]), int(k["mask"]))
+            for item, k in zip(table, of, strict=True)
+            if item["rows"]
+        )
+
+    expected = wanted.items.reshape(-1)
+    dense = decision[expected["batch"] * g.heads_q + expected["head"]] < 0
+    assert told(listed, sources) == told(expected[dense], wanted.sources)
     items, sources, queue, _ = made["landmarks"]
     listed = items[: queue[1]]
     seen = sorted((int(x["batch"]) * 6 + int(x["head"]), int(x["row_first"])) for x in listed)

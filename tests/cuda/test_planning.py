@@ -116,7 +116,10 @@ def test_judged_rows_come_before_those_that_certify() -> None:
 
 def test_parts_of_an_allocation_do_not_overlap() -> None:
     g = geometry()
-    for layout in (kept_layout(g), scratch_layout(g, far_tables(g, 6, 132, 0), 6, 4096, 43)):
+    for layout in (
+        kept_layout(g),
+        scratch_layout(g, far_tables(g, 6, 132, 0), 6, 4096, 43, 132),
+    ):
         end = 0
         for first, size in layout.parts.values():
             assert first % 256 == 0

@@ -20,7 +20,7 @@ from adaattn_cuda.planner.sequence import FarArrays, Packer
 from adaattn_cuda.planner.specs import dense_tile, kernel_specs
 from adaattn_cuda.recent import Recent
 from adaattn_cuda.tuning.sm90_attn_fwd_f16 import padded_dim
-from adaattn_cuda.work.far import TILE, FarGeometry, exact_items, far_tables
+from adaattn_cuda.work.far import TILE, FarGeometry, exact_work, far_tables
 
 __all__ = ["FarArrays", "FarLaunch"]
 
@@ -91,7 +91,7 @@ class FarLaunch:
         self.dense = dense_tile(padded_dim(g.dim_qk), padded_dim(g.dim_v))
         self.exact_tiles = -(-g.len_q // self.dense.tile_m)
         self.scratch = scratch_layout(
-            g, self.tables, self.levels, self.landmark_rows, self.exact_tiles
+            g, self.tables, self.levels, self.landmark_rows, self.exact_tiles, self.blocks
         )
         self.constants = self._upload()
         self.kernels = self._load(stream)
@@ -114,8 +114,12 @@ class FarLaunch:
             "first_partial": t.first_partial.tobytes(),
         }
         if not self.levels:
-            items, sources = exact_items(self.geometry, self.dense.tile_m, self.dense.tile_n)
-            parts |= {"exact_items": items.tobytes(), "exact_sources": sources.tobytes()}
+            dense = self.dense
+            listed = exact_work(self.geometry, dense.tile_m, dense.tile_n, self.blocks)
+            parts |= {
+                "exact_items": listed.items.tobytes(),
+                "exact_sources": listed.sources.tobytes(),
+            }
         data, addresses = bytearray(), {}
         for name, body in parts.items():
             addresses[name] = len(data)

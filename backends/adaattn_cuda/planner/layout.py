@@ -88,11 +88,12 @@ def _add_list(layout: Layout, stem: str, heads: int, items: int) -> None:
 
 
 def scratch_layout(
-    g: FarGeometry, t: FarTables, levels: int, landmark_rows: int, exact_tiles: int
+    g: FarGeometry, t: FarTables, levels: int, landmark_rows: int, exact_tiles: int, blocks: int
 ) -> Layout:
     """Everything else; free for others as soon as the last kernel is done.
 
-    `exact_tiles` is how many items an exact head has.
+    `exact_tiles` is how many items an exact head has; they are dealt to `blocks` blocks, which
+    look up to two rounds beyond their last.
     """
     judges = len(t.judge_tiles)
     columns = g.chunk_heads * g.samples
@@ -112,9 +113,8 @@ def scratch_layout(
     layout.add("exact_rows", t.drawn_rows.size * g.dim_v * 4)
     layout.add("squares", g.heads * square_stride(g) * 4)
     if not levels:  # the items are constants
-        layout.add("exact_queue", 16)
         return layout
-    _add_list(layout, "exact", g.heads, g.heads * exact_tiles)
+    _add_list(layout, "exact", g.heads, g.heads * exact_tiles + 3 * blocks)
     _add_list(layout, "landmark", g.heads, g.heads * max(g.tiles, judges * levels))
     layout.add("partial", cells * g.splits * columns * 8)
     layout.add("partial_weighted", cells * g.splits * columns * 4)

@@ -71,7 +71,7 @@ class List(ctypes.Structure):
 
     _fields_ = (
         *((name, _ptr) for name in ("items", "sources", "queue", "places")),
-        *((name, _i32) for name in ("tile", "tile_n", "tiles", "padding")),
+        *((name, _i32) for name in ("tile", "tile_n", "tiles", "blocks")),
     )
 
 
@@ -145,8 +145,8 @@ Prepare = _block(
     ("sizes", Sizes),
     ("query", Rows),
     ("arrays", Rows * 2),
-    *_pointers("drawn_rows", "drawn_query", "norms", "query_norms", "queue"),
-    *_ints("queued", "drawn", "copy_blocks", "stretches", "stretch_rows", "padding"),
+    *_pointers("drawn_rows", "drawn_query", "norms", "query_norms"),
+    *_ints("drawn", "copy_blocks", "stretches", "stretch_rows"),
 )
 Work = _block(
     "Work",

@@ -159,11 +159,6 @@ class Packer:
         block = p.Prepare(sizes=self.sizes, query=self._rows(self.arrays.query))
         block.drawn, block.copy_blocks = rows, blocks
         self._set(block, "drawn_rows", "drawn_query", "norms", "query_norms")
-        if not self.launch.levels:
-            block.queue, block.queued = (
-                self.at["exact_queue"],
-                g.heads * self.launch.exact_tiles,
-            )
         return self._add("copy", "prepare", block, blocks, lane, *after)
 
     def _norms(self, lane: int, *after: int) -> int:
@@ -205,17 +200,17 @@ class Packer:
         """Set the work lists ``landmarks`` and ``exact`` of a block."""
         g, launch = self.launch.geometry, self.launch
         if launch.levels:
-            block.landmarks = self._work_list("landmark", self._tile(), g.tiles)
+            block.landmarks = self._work_list("landmark", self._tile(), g.tiles, 0)
         block.exact = self._exact_list()
         return self._set(block, *names)
 
-    def _work_list(self, stem: str, tile: Tile, tiles: int) -> p.List:
+    def _work_list(self, stem: str, tile: Tile, tiles: int, blocks: int) -> p.List:
         parts = (self.at[f"{stem}_{name}"] for name in ("items", "sources", "queue", "places"))
-        return p.List(*parts, tile.tile_m, tile.tile_n, tiles)
+        return p.List(*parts, tile.tile_m, tile.tile_n, tiles, blocks)
 
     def _exact_list(self) -> p.List:
         launch = self.launch
-        return self._work_list("exact", launch.dense, launch.exact_tiles)
+        return self._work_list("exact", launch.dense, launch.exact_tiles, launch.blocks)
 
     def _work(self, kernel: str, slots: str, pool_first: str) -> int:
         g = self.launch.geometry
@@ -319,9 +314,11 @@ class Packer:
         return self._add(name, "attend_exact", block, self.launch.blocks, lane, *after)
 
     def _take_from(self, block: sm90.Params, stem: str) -> None:
-        """Have an attention take the items of a list of the device."""
+        """Have an attention take the items of a list: landmark heads' from a queue."""
         g = self.launch.geometry
-        for name in ("items", "sources", "queue"):
+        for name in (
+            ("items", "sources", "queue") if stem == "landmark" else ("items", "sources")
+        ):
             setattr(block, name, self.at[f"{stem}_{name}"])
         block.squares = self.at["squares"]
         block.squares_head = square_stride(g)

@@ -31,7 +31,7 @@ __all__ = [
     "SLOT",
     "FarGeometry",
     "FarTables",
-    "exact_items",
+    "exact_work",
     "far_tables",
 ]
 
@@ -330,41 +330,34 @@ def _exact_work(
     return WorkList(dealt, sources), first_partial
 
 
-def exact_items(
-    g: FarGeometry, tile_m: int, tile_n: int
-) -> tuple[NDArray[np.void], NDArray[np.void]]:
-    """Items and sources of all heads, computed exactly: the twin of far_list.cuh.
+def exact_work(g: FarGeometry, tile_m: int, tile_n: int, blocks: int) -> WorkList:
+    """List the items of all heads, computed exactly, dealt to as many blocks.
 
-    The last tile of a head, the longest, comes first; heads whose keys L2 holds together take
-    turns. An item without rows ends the list; an item's places in the table of sources are 3.
+    Three rounds without rows end the list, of which blocks read.
     """
     tiles = -(-g.len_q // tile_m)
-    head = np.arange(g.heads)
+    index = np.tile(np.arange(tiles), g.heads)
+    head = np.repeat(np.arange(g.heads), tiles)
     section = head // (g.ratio * g.section_heads)
-    first = np.searchsorted(section, section)
-    beside = np.searchsorted(section, section, side="right") - first
-    index = np.arange(tiles)
-    number = (first * tiles + head - first)[:, None] + (tiles - 1 - index) * beside[:, None]
+    order = np.lexsort((head, -index, section))  # the last tile of a head is the longest
+    index, head = index[order], head[order]
     row_first = index * tile_m
-    stop = (
-        np.minimum(g.len_kv, row_first + tile_m + g.offset)
-        if g.causal
-        else index * 0 + g.len_kv
-    )
-    items = np.zeros(g.heads * tiles + 1, ITEM)
-    sources = np.zeros(3 * len(items), SOURCE)
-    own = np.zeros(number.shape, ITEM)
-    own["batch"], own["head"] = (head // g.heads_q)[:, None], (head % g.heads_q)[:, None]
-    own["row_first"], own["rows"] = row_first, np.minimum(tile_m, g.len_q - row_first)
-    own["first_source"], own["sources"] = 3 * number, 1
-    own["tiles"], own["partial"] = -(-np.maximum(stop, 1) // tile_n), NO_PARTIAL
-    own["key_stop"], own["start_offset"] = g.len_kv, -UNLIMITED
-    own["stop_offset"] = row_first + g.offset + 1 if g.causal else UNLIMITED
-    own["heads"] = 1
-    items[number] = own
-    keys = np.zeros(number.shape, SOURCE)
-    keys["tensor"], keys["batch"] = ORIGINAL, own["batch"]
-    keys["head"], keys["keys"] = own["head"] // g.ratio, np.maximum(stop, 1)
-    keys["mask"], keys["first_bias"] = MASK_INTERVAL, NO_BIAS
-    sources[3 * number] = keys
-    return items, sources
+    seen = row_first + tile_m + g.offset if g.causal else g.len_kv
+    keys = np.maximum(np.minimum(g.len_kv, seen), 1)
+    items = np.zeros(len(head), ITEM)
+    items["batch"], items["head"] = head // g.heads_q, head % g.heads_q
+    items["row_first"], items["rows"] = row_first, np.minimum(tile_m, g.len_q - row_first)
+    items["sources"] = items["heads"] = 1
+    items["tiles"], items["partial"] = -(-keys // tile_n), NO_PARTIAL
+    items["key_stop"], items["start_offset"] = g.len_kv, -UNLIMITED
+    items["stop_offset"] = row_first + g.offset + 1 if g.causal else UNLIMITED
+    sources = np.zeros(len(head), SOURCE)
+    sources["tensor"], sources["batch"] = ORIGINAL, items["batch"]
+    sources["head"], sources["keys"] = items["head"] // g.ratio, keys
+    sources["mask"], sources["first_bias"] = MASK_INTERVAL, NO_BIAS
+    items["first_source"] = np.arange(len(head))
+    columns = deal(items["tiles"] + 1.0, blocks)
+    dealt = np.zeros((max(len(c) for c in columns) + 3, blocks), ITEM)
+    for block, column in enumerate(columns):
+        dealt[: len(column), block] = items[column]
+    return WorkList(dealt, sources)

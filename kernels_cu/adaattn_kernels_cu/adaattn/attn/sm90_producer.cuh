@@ -26,7 +26,8 @@ template <int kRole>
 ADAATTN_DEVICE SourceRun sources_of(const AttentionParams& params, int round) {
     i64 place = static_cast<i64>(round) * gridDim.x + blockIdx.x;
     if constexpr (kRole == kAdaptive) {
-        place = smaller(atomicAdd(&params.queue->next, 1), params.queue->items);
+        if (params.queue != nullptr)
+            place = smaller(atomicAdd(&params.queue->next, 1), params.queue->items);
     }
     const work::WorkItem& item = params.items[place];
     const int2 pair = *reinterpret_cast<const int2*>(&item.first_source);

@@ -1,7 +1,9 @@
 // far_items.cuh -- how planning kernels write an item of the forward kernel and its sources. SPDX-License-Identifier: Apache-2.0
 //
-// An item takes three places in the table of sources. A list is a queue that blocks take items from, in order; behind its last
-// item stands one without rows.
+// An item takes three places in the table of sources. A list is a queue that blocks take items from, in order, or dealt to the
+// blocks; behind a block's last item, or the queue's, stands one without rows. Blocks claim an item while they compute the one
+// before it. Where items differ much and are few a block, dealing them forwards and backwards in turn, longest first, keeps
+// loads more even than that.
 #pragma once
 
 #include "adaattn/plan/far_field.cuh"
@@ -26,19 +28,30 @@ struct List {
     i32 tile;       // query rows of a tile
     i32 tile_n;     // keys of a tile of the forward kernel
     i32 tiles;      // of a head
-    i32 padding;
+    i32 blocks;     // of the launch that items are dealt to; 0: a queue
 
-    // Opens a list of `heads` heads: none of its items is taken yet. One thread.
-    ADAATTN_DEVICE void open(int heads) const {
+    // Opens a list of `heads` heads, before its items are written. The whole block of `threads` calls.
+    ADAATTN_DEVICE void open(int heads, int threads) const {
         const work::WorkItem end = {};
-        items[heads * tiles] = end;
-        queue->next = 0;
-        queue->items = heads * tiles;
-        queue->reserved[0] = heads;
+        const int total = heads * tiles;
+        // Blocks end within the last round or behind it.
+        const int first = blocks > 0 ? total / blocks * blocks : total;
+        const int ends = blocks > 0 ? 2 * blocks : 1;
+        for (int i = static_cast<int>(threadIdx.x); i < ends; i += threads) items[first + i] = end;
+        if (threadIdx.x == 0) {
+            queue->next = 0;
+            queue->items = total;
+            queue->reserved[0] = heads;
+        }
     }
-    // Number of an item: the last tile, which is the longest, comes first, the section's heads one after the other.
+    // Where an item stands: the last tile, which is the longest, comes first, the section's heads one after the other.
     ADAATTN_DEVICE int number(const Place& place, int rank, int index) const {
-        return place.first * tiles + (tiles - 1 - index) * place.beside + rank - place.first;
+        const int number =
+            place.first * tiles + (tiles - 1 - index) * place.beside + rank - place.first;
+        if (blocks == 0) return number;
+        const int round = number / blocks;
+        const int column = number % blocks;
+        return round * blocks + (round % 2 == 0 ? column : blocks - 1 - column);
     }
 };
 
@@ -150,7 +163,7 @@ ADAATTN_DEVICE void rank_heads(const Sizes& sizes, const List& list, int section
         list.places[rank].first = low;
         list.places[rank].beside = high - low;
     }
-    if (thread == 0) list.open(ranked);
+    list.open(ranked, kThreads);
 }
 
 }  // namespace adaattn::far

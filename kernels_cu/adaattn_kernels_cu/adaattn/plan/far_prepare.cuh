@@ -14,7 +14,6 @@
 
 #include "adaattn/plan/far_field.cuh"
 #include "adaattn/quant/convert.cuh"
-#include "adaattn/work/work_item.cuh"
 
 namespace adaattn::far_prepare {
 
@@ -26,13 +25,10 @@ struct Params {
     u16* drawn_query;       // (batch, heads_q, drawn, dim_qk)
     u32* norms;             // (2, batch, heads_kv): bits of the largest |v| and |k|
     u32* query_norms;       // (batch, heads_q): of the drawn rows
-    work::Queue* queue;     // of a list whose items are constants: opened; or null
-    i32 queued;             // its items
     i32 drawn;
     i32 copy_blocks;  // blocks that copy; the rest measure
     i32 stretches;    // measuring blocks of one key head
     i32 stretch_rows;
-    i32 padding;
 };
 
 template <Format kFormatT, int kDimT, int kThreadsT>
@@ -98,10 +94,6 @@ ADAATTN_DEVICE void run(const Params& params) {
     const int piece = lane % T::kRowLanes;
     const int own_row = warp * T::kWarpRows + lane / T::kRowLanes;
     constexpr int kBlockRows = T::kWarps * T::kWarpRows;
-    if (params.queue != nullptr && block == 0 && threadIdx.x == 0) {
-        params.queue->next = 0;
-        params.queue->items = params.queued;
-    }
     if (block < params.copy_blocks) {
         const int rows = sizes.batch * sizes.heads_q * params.drawn;
         for (int first = block * kBlockRows; first < rows;
