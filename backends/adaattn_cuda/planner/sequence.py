@@ -316,10 +316,9 @@ class Packer:
     def _take_from(self, block: sm90.Params, stem: str) -> None:
         """Have an attention take the items of a list: landmark heads' from a queue."""
         g = self.launch.geometry
-        for name in (
-            ("items", "sources", "queue") if stem == "landmark" else ("items", "sources")
-        ):
-            setattr(block, name, self.at[f"{stem}_{name}"])
+        block.items, block.sources = self.at[f"{stem}_items"], self.at[f"{stem}_sources"]
+        if stem == "landmark":
+            block.queue = self.at["landmark_queue"]
         block.squares = self.at["squares"]
         block.squares_head = square_stride(g)
         block.squares_batch = g.heads_q * block.squares_head

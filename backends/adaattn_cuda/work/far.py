@@ -296,7 +296,7 @@ def _exact_work(
     """Items of the exact rows: every tile of them over stretches of keys, partial results."""
     tiles = stops.shape[1] // TILE
     last = stops.reshape(g.heads * tiles, TILE).max(axis=1)
-    wanted = max(1, -(-4 * blocks // (g.heads * tiles)))
+    wanted = max(1, -(-blocks // (g.heads * tiles)))
     keys = min(max(TILE * 4, -(-g.len_kv // wanted // TILE) * TILE), _EXACT_KEYS)
     splits = np.maximum(-(-last // keys), 1)
     first_partial = np.concatenate([[0], np.cumsum(splits)]).astype(np.int32)
