@@ -52,6 +52,15 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 inline void __syncthreads() {
     adaattn::ptx::emulation::meet(words::machine.everyone, words::machine.threads);
 }
+inline int __syncthreads_count(bool x) {
+    adaattn::ptx::emulation::Machine& m = words::machine;
+    m.votes[m.current] = x;
+    __syncthreads();
+    int count = 0;
+    for (int i = 0; i < m.threads; ++i) count += m.votes[i];
+    __syncthreads();
+    return count;
+}
 inline void __syncwarp() { adaattn::ptx::emulation::meet_warp(); }
 inline void __threadfence() {}
 template <class T>
@@ -83,6 +92,11 @@ inline Number atomicAdd(Number* to, Number value) {
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline float __int_as_float(int x) { return adaattn::ptx::emulation::float_of(static_cast<unsigned>(x)); }
+inline int __float_as_int(float x) {
+    int bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __log2f(float x) { return log2f(x); }

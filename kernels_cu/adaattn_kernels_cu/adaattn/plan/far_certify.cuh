@@ -78,13 +78,24 @@ ADAATTN_DEVICE float block_sum(float x, float* space) {
     return sum;
 }
 
+// The order-th smallest of the numbers, none of them negative, that threads of the block hold: the least bit pattern that so many
+// do not exceed, bit by bit. The whole block calls.
+ADAATTN_DEVICE float order_statistic(float own, bool counts, int order) {
+    const u32 bits = static_cast<u32>(__float_as_int(own));
+    u32 found = 0x7fffffffu;
+    for (u32 bit = 1u << 30; bit != 0; bit >>= 1) {
+        const u32 tried = found & ~bit;  // all lower bits still set: the largest such number
+        if (__syncthreads_count(counts && bits <= tried) >= order) found = tried;
+    }
+    return __int_as_float(static_cast<int>(found));
+}
+
 // The verdict of one head.
 template <class T>
 ADAATTN_DEVICE void test(const Params& params, int head) {
     __shared__ float errors[T::kRowsMax];
     __shared__ float norms[T::kRowsMax];
     __shared__ float space[T::kWarps];
-    __shared__ float found;
     const far::Sizes& sizes = params.sizes;
     const int thread = static_cast<int>(threadIdx.x);
     const int warp = thread / kWarpThreads;
@@ -131,15 +142,8 @@ ADAATTN_DEVICE void test(const Params& params, int head) {
         }
     }
     __syncthreads();
-    if (thread < params.drawn) {
-        int smaller_ones = 0;
-#pragma unroll 8
-        for (int i = 0; i < params.drawn; ++i) {
-            smaller_ones +=
-                errors[i] < errors[thread] || (errors[i] == errors[thread] && i < thread);
-        }
-        if (smaller_ones == params.order - 1) found = errors[thread];
-    }
+    const float found = order_statistic(thread < params.drawn ? errors[thread] : ptx::infinity(),
+                                        thread < params.drawn, params.order);
     const float all_errors = block_sum<T>(thread < params.drawn ? errors[thread] : 0.0f, space);
     const float all_norms = block_sum<T>(thread < params.drawn ? norms[thread] : 0.0f, space);
     if (thread != 0) return;
