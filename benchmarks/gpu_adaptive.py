@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_capture.py ... --out DATA          queries, keys, values of a model
     python benchmarks/gpu_adaptive.py --data DATA --out DIR  writes gpu_adaptive.json
-    python benchmarks/gpu_adaptive.py --render FILE.json ...  table and plots of earlier runs,
-                                                             written beside the first
+    python benchmarks/gpu_adaptive.py --render FILE.json     table and plots of an earlier run
+    python benchmarks/gpu_adaptive.py --join FILE.json ... --out DIR     several runs as one
 
 Everything is inside the timed region: probe, plan, gather, attend, certify, escalate; inputs
 are warm on the device. Contenders take turns in random order; figures are medians of CUDA
@@ -263,7 +263,8 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, help="folder that gpu_capture.py wrote")
     parser.add_argument("--out", type=Path, default=Path())
-    parser.add_argument("--render", type=Path, nargs="+", metavar="FILE")
+    parser.add_argument("--render", type=Path, metavar="FILE")
+    parser.add_argument("--join", type=Path, nargs="+", metavar="FILE")
     parser.add_argument("--revision", default="unknown", help="of this repository")
     parser.add_argument("--texts", nargs="+", default=["prose", "code"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32_768, 131_072])
@@ -278,10 +279,13 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options = parser.parse_args()
     if options.render:
-        report = joined([json.loads(path.read_text()) for path in options.render])
-        first = options.render[0]
-        first.with_suffix(".md").write_text(adaptive_report.markdown(report))
-        adaptive_plots.plot(report, first.with_suffix(".png"))
+        report = json.loads(options.render.read_text())
+        options.render.with_suffix(".md").write_text(adaptive_report.markdown(report))
+        adaptive_plots.plot(report, options.render.with_suffix(".png"))
+        return
+    if options.join:
+        report = joined([json.loads(path.read_text()) for path in options.join])
+        (options.out / "gpu_adaptive.json").write_text(json.dumps(report))
         return
     if options.data is None:
         parser.error("--data names the folder that gpu_capture.py wrote")
