@@ -16,6 +16,7 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 
+from ablations import draw_ablations
 from architecture import draw_architecture
 from budgets import draw_budgets
 from certificate import draw_certificate
@@ -29,6 +30,7 @@ from tables import write_tables
 FIGURES: dict[str, Callable[[], Path]] = {
     "one_setting": draw_one_setting,
     "budgets": draw_budgets,
+    "ablations": draw_ablations,
     "structures": draw_structures,
     "landmark": draw_landmark,
     "certificate": draw_certificate,

@@ -1,4 +1,4 @@
-"""Figures of the GPU benchmark in running text: written into the pages, not copied by hand.
+"""Figures of benchmarks in running text: written into the pages, not copied by hand.
 
     python docs/figures/draw.py tables
 
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ablations
 from speed_error import BASE, REPORT, STYLES, Point, points
 
 ROOT = REPORT.parents[2]
@@ -22,6 +23,7 @@ PAGES = (
     "docs/how-to/gpu.md",
     "docs/explanation/comparison.md",
     "docs/explanation/report.md",
+    "docs/benchmarks/ablations.md",
 )
 BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 OURS = "dense"
@@ -125,6 +127,7 @@ WRITERS: dict[str, Callable[[Report], str]] = {
     "sentence": sentence,
     "by_length": by_length,
     "peers": peers,
+    "ablations": lambda _: ablations.table(),
 }
 
 

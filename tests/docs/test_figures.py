@@ -56,11 +56,12 @@ def test_drawings_are_what_the_command_draws(
     )
 
 
-def test_speed_picture_was_drawn_from_the_report_that_lies_here() -> None:
-    """If not: python docs/figures/draw.py speed_error."""
-    style, speed = script("style"), script("speed_error")
-    with Image.open(FIGURES / "speed_error.png") as picture:
-        assert picture.info[style.SOURCE] == style.digest(speed.REPORT)
+@pytest.mark.parametrize("name", ["speed_error", "ablations"])
+def test_picture_was_drawn_from_the_report_that_lies_here(name: str) -> None:
+    """If not: python docs/figures/draw.py speed_error ablations tables."""
+    style, module = script("style"), script(name)
+    with Image.open(FIGURES / f"{name}.png") as picture:
+        assert picture.info[style.SOURCE] == style.digest(module.REPORT)
 
 
 def test_speed_picture_says_what_the_table_says() -> None:
