@@ -49,8 +49,8 @@ def draw_ablations() -> Path:
 def table() -> str:
     """The same numbers, and what became of certificates, as a table."""
     lines = [
-        "| switched off | speed predicted on sm90: plans alone, whole call | share | row error, "
-        "worst head | Frobenius, mean | certificates true | structures |",
+        "| switched off | speed predicted on sm90: plans alone, whole call | share | "
+        "row error, worst head | Frobenius, mean | certificates true | structures |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in read()["ablations"]:
