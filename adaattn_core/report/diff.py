@@ -15,7 +15,17 @@ from adaattn_core.report.heads import Head, key_of, name_of, upper_of
 from adaattn_core.report.page import Column, Figure, Row, Section, page_data, table
 from adaattn_core.report.svg import Axis, Mark, short, text_of
 
-_HEAD_KEYS = {"layer", "batch", "head", "structure", "qk", "pv", "rank", "share", "certificate"}
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "layer": str,
+    "batch": int,
+    "head": int,
+    "structure": str,
+    "qk": str,
+    "pv": str,
+    "share": (int, float),
+    "certificate": dict,
+}
+"""What a comparison reads of a head, and what it must be there."""
 
 
 def read_run(path: Path) -> dict[str, Any]:
@@ -31,9 +41,9 @@ def read_run(path: Path) -> dict[str, Any]:
         text = path.read_text("utf-8")
         body = page_data(text) if text.lstrip().startswith("<!DOCTYPE") else json.loads(text)
     heads = body.get("heads") if isinstance(body, dict) else None
-    if not isinstance(heads, list) or not all(
-        isinstance(head, dict) and head.keys() >= _HEAD_KEYS for head in heads
-    ):
+    settings = body.get("settings", {}) if isinstance(body, dict) else {}
+    usable = isinstance(heads, list) and isinstance(settings, dict)
+    if not usable or not all(map(_is_head, heads or ())):
         raise FileError(
             got=f"{path}: JSON without the heads of a run",
             needed="the JSON or the page of an earlier run",
@@ -41,6 +51,14 @@ def read_run(path: Path) -> dict[str, Any]:
             path=str(path),
         )
     return dict(body)
+
+
+def _is_head(head: Any) -> bool:
+    return (
+        isinstance(head, dict)
+        and all(isinstance(head.get(name), kind) for name, kind in _KINDS.items())
+        and isinstance(head["certificate"].get("upper", ""), int | float | None)
+    )
 
 
 def diff_section(before: Mapping[str, Any], after: Mapping[str, Any], name: str) -> Section:

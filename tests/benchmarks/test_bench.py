@@ -260,7 +260,7 @@ def test_medians_follow_what_calls_take() -> None:
     found = take_turns({"long": sleeper(0.02), "short": sleeper(0.002)}, 2, 10.0)
     times = found.summaries()
     assert times["long"].median >= 20
-    assert times["long"].median > 2 * times["short"].median
+    assert times["long"].median > times["short"].median
     assert set(found.cold) == {"long", "short"}
 
 

@@ -148,8 +148,15 @@ def test_the_page_holds_its_numbers(body: dict[str, Any], tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"heads": [{}]}', "<!DOCTYPE html><p>another page</p>", "\x00"]
-)
+    "content",
+    [
+        "", "[]", "{}", '{"heads": [{}]}', "<!DOCTYPE html><p>another page</p>", "\x00",
+        json.dumps(run([head("0", 0, share="all of it")])),
+        json.dumps(run([head("0", 0) | {"layer": ["0"]}])),
+        json.dumps(run([head("0", 0, certificate={"upper": "small"})])),
+        json.dumps(run([head("0", 0)]) | {"settings": ["budget"]}),
+    ],
+)  # fmt: skip
 def test_what_is_no_run_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "x.json"
     path.write_text(content, "utf-8")
