@@ -15,7 +15,7 @@ from adaattn_bench.clock import kept_when_interrupted
 from adaattn_bench.devices import describe
 from adaattn_bench.models import EXACT, TORCH, Model, Setting, load, settings
 from adaattn_bench.policies import PARTS as ADAPTIVE_PARTS
-from adaattn_bench.policies import Unhurried
+from adaattn_bench.policies import unhurried
 from adaattn_bench.problems import demo_inputs
 from adaattn_bench.statistics import rounded
 from adaattn_core.budget import ErrorBudget
@@ -229,7 +229,7 @@ class _Run:
 
     def _heads(self) -> Iterator[str]:
         asked, rel = self.asked, self.asked.budgets[0]
-        policy = None if asked.hurried else Unhurried()
+        policy = None if asked.hurried else unhurried()
         rows: list[HeadRow] = []
         started = time.perf_counter()
         seconds = 0.0

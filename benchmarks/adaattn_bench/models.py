@@ -15,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from adaattn_bench.policies import Unhurried
+from adaattn_bench.policies import unhurried
 from adaattn_core.errors import BackendUnavailableError, FileError
 
 SMOLLM2 = "smollm2"
@@ -138,7 +138,7 @@ class Setting:
             return
         entry = importlib.import_module("adaattn_torch.entries.transformers")
         listening = importlib.import_module("adaattn_torch").listening
-        policy = Unhurried() if self.budget is not None and not self.hurried else None
+        policy = unhurried() if self.budget is not None and not self.hurried else None
         model.network.set_attn_implementation(entry.register_transformers())
         seen: list[Any] = []
         with ExitStack() as stack:

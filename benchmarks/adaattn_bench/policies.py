@@ -94,7 +94,7 @@ class Without:
         return plan
 
 
-def Unhurried() -> Without:  # noqa: N802 -- reads like the policy that it makes
+def unhurried() -> Without:
     """Return the default policy, as if measuring and certifying took no time."""
     return Without()
 

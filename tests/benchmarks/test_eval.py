@@ -15,7 +15,7 @@ import typer
 from adaattn_bench import ablations, evaluation, tasks, texts
 from adaattn_bench.ablations import Layer, ablate
 from adaattn_bench.models import EXACT, TORCH, Setting, load
-from adaattn_bench.policies import PARTS, Unhurried, Without, unfitted
+from adaattn_bench.policies import PARTS, Without, unfitted, unhurried
 from adaattn_core.budget import ErrorBudget
 from adaattn_core.cli.app import build_app
 from adaattn_core.structure import Landmark
@@ -283,5 +283,5 @@ def test_without_escalation_misses_are_reported(layer: Layer) -> None:
 
 
 def test_the_whole_policy_is_the_default_one_unhurried() -> None:
-    assert Unhurried() == Without("")
-    assert Unhurried().name == "unhurried"
+    assert unhurried() == Without("")
+    assert unhurried().name == "unhurried"
