@@ -30,7 +30,8 @@ def demo(
     budget: Annotated[
         str, typer.Option(help="tolerated row error relative to the rms output row, or 'exact'")
     ] = "0.1",
-    backend: Annotated[str, typer.Option(help="backend by name")] = "auto",
+    # The one that has every structure, wherever it runs: what there is to see are plans.
+    backend: Annotated[str, typer.Option(help="backend by name")] = "numpy",
     figure: Annotated[
         Path | None,
         typer.Option(help=f"write the map of choices there [default: {DEFAULT_FIGURE}]"),

@@ -19,13 +19,16 @@ query, key, value = (
     stored[name].view(ml_dtypes.bfloat16).astype(np.float32)[None] for name in "qkv"
 )
 
-exact = attention(query, key, value, mask=Mask.causal(), scale=float(stored["scale"]))
+exact = attention(
+    query, key, value, mask=Mask.causal(), scale=float(stored["scale"]), backend="numpy"
+)
 close = attention(
     query,
     key,
     value,
     mask=Mask.causal(),
     scale=float(stored["scale"]),
+    backend="numpy",
     budget=ErrorBudget(rel=0.1),  # 95% of a head's rows within 10% of its rms row
 )
 

@@ -66,6 +66,7 @@ result = attention(
     value,
     mask=Mask.causal(),
     scale=float(stored["scale"]),
+    backend="numpy",
     budget=ErrorBudget(rel=0.1),
     policy=ExactHeads({1}),
 )

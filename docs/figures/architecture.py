@@ -35,8 +35,9 @@ TORCH = House(
         (
             ("entries, functional", "the ways in"),
             ("prepare, masks", "a checked call"),
-            ("forward, gradient", "the way to a backend"),
+            ("forward, gradient", "to a backend"),
             ("cache", "generation"),
+            ("backend", "any device"),
         ),
     ),
 )
@@ -141,6 +142,8 @@ def draw_architecture() -> Path:
     _draw(drawing, KERNELS, kernels_x, low_y, right, low)
     drawing.arrow((90, 8 + TORCH.height()), (90, core_y - 1))
     drawing.text(98, core_y - 18, "imports", "note")
+    drawing.arrow((670, core_y), (670, 9 + TORCH.height()), dash="5 4")
+    drawing.text(662, core_y - 18, "found by name", "note", "end")
     for x, name in ((60, "imports"), (cuda_x + 60, "imports")):
         drawing.arrow((x, low_y), (x, core_y + CORE.height() + 1))
         drawing.text(x + 8, low_y - 18, name, "note")
@@ -152,7 +155,7 @@ def draw_architecture() -> Path:
     drawing.line(cuda_x + middle - 30, low_y - 24, cuda_x + middle - 30, low_y, "#444")
     drawing.text(kernels_x + 98, low_y - 12, "reads", "note")
     drawing.text(
-        10, height - 12, "The two backends do not know each other. Import contracts hold the "
+        10, height - 12, "Backends do not know each other. Import contracts hold the "
         "code to this picture.", "note",
     )  # fmt: skip
     return drawing.save("architecture")
