@@ -15,14 +15,14 @@ from adaattn_core.costs import CostModel
 from adaattn_core.escalation import check_outcome
 from adaattn_core.facts import RawResult
 from adaattn_core.lazy import LazyHeads
-from adaattn_core.plan import HeadPlan
+from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.policies.base import Policy, PolicyContext
 from adaattn_core.policies.compiling import compile_policy
 from adaattn_core.policies.table import DecisionTable
 from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_core.stats import HeadStats
 
-__all__ = ["Adapted", "Decides", "certificate_later", "compiled_for"]
+__all__ = ["Adapted", "Decides", "Repeats", "certificate_later", "compiled_for"]
 
 _TABLES_REMEMBERED = 256
 
@@ -85,6 +85,31 @@ class Decides(Protocol):
         -------
         Adapted, or str
             A reason: the call is then made step by step on the host.
+        """
+        ...
+
+
+@runtime_checkable
+class Repeats(Protocol):
+    """A backend that runs a plan that was decided on a device once more."""
+
+    def repeat(
+        self,
+        problem: AttentionProblem,
+        plan: Plan,
+        budget: ErrorBudget,
+        *,
+        profile: bool = False,
+    ) -> Adapted | str:
+        """Run a plan without measuring, certify it, and run heads that fail again, dense.
+
+        The plan's seed draws the rows: the same plan gives the same bits, and those of the call
+        that decided it.
+
+        Returns
+        -------
+        Adapted, or str
+            A reason: the plan is then run step by step.
         """
         ...
 

@@ -11,7 +11,13 @@ from adaattn_core.budget import ErrorBudget
 from adaattn_core.certificates.certifier import Certifier
 from adaattn_core.certificates.data import Certificate
 from adaattn_core.costs import CostModel
-from adaattn_core.deciding import Adapted, Decides, certificate_later, compiled_for
+from adaattn_core.deciding import (
+    Adapted,
+    Decides,
+    Repeats,
+    certificate_later,
+    compiled_for,
+)
 from adaattn_core.errors import UnsupportedError
 from adaattn_core.escalation import Attempt, check_outcome, escalate
 from adaattn_core.facts import RawResult
@@ -56,26 +62,25 @@ def run_pipeline(
             do='use backend="numpy", or PagedKV.gather() and pass the arrays',
         )
     reason = ""
-    if (
-        plan is None
-        and problem.paged is None
-        and policy
-        and budget
-        and isinstance(backend, Decides)
-    ):
-        rules = compiled_for(problem, backend, policy, budget, costs)
-        given = None if drawn else seed
-        adapted = (
-            rules
-            if isinstance(rules, str)
-            else backend.adapt(problem, rules, budget, seed=given, profile=profile)
-        )
+    if budget and problem.paged is None:
+        adapted: Adapted | str = ""
+        if plan is not None and isinstance(backend, Repeats):
+            plan.check_fits(problem)
+            adapted = backend.repeat(problem, plan, budget, profile=profile)
+        elif plan is None and policy and isinstance(backend, Decides):
+            rules = compiled_for(problem, backend, policy, budget, costs)
+            given = None if drawn else seed
+            adapted = (
+                rules
+                if isinstance(rules, str)
+                else backend.adapt(problem, rules, budget, seed=given, profile=profile)
+            )
         if isinstance(adapted, Adapted):
             certificate = certificate_later(problem, adapted, budget)
-            plan = Plan(
-                adapted.plans, seed=adapted.seed, policy=policy.name, target=costs.name,
-                layer=layer,
-            )  # fmt: skip
+            known = plan or Plan(
+                {}, policy=policy.name if policy else "", target=costs.name, layer=layer
+            )
+            plan = replace(known, heads=adapted.plans, seed=adapted.seed)
             clock.lap("host_seconds")
             notes: Notes = {**clock.seconds, **adapted.notes}
             return adapted.raw, plan, certificate, ProblemStats(adapted.stats), notes

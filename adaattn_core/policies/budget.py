@@ -87,7 +87,7 @@ class BudgetPolicy:
     table_taus: tuple[float, ...] = (0.3, 0.15, 0.07, 0.03, 0.012, 0.005, 0.002, 8e-4)
     table_lams: tuple[float, ...] = (1e-2, 3e-3, 1e-3, 3e-4)
     margin: float = 0.6
-    table_margin: float = 0.75
+    table_margin: float = 0.65
     worthwhile: float = 0.8
     diffuse: float = 0.97
     low_rank_participation: float = 0.25

@@ -6,22 +6,18 @@ to know about the call is read when somebody looks.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
-from dataclasses import replace
+from collections.abc import Hashable
 from typing import Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from adaattn_core.budget import ErrorBudget
-from adaattn_core.certificates.data import HeadCertificate
 from adaattn_core.deciding import Adapted
 from adaattn_core.facts import RawResult, RunFacts
 from adaattn_core.lazy import Later, LazyHeads
-from adaattn_core.plan import HeadPlan
+from adaattn_core.plan import Plan
 from adaattn_core.policies.table import DecisionTable
 from adaattn_core.problem import AttentionProblem, HeadIndex
-from adaattn_core.stats import HeadStats, StructureEstimate
 from adaattn_core.structure import Landmark
 from adaattn_cuda.device import driver
 from adaattn_cuda.device.events import start_timed
@@ -30,8 +26,9 @@ from adaattn_cuda.device.views import ArrayView, contiguous
 from adaattn_cuda.dispatch import input_views
 from adaattn_cuda.kernels import sm90_attn_fwd_f16 as sm90
 from adaattn_cuda.planner.drawing import certifying_rows
+from adaattn_cuda.planner.frozen import Frozen, frozen
 from adaattn_cuda.planner.launch import FarArrays, FarLaunch
-from adaattn_cuda.planner.layout import CERTIFICATE, DECISION
+from adaattn_cuda.reading import Reading, Whole
 from adaattn_cuda.recent import Recent
 from adaattn_cuda.work.far import FarGeometry
 
@@ -73,6 +70,28 @@ class AdaptiveCalls:
         AdaAttnError
             If device memory runs out, or the driver reports an error.
         """
+        return self._call(problem, table, budget, None, seed, profile)
+
+    def repeat(
+        self, problem: AttentionProblem, plan: Plan, budget: ErrorBudget, *, profile: bool
+    ) -> Adapted | str:
+        """See `adaattn_core.deciding.Repeats.repeat`; raises as `adapt` does."""
+        if budget.guarantee != "sampled":
+            return f"guarantee {budget.guarantee}: only sampled ones are kept on the device"
+        found = frozen(plan, problem, SIZES)
+        if isinstance(found, str):
+            return found
+        return self._call(problem, found.table, budget, found, plan.seed, profile)
+
+    def _call(
+        self,
+        problem: AttentionProblem,
+        table: DecisionTable,
+        budget: ErrorBudget,
+        given: Frozen | None,
+        seed: int | None,
+        profile: bool,
+    ) -> Adapted | str:
         query, key, value = input_views(problem)
         reason = refusal(problem, table, budget, query.device)
         if reason:
@@ -85,7 +104,8 @@ class AdaptiveCalls:
             return layout_reason
         stream = library.stream(query.device)
         inputs = (query, key, value)
-        launch, used_seed = self._launch(problem, table, budget, inputs, seed, stream)
+        decided = given.decided if given else None
+        launch, used_seed = self._launch(problem, table, budget, inputs, seed, decided, stream)
         out, lse, written = library.outputs(shape, problem.dtype, problem.query)
         kept = library.empty((-(-launch.kept.size // 4),), "f32", problem.query)
         scratch = library.empty((-(-launch.scratch.size // 4),), "f32", problem.query)
@@ -107,8 +127,8 @@ class AdaptiveCalls:
             launch.start(arrays, *addresses, stream)
         # The kept figures stay with the result; the scratch memory goes back to the library,
         # whose allocator hands it out again in the order of the stream.
-        reading = Later(lambda: _Reading(launch, library.pointer(kept), query.device, kept))
-        whole = _Whole(problem, table, budget, reading)
+        reading = Later(lambda: Reading(launch, library.pointer(kept), query.device, kept))
+        whole = Whole(problem, table, budget, reading, given.plan if given else None)
         notes["escalated"] = Later(whole.escalated)
         sizes = launch.scratch.size, launch.kept.size, launch.workspace_bytes
         notes["workspace_bytes"] = sum(sizes)
@@ -129,6 +149,7 @@ class AdaptiveCalls:
         budget: ErrorBudget,
         arrays: tuple[ArrayView, ...],
         seed: int | None,
+        decided: tuple[int, ...] | None,
         stream: int,
     ) -> tuple[FarLaunch, int]:
         device = arrays[0].device
@@ -138,6 +159,7 @@ class AdaptiveCalls:
             table,
             (budget.rel, budget.rows, budget.confidence),
             seed,
+            decided,
         )
         found = self._launches.get(known_by)
         if found is None:
@@ -151,6 +173,7 @@ class AdaptiveCalls:
                 used,
                 device,
                 stream,
+                decided,
             )
             found = launch, used
             self._launches.put(known_by, found)
@@ -205,161 +228,3 @@ def _offset(problem: AttentionProblem) -> int:
     mask = problem.mask
     bottom = mask.right == 0 and mask.alignment == "bottom_right"
     return problem.len_kv - problem.len_q if bottom else 0
-
-
-class _Reading:
-    """The figures that a call keeps, read from the device at once."""
-
-    def __init__(self, launch: FarLaunch, address: int, device: int, owner: Any) -> None:
-        del owner  # the array whose memory this is: alive until here
-        layout, g = launch.kept, launch.geometry
-        raw = driver.read(address, layout.size, device)
-
-        def part(name: str, dtype: Any, *shape: int) -> NDArray[Any]:
-            first, _ = layout.parts[name]
-            count = int(np.prod(shape))
-            return np.frombuffer(raw, dtype, count, first).reshape(shape)
-
-        heads = (g.batch, g.heads_q)
-        self.certificates = part("certificates", CERTIFICATE, *heads)
-        self.kept = part("kept", np.uint64, *heads)
-        self.decisions = part("decisions", DECISION, *heads) if launch.levels else None
-        self.decision = part("decision", np.int32, *heads) if launch.levels else None
-        self.geometry = g
-
-
-class _Whole:
-    """What the host says of a call, from what it read."""
-
-    def __init__(
-        self,
-        problem: AttentionProblem,
-        table: DecisionTable,
-        budget: ErrorBudget,
-        reading: Later[_Reading],
-    ) -> None:
-        self._table, self._budget, self._reading = table, budget, reading
-        self._heads = list(problem.heads())
-        self._visible = problem.visible_scores(0) if problem.sequences else 0
-        self._sizes = (problem.len_q, problem.len_kv, problem.dim_qk, problem.dim_v)
-
-    def plans(self) -> Mapping[HeadIndex, HeadPlan]:
-        """Return what ran in the end."""
-        read, table = self._reading(), self._table
-        out = {}
-        for index in self._heads:
-            if read.decisions is None:
-                reason = "dense: nothing could be cheaper at this size"
-                out[index] = _with_reason(table.fallback, reason)
-                continue
-            choice = read.decisions[index]["choice"]
-            plan = table.head_plan(choice)
-            if read.certificates[index]["rounds"] > 1:
-                first = float(read.certificates[index]["first_upper"])
-                plan = _with_reason(
-                    table.fallback,
-                    f"escalated: {plan.structure.kind} certified {first:.3g} only",
-                )
-            elif choice["candidate"] >= 0 and _dense(read, index):
-                plan = _with_reason(table.fallback, "dense: no room for its landmarks")
-            elif plan.structure.kind != "dense":
-                measures = read.decisions[index]["measures"]
-                plan = _with_reason(
-                    plan,
-                    f"{plan.reason} (entropy {measures['entropy_relative']:.2f},"
-                    f" |s| {measures['score_max_abs']:.0f},"
-                    f" saturation {measures['saturation']:.2f})",
-                )
-            out[index] = plan
-        return out
-
-    def certificates(self) -> Mapping[HeadIndex, HeadCertificate]:
-        """Return the sentence of every head."""
-        read, budget = self._reading(), self._budget
-        out = {}
-        for index in self._heads:
-            found = read.certificates[index]
-            upper = float(found["upper"])
-            oracle = float(found["oracle"])
-            out[index] = HeadCertificate(
-                "sampled",
-                upper,
-                rows=budget.rows,
-                confidence=budget.confidence,
-                estimate=float(found["estimate"]),
-                terms={"sampled": max(upper - oracle, 0.0), "oracle": oracle},
-                nonfinite=bool(found["nonfinite"]),
-            )
-        return out
-
-    def stats(self) -> Mapping[HeadIndex, HeadStats]:
-        """Return what was measured; nothing but sizes where nothing was."""
-        read = self._reading()
-        len_q, len_kv, dim_qk, dim_v = self._sizes
-        out = {}
-        for index in self._heads:
-            facts: dict[str, Any] = {}
-            if read.decisions is not None:
-                m = read.decisions[index]["measures"]
-                g = read.geometry
-                facts = {
-                    "entropy_relative": float(m["entropy_relative"]),
-                    "entropy": float(m["entropy_relative"]) * float(np.log(max(len_kv, 2))),
-                    "saturation": float(m["saturation"]),
-                    "score_max_abs": float(m["score_max_abs"]),
-                    "output_rms_estimate": float(m["output_rms"]),
-                    "sampled_rows": g.samples * 2,
-                    "structures": tuple(
-                        StructureEstimate(
-                            candidate.plan.structure,
-                            min(float(m["share"][k]), 1.0),
-                            0,
-                            float(m["error"][k]),
-                            float("nan"),
-                        )
-                        for k, candidate in enumerate(self._table.candidates)
-                    ),
-                }
-            out[index] = HeadStats(
-                len_q=len_q, len_kv=len_kv, dim_qk=dim_qk, dim_v=dim_v,
-                visible=self._visible, nonfinite=bool(read.certificates[index]["nonfinite"]),
-                **facts,
-            )  # fmt: skip
-        return out
-
-    def facts(self) -> Mapping[HeadIndex, RunFacts]:
-        """Return what the run found out."""
-        read = self._reading()
-        out = {}
-        for index in self._heads:
-            found = read.certificates[index]
-            escalated = int(found["rounds"]) > 1
-            dense = escalated or _dense(read, index)
-            share = 1.0 if dense else float(read.kept[index]) / max(self._visible, 1)
-            out[index] = RunFacts(
-                share=min(share, 1.0),
-                dropped_mass_upper=0.0 if dense else float("inf"),
-                keys_max=self._sizes[1],
-                output_rms=float(found["rms"]),
-                nonfinite=bool(found["nonfinite"]),
-            )
-        return out
-
-    def escalated(self) -> dict[str, list[str]]:
-        """Return which heads ran again, and how."""
-        rounds = self._reading().certificates["rounds"]
-        dense = self._table.fallback
-        return {
-            f"{sequence},{head}": [f"dense {dense.qk}/{dense.pv}"]
-            for sequence, head in self._heads
-            if rounds[sequence, head] > 1
-        }
-
-
-def _dense(read: _Reading, index: HeadIndex) -> bool:
-    """Whether a head's first run was dense."""
-    return read.decision is None or bool(read.decision[index] < 0)
-
-
-def _with_reason(plan: HeadPlan, reason: str) -> HeadPlan:
-    return replace(plan, reason=reason)

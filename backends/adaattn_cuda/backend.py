@@ -91,6 +91,21 @@ class CudaBackend:
         self._last.launches = ()
         return found
 
+    def repeat(
+        self,
+        problem: AttentionProblem,
+        plan: Plan,
+        budget: ErrorBudget,
+        *,
+        profile: bool = False,
+    ) -> Adapted | str:
+        """Run a plan of `adapt` again; see `adaattn_core.deciding.Repeats.repeat`."""
+        if self.decides().target != "sm90":
+            return "the planning kernels are Hopper's"
+        found = self._adaptive.repeat(problem, plan, budget, profile=profile)
+        self._last.launches = ()
+        return found
+
     def run(
         self,
         problem: AttentionProblem,

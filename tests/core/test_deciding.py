@@ -11,7 +11,7 @@ import pytest
 from adaattn_core import ErrorBudget, Mask, attention, get_backend
 from adaattn_core.backend import BACKEND_PARTS, Backend
 from adaattn_core.certificates.data import HeadCertificate
-from adaattn_core.deciding import Adapted, Decides
+from adaattn_core.deciding import Adapted, Decides, Repeats
 from adaattn_core.errors import BudgetInfeasibleError, CertificateViolation
 from adaattn_core.lazy import Later, LazyHeads, LazyNotes
 from adaattn_core.plan import HeadPlan, Plan
@@ -157,6 +157,36 @@ def test_a_plan_leaves_nothing_to_decide(arrays: Any) -> None:
     first = attention(*arrays, budget=0.1, backend=backend)
     attention(*arrays, plan=first.plan, backend=backend)
     assert len(backend.seeds) == 1
+
+
+class Repeating(OnDevice):
+    """One that also runs given plans on its device."""
+
+    def repeat(self, problem: Any, plan: Plan, budget: Any, *, profile: bool = False) -> Any:
+        return self.adapt(problem, None, budget, seed=plan.seed, profile=profile)
+
+
+def test_a_given_plan_is_repeated_on_the_device(arrays: Any) -> None:
+    backend = Repeating()
+    assert isinstance(backend, Repeats)
+    heads = {(0, h): HeadPlan(reason="decided before") for h in range(2)}
+    plan = Plan(heads, seed=9, policy="budget", target="sm90", layer="a")
+    result = attention(*arrays, budget=0.1, backend=backend, plan=plan)
+    assert backend.seeds == [9]
+    found = result.plan
+    assert (found.seed, found.policy, found.target, found.layer) == (9, "budget", "sm90", "a")
+    assert (result.certificate.upper == 0.05).all()
+    without = attention(*arrays, backend=backend, plan=plan)  # nothing to certify by rows
+    assert backend.seeds == [9]
+    assert without.certificate.guarantee[0, 0] == "worst_case"
+
+
+def test_a_plan_that_the_device_does_not_repeat_goes_the_host_way(arrays: Any) -> None:
+    backend = Repeating(refuses="formats")
+    plan = Plan({(0, h): HeadPlan() for h in range(2)}, seed=9)
+    result = attention(*arrays, budget=0.1, backend=backend, plan=plan)
+    assert result.provenance["planned_on_host"] == "formats"
+    assert (result.certificate.upper <= 0.1).all()
 
 
 def test_notes_resolve_once_and_only_when_read() -> None:

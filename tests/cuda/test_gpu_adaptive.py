@@ -308,3 +308,26 @@ def test_a_forced_structure_is_run_and_certified_as_it_is() -> None:
         pytest.fail(str(error))
     found = np.quantile(row_errors(result, q, k, v), 0.95, axis=1)
     assert_covered(found, result.certificate.upper[0])
+
+
+@pytest.mark.parametrize("case", [{"length": 16_384}, {"length": 4096, "dim": 128}])
+def test_a_frozen_plan_repeats_bit_for_bit_without_measuring(case: dict[str, Any]) -> None:
+    q, k, v = smooth(**case)
+    first = attention(q, k, v, mask=Mask.causal(), budget=0.1, backend="cuda", seed=11)
+    assert "landmark" in {head.structure.kind for head in first.plan.heads.values()}
+    again = adaattn_core.attention(
+        q, k, v, mask=Mask.causal(), budget=0.1, plan=first.plan, backend="cuda", profile=True
+    )
+    assert "judge" not in again.provenance["stage_ms"]
+    assert torch.equal(again.out, first.out)
+    assert torch.equal(again.lse, first.lse)
+    assert again.plan == first.plan
+    assert (again.certificate.upper <= 0.1).all()
+    assert_covered(
+        np.quantile(row_errors(again, q, k, v), 0.95, axis=1), again.certificate.upper[0]
+    )
+    for _ in range(3):  # replayed as a graph
+        more = adaattn_core.attention(
+            q, k, v, mask=Mask.causal(), budget=0.1, plan=first.plan, backend="cuda"
+        )
+        assert torch.equal(more.out, first.out)

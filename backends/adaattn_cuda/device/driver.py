@@ -395,6 +395,11 @@ class DeviceTable:
             check(cuda.cuStreamSynchronize(stream), "copying a work list")
 
 
+def copy_on_device(to: int, source: int, size_bytes: int, stream: int) -> None:
+    """Copy memory of the device, in the order of the stream."""
+    check(load_driver().cuMemcpyDtoDAsync(to, source, size_bytes, stream), "copying memory")
+
+
 def fill_words(address: int, value: int, count: int, stream: int) -> None:
     """Set `count` 32-bit words on the device to `value`, in the order of the stream."""
     check(

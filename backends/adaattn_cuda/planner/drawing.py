@@ -1,12 +1,13 @@
-"""How many rows of a head certify, and which of their errors counts."""
+"""How many rows of a head certify, which of their errors counts, and what they err by."""
 
 from __future__ import annotations
 
 from adaattn_core import bounds
 from adaattn_core.budget import ErrorBudget
 from adaattn_cuda.planner.specs import ROWS_MAX
+from adaattn_cuda.work.far import FarGeometry
 
-__all__ = ["certifying_orders", "certifying_rows"]
+__all__ = ["certifying_orders", "certifying_rows", "oracle_factors"]
 
 _TILE_ROWS, _FEW_ROWS, _LONG = 128, 256, 16_384
 _FIRST_SHARES = (0.9, 0.5)
@@ -46,3 +47,13 @@ def certifying_orders(
         if None not in orders:
             return tuple(order for order in orders if order is not None)
     return None
+
+
+def oracle_factors(g: FarGeometry, split_keys: int, scale: float) -> tuple[float, float]:
+    """Return what an exact row may err by: its sums over |v|, its scores over |q| |k|.
+
+    As `adaattn_cuda.facts` charges the kernels, with weights of two 16-bit parts: 2^-16.
+    """
+    truncation = 2.0**-22
+    sums = (split_keys / 8 + 16) * truncation + 2.0**-16 + 2.0**-20
+    return sums, (g.dim_qk / 8 + 8) * truncation * scale

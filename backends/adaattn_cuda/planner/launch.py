@@ -9,6 +9,8 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import numpy as np
+
 from adaattn_core.policies.table import DecisionTable
 from adaattn_cuda.device import driver
 from adaattn_cuda.device.graph import Graph
@@ -16,7 +18,8 @@ from adaattn_cuda.device.lanes import Step, start_in_lanes
 from adaattn_cuda.device.launch import kernel_of, refuse_capture
 from adaattn_cuda.planner.drawing import certifying_orders
 from adaattn_cuda.planner.layout import kept_layout, scratch_layout
-from adaattn_cuda.planner.sequence import FarArrays, Packer
+from adaattn_cuda.planner.params import FarArrays
+from adaattn_cuda.planner.sequence import Packer
 from adaattn_cuda.planner.specs import dense_tile, kernel_specs
 from adaattn_cuda.recent import Recent
 from adaattn_cuda.tuning.sm90_attn_fwd_f16 import padded_dim
@@ -49,6 +52,8 @@ class FarLaunch:
         ``rel``, ``rows`` and ``confidence`` are used.
     seed : int
     device, stream : int
+    decided : tuple of int, optional
+        Candidate of every head, -1 for dense, where nothing is to be judged.
 
     Raises
     ------
@@ -70,15 +75,17 @@ class FarLaunch:
         seed: int,
         device: int,
         stream: int,
+        decided: tuple[int, ...] | None = None,
     ) -> None:
         refuse_capture(stream, "copies its tables to the device")
         self.geometry, self.dtype, self.scale, self.device = g, dtype, scale, device
-        self.table = table
+        self.table, self.decided = table, decided
         self.taus = [c.plan.structure.tau for c in table.candidates]  # type: ignore[attr-defined]
         self.levels = len(self.taus)
         facts = driver.device_facts(device)
         self.blocks = facts.multiprocessors
-        self.tables = far_tables(g, self.levels, self.blocks, seed)
+        self.judging = bool(self.levels) and decided is None
+        self.tables = far_tables(g, self.levels if self.judging else 0, self.blocks, seed)
         self.judges = len(self.tables.judge_tiles)
         rows = max(_LANDMARK_ROWS_LEAST, int(_LANDMARK_SHARE * g.len_kv)) // TILE * TILE
         most = _LANDMARK_BYTES_MOST // (2 * (g.dim_qk + g.dim_v))
@@ -113,6 +120,8 @@ class FarLaunch:
             "exact": t.exact.tobytes(),
             "first_partial": t.first_partial.tobytes(),
         }
+        if self.decided is not None:
+            parts["decided"] = np.array(self.decided, np.int32).tobytes()
         if not self.levels:
             dense = self.dense
             listed = exact_work(self.geometry, dense.tile_m, dense.tile_n, self.blocks)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from typing import Any
 
 from adaattn_core.policies.table import MAX_CANDIDATES, TABLE
+from adaattn_cuda.kernels import sm90_attn_fwd_f16 as sm90
 from adaattn_cuda.work.far import LEVELS_MAX, TILE, FarGeometry
 
 __all__ = [
     "Certify",
     "Decide",
+    "FarArrays",
     "Fit",
     "Gather",
     "List",
@@ -25,6 +28,18 @@ __all__ = [
     "Work",
     "sizes_of",
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class FarArrays:
+    """query, key, value, out, lse on the device, unit stride along the last axis."""
+
+    query: sm90.DeviceMatrix
+    key: sm90.DeviceMatrix
+    value: sm90.DeviceMatrix
+    out: sm90.DeviceMatrix
+    lse: sm90.DeviceMatrix
+
 
 _i32, _f32, _ptr = ctypes.c_int32, ctypes.c_float, ctypes.c_uint64
 

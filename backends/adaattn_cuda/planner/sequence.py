@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adaattn_cuda.device import driver
 from adaattn_cuda.device.lanes import Step
 from adaattn_cuda.kernels import sm90_attn_fwd_f16 as sm90
 from adaattn_cuda.planner import params as p
+from adaattn_cuda.planner.drawing import oracle_factors
 from adaattn_cuda.planner.layout import square_stride
 from adaattn_cuda.planner.specs import (
     GATHER_KEYS,
@@ -20,12 +20,12 @@ from adaattn_cuda.planner.specs import (
     pool_shape,
 )
 from adaattn_cuda.tuning.sm90_attn_fwd_f16 import Tile, padded_dim
-from adaattn_cuda.work.far import LEVELS_MAX, TILE, FarGeometry
+from adaattn_cuda.work.far import LEVELS_MAX, TILE
 
 if TYPE_CHECKING:
     from adaattn_cuda.planner.launch import FarLaunch
 
-__all__ = ["FarArrays", "Packer"]
+__all__ = ["Packer"]
 
 _DRAWN, _BESIDE = 2, 1
 """Lanes beside the main one: exact rows, which the device takes up first, and what may wait."""
@@ -33,21 +33,10 @@ _MOST_SHARE = 0.5
 """Landmarks over far keys above which a level is not worth judging."""
 
 
-@dataclass(frozen=True, slots=True)
-class FarArrays:
-    """query, key, value, out, lse on the device, unit stride along the last axis."""
-
-    query: sm90.DeviceMatrix
-    key: sm90.DeviceMatrix
-    value: sm90.DeviceMatrix
-    out: sm90.DeviceMatrix
-    lse: sm90.DeviceMatrix
-
-
 class Packer:
     """Parameter blocks of one set of addresses."""
 
-    def __init__(self, launch: FarLaunch, arrays: FarArrays, kept: int, scratch: int) -> None:
+    def __init__(self, launch: FarLaunch, arrays: p.FarArrays, kept: int, scratch: int) -> None:
         self.launch, self.arrays = launch, arrays
         self.at = {
             **launch.constants,
@@ -59,6 +48,8 @@ class Packer:
             launch.geometry, launch.levels, launch.judges, launch.tables.pool_rows, self.log2,
             launch.landmark_rows,
         )  # fmt: skip
+        g = launch.geometry
+        self.tile = attend_tile(padded_dim(g.dim_qk), padded_dim(g.dim_v))
         self.out: list[Step] = []
 
     def steps(self) -> list[Step]:
@@ -75,7 +66,11 @@ class Packer:
         self._copy(_DRAWN, zero)
         exact = self._exact(_DRAWN)
         norms = self._norms(_BESIDE, zero)
-        self._judge(exact)
+        self._probe_judged()
+        if launch.decided is None:
+            self._judge(exact)
+        else:
+            self._decided()
         listed, gathered = self._plan()
         # Exact heads are longer: the others fill up the end of their launch.
         dense = self._attend_exact("attend_exact", _DRAWN, len(self.out) - 1)
@@ -86,13 +81,26 @@ class Packer:
         self._certify(second=True)
         return self.out
 
-    def _judge(self, exact: int) -> None:
-        """Measure and judge some groups, and decide for every head."""
-        launch, g = self.launch, self.launch.geometry
-        judged = (self.at["judge_groups"], launch.judges)
+    def _probe_judged(self) -> None:
+        """Measure the groups of the judged tiles, of every head."""
+        judged = (self.at["judge_groups"], self.launch.judges)
         self._probe("probe_stats", judged, 0)
         self._probe("probe_mass", judged, 0)
         self._select(judged, 0)
+
+    def _decided(self) -> None:
+        """Take a plan that is given."""
+        to, source = self.at["decision"], self.at["decided"]
+        size = 4 * self.launch.geometry.heads
+
+        def step(stream: int) -> None:
+            driver.copy_on_device(to, source, size, stream)
+
+        self.out.append(Step("decided", step))
+
+    def _judge(self, exact: int) -> None:
+        """Judge every level, and decide for every head."""
+        launch, g = self.launch, self.launch.geometry
         placed = self._work("work_judge", "judge_slots", "judge_pool_first")
         gathered = self._gather("judge_slots", g.heads * launch.judges * launch.levels, placed)
         self._pool("judge_slots", "judge_pool_first", launch.judges * launch.levels)
@@ -145,10 +153,9 @@ class Packer:
         batch, head, row = matrix.strides
         return p.Rows(matrix.pointer, row, head, batch)
 
-    def _set(self, block: Any, *names: str) -> Any:
+    def _set(self, block: Any, *names: str) -> None:
         for name in names:
             setattr(block, name, self.at[name])
-        return block
 
     # -- the launches -------------------------------------------------------------------------
     def _copy(self, lane: int, *after: int) -> int:
@@ -196,21 +203,21 @@ class Packer:
         self._set(block, "groups", "codes", "selections", "tile_counts")
         self._add("select", "select", block, g.heads * listed[1])
 
-    def _lists(self, block: Any, *names: str) -> Any:
+    def _lists(self, block: Any, *names: str) -> None:
         """Set the work lists ``landmarks`` and ``exact`` of a block."""
         g, launch = self.launch.geometry, self.launch
         if launch.levels:
-            block.landmarks = self._work_list("landmark", self._tile(), g.tiles, 0)
+            block.landmarks = self._work_list("landmark", self.tile, g.tiles, 0)
         block.exact = self._exact_list()
-        return self._set(block, *names)
+        self._set(block, *names)
 
     def _work_list(self, stem: str, tile: Tile, tiles: int, blocks: int) -> p.List:
         parts = (self.at[f"{stem}_{name}"] for name in ("items", "sources", "queue", "places"))
         return p.List(*parts, tile.tile_m, tile.tile_n, tiles, blocks)
 
     def _exact_list(self) -> p.List:
-        launch = self.launch
-        return self._work_list("exact", launch.dense, launch.exact_tiles, launch.blocks)
+        own = self.launch
+        return self._work_list("exact", own.dense, own.exact_tiles, own.blocks)
 
     def _work(self, kernel: str, slots: str, pool_first: str) -> int:
         g = self.launch.geometry
@@ -280,10 +287,6 @@ class Packer:
         )
         self._add("fit", "fit", block, g.heads * slots_per_head * splits)
 
-    def _tile(self) -> Tile:
-        g = self.launch.geometry
-        return attend_tile(padded_dim(g.dim_qk), padded_dim(g.dim_v))
-
     def _attention(self, query: sm90.DeviceMatrix, tile: Tile) -> sm90.Params:
         launch, a = self.launch, self.arrays
         g, t = launch.geometry, launch.tables
@@ -302,7 +305,7 @@ class Packer:
     def _attend(
         self, name: str, partial_out: str | None, partial_lse: str | None, *after: int
     ) -> int:
-        block = self._attention(self.arrays.query, self._tile())
+        block = self._attention(self.arrays.query, self.tile)
         if partial_out is not None and partial_lse is not None:
             block.partial_out, block.partial_lse = self.at[partial_out], self.at[partial_lse]
         self._take_from(block, "landmark")
@@ -369,7 +372,7 @@ class Packer:
     def _certify(self, *after: int, second: bool) -> None:
         launch = self.launch
         g, t, budget = launch.geometry, launch.tables, launch.budget
-        first = launch.judges * TILE if launch.levels else 0
+        first = launch.judges * TILE if launch.judging else 0
         sums, scores = oracle_factors(g, t.exact.sources["keys"].max(), launch.scale)
         block = p.Certify(
             sizes=self.sizes, out=self._rows(self.arrays.out), budget=budget.rel,
@@ -388,13 +391,3 @@ class Packer:
 
 def _flat(pointer: int, rows: int, dim: int) -> sm90.DeviceMatrix:
     return sm90.DeviceMatrix(pointer, (1, 1, rows, dim), (rows * dim, rows * dim, dim))
-
-
-def oracle_factors(g: FarGeometry, split_keys: int, scale: float) -> tuple[float, float]:
-    """Return what an exact row may err by: its sums over |v|, its scores over |q| |k|.
-
-    As `adaattn_cuda.facts` charges the kernels, with weights of two 16-bit parts: 2^-16.
-    """
-    truncation = 2.0**-22
-    sums = (split_keys / 8 + 16) * truncation + 2.0**-16 + 2.0**-20
-    return sums, (g.dim_qk / 8 + 8) * truncation * scale
