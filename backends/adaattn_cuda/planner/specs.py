@@ -86,7 +86,8 @@ def dense_tile(dim_qk: int, dim_v: int) -> Tile:
     """Specialisation that runs exact heads: the best for dense, from a list of the device."""
     if max(dim_qk, dim_v) > 192:
         return Tile(dim_qk, dim_v, 2, 64, role=1)
-    return replace(candidates(dim_qk, dim_v)[0][1], role=1)
+    _, fastest = max(candidates(dim_qk, dim_v), key=lambda candidate: candidate[0])
+    return replace(fastest, role=1)
 
 
 def exact_tile(dim_qk: int, dim_v: int) -> Tile:
