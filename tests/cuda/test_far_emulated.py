@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def test_parameter_blocks_have_the_size_of_their_twins(unit: ctypes.CDLL) -> Non
     assert unit.decide_bytes() == ctypes.sizeof(p.Decide)
     assert unit.certify_bytes() == ctypes.sizeof(p.Certify)
     assert unit.work_bytes() == ctypes.sizeof(p.Work)
+    assert unit.merge_bytes() == ctypes.sizeof(p.Merge)
     assert unit.select_bytes() == ctypes.sizeof(p.Select)
     assert unit.list_bytes() == ctypes.sizeof(p.ListItems)
 
@@ -374,3 +376,25 @@ def test_levels_are_nested_and_fill_the_tiles_they_begin(
             at = [int((own[:stop] >= expected).sum()) for stop in np.minimum(first, far_keys)]
             assert before[h, level].tolist() == at
         assert (np.diff(selections[h, : len(taus), 1]) >= 0).all()
+
+
+def test_splits_are_merged_as_if_they_were_one(unit: ctypes.CDLL) -> None:
+    """More splits than lanes, one alone, and a row that some splits hold no key of."""
+    rng = np.random.default_rng(12)
+    counts = np.array([1, 3, 40])
+    first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    out = rng.standard_normal((first[-1], TILE, DIM)).astype(np.float32)
+    lse = rng.normal(0, 30, (first[-1], TILE)).astype(np.float32)
+    lse[2, :9], lse[5:20, 50] = -np.inf, -np.inf
+    merged = np.full((len(counts), TILE, DIM), POISON, np.float32)
+    block = p.Merge(tiles=len(counts), dim_v=DIM)
+    for name, array in (
+        ("partial_out", out), ("partial_lse", lse), ("first_partial", first), ("exact", merged),
+    ):  # fmt: skip
+        setattr(block, name, array.ctypes.data)
+    unit.merge(ctypes.byref(block), len(counts) * TILE // 8)
+    for tile, (start, stop) in enumerate(pairwise(first)):
+        own = lse[start:stop].astype(np.float64)
+        weights = np.exp(own - own.max(0))
+        expected = (weights[..., None] * out[start:stop]).sum(0) / weights.sum(0)[:, None]
+        np.testing.assert_allclose(merged[tile], expected, rtol=1e-5, atol=1e-6)

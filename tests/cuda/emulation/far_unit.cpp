@@ -5,6 +5,7 @@
 #include "adaattn/plan/far_decide.cuh"
 #include "adaattn/plan/far_gather.cuh"
 #include "adaattn/plan/far_list.cuh"
+#include "adaattn/plan/far_merge.cuh"
 #include "adaattn/plan/far_select.cuh"
 #include "adaattn/plan/far_work.cuh"
 
@@ -27,6 +28,7 @@ using Gather = adaattn::far_gather::Traits<256>;
 using Decide = adaattn::far_decide::Traits<kFormat, 256>;
 using Certify = adaattn::far_certify::Traits<kFormat, 512>;
 using Work = adaattn::far_work::Traits<adaattn::far_work::kAttend>;
+using Merge = adaattn::far_merge::Traits<8>;
 using Select = adaattn::far_select::Traits<256>;
 using List = adaattn::far_list::Traits<256>;
 
@@ -46,6 +48,10 @@ extern "C" void work(const adaattn::far_work::Params* params, int blocks) {
 }
 extern "C" void list(const adaattn::far_list::Params* params, int blocks) {
     launch<List, adaattn::far_list::Params, adaattn::far_list::run<List>>(params, blocks);
+}
+extern "C" int merge_bytes() { return sizeof(adaattn::far_merge::Params); }
+extern "C" void merge(const adaattn::far_merge::Params* params, int blocks) {
+    launch<Merge, adaattn::far_merge::Params, adaattn::far_merge::run<Merge>>(params, blocks);
 }
 extern "C" void gather(const adaattn::far_gather::Params* params, int blocks) {
     launch<Gather, adaattn::far_gather::Params, adaattn::far_gather::run<Gather>>(params, blocks);
