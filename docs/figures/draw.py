@@ -23,9 +23,9 @@ from certificate import draw_certificate
 from diagrams import draw_call, draw_pipeline
 from far_field import draw_far_field
 from one_setting import draw_one_setting
+from running_text import write_tables
 from speed_error import draw_speed_error
 from structures import draw_landmark, draw_structures
-from tables import write_tables
 
 FIGURES: dict[str, Callable[[], Path]] = {
     "one_setting": draw_one_setting,

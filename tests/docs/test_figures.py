@@ -79,7 +79,7 @@ def test_speed_picture_says_what_the_table_says() -> None:
 
 def test_numbers_in_running_text_are_those_of_the_report() -> None:
     """If not: python docs/figures/draw.py tables speed_error."""
-    tables = script("tables")
+    tables = script("running_text")
     report, filled = tables.read(), 0
     for name in tables.PAGES:
         text = (ROOT / name).read_text(encoding="utf-8")
