@@ -35,6 +35,8 @@ def attention(
     *,
     mask: Mask | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Any = None,
     budget: ErrorBudget | float | None = None,
     policy: Policy | str | None = None,
     plan: Plan | None = None,
@@ -58,6 +60,12 @@ def attention(
         Default: every key is visible.
     scale : float, optional
         Factor on the scores; default 1/sqrt(dim_qk).
+    softcap : float, optional
+        Scores become ``softcap * tanh(scale * q.k / softcap)`` before the mask, as in Gemma-2.
+        Default: none.
+    sinks : array, optional, shape (heads_q,)
+        One more logit per query head in every row's denominator (gpt-oss): not scaled, without
+        key or value. The returned lse counts it. Default: none.
     budget : ErrorBudget or float, optional
         Tolerated error; a float is ``ErrorBudget(rel=budget)``. None asks for exact attention
         in the input's own format.
@@ -122,7 +130,7 @@ def attention(
     """
     started = time.perf_counter()
     problem = AttentionProblem.from_arrays(
-        query, key, value, mask=mask, scale=scale, layout=layout
+        query, key, value, mask=mask, scale=scale, layout=layout, softcap=softcap, sinks=sinks
     )
     asked = as_budget(budget)
     if plan is not None and policy is not None:

@@ -43,6 +43,9 @@ class Capabilities:
         no time saved.
     masks : tuple of str
         Kinds of masks accepted: "causal", "window", "lengths", "ragged", "boolean", "additive".
+    rules : tuple of (str, tuple of str)
+        Score rules it knows ("softcap", "sinks"; `adaattn_core.scores`), each with the
+        structure kinds that it runs under it. A problem with another rule is refused.
     sizes : tuple of Structure
         Structures with the sizes (tiles, groups, bands, ...) that it prefers to run; policies
         change what they leave out. Kinds that are not named come in the policy's own sizes.
@@ -64,6 +67,7 @@ class Capabilities:
         "boolean",
         "additive",
     )
+    rules: tuple[tuple[str, tuple[str, ...]], ...] = ()
     sizes: tuple[Structure, ...] = ()
     paged: bool = False
 
@@ -156,6 +160,8 @@ class Forwards(Protocol):
         *,
         mask: Mask | None = None,
         scale: float | None = None,
+        softcap: float | None = None,
+        sinks: Any = None,
     ) -> tuple[Any, Any]:
         """Compute what `Backend.run` computes under the plan of `ExactPolicy`, bit for bit.
 
@@ -169,6 +175,10 @@ class Forwards(Protocol):
             Default: every key is visible.
         scale : float, optional
             Factor on the scores; default 1/sqrt(dim_qk).
+        softcap : float, optional
+        sinks : array, optional, shape (heads_q,)
+            Score rules (`adaattn_core.scores`); passed only to backends whose capabilities name
+            them, so others need not have the parameters.
 
         Returns
         -------

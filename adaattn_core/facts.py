@@ -37,6 +37,8 @@ class Arithmetic:
         of a sum in the plan's format, in any order.
     exp_rel_upper : float or None
         Relative error of one exponential. None: 4 ulp.
+    tanh_upper : float or None
+        Absolute error of a softcap's tanh. None: 4 ulp, relative.
     """
 
     step_keys: int = 0
@@ -44,6 +46,7 @@ class Arithmetic:
     score_rel_upper: float | None = None
     sum_rel_upper: float | None = None
     exp_rel_upper: float | None = None
+    tanh_upper: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +81,8 @@ class RunFacts:
         Largest magnitude of what the additive mask adds to a score, 0 without one. A backend
         may shift a row's mask as a whole (softmax does not see it), and keys that a row's mask
         leaves no weight that float64 could hold are hidden: they do not count.
+    sink_abs : float
+        Magnitude of the head's sink; 0 where it is -inf. Read where the problem has sinks.
     arithmetic : Arithmetic
         How it was computed.
     output_rms : float
@@ -101,6 +106,7 @@ class RunFacts:
     key_step_upper: float = 0.0
     dropped_mass_upper: float = math.inf
     bias_max_abs: float = math.inf
+    sink_abs: float = math.inf
     arithmetic: Arithmetic = field(default_factory=Arithmetic)
     output_rms: float = 0.0
     nonfinite: bool = False

@@ -25,6 +25,7 @@ from adaattn_core.plan import Plan
 from adaattn_core.policies.base import Policy, PolicyContext
 from adaattn_core.policies.fixed import ExactPolicy
 from adaattn_core.problem import AttentionProblem, HeadIndex
+from adaattn_core.scores import left_out, rules_of, under_rules
 from adaattn_core.stats import ProblemStats
 from adaattn_core.structure import Dense
 
@@ -61,8 +62,14 @@ def run_pipeline(
             needed="a backend whose capabilities say paged",
             do='use backend="numpy", or PagedKV.gather() and pass the arrays',
         )
+    ruled = bool(rules_of(problem))
+    if ruled:
+        lost = left_out(problem, capabilities)
+        capabilities = under_rules(problem, capabilities, backend.name)
     reason = ""
-    if budget and problem.paged is None:
+    if ruled and budget and isinstance(backend, Decides):
+        reason = "a softcap or sinks: planning kernels know neither"
+    if budget and problem.paged is None and not ruled:
         adapted: Adapted | str = ""
         if plan is not None and isinstance(backend, Repeats):
             plan.check_fits(problem)
@@ -105,6 +112,8 @@ def run_pipeline(
             stats, workspace = sampler.measure(problem, request)
             clock.lap("measure_seconds")
         heads = policy.decide(stats.heads if stats else {}, context)
+        if ruled and lost:
+            heads = {i: replace(h, reason=f"{h.reason}; {lost}") for i, h in heads.items()}
         plan = Plan(heads, seed=seed, policy=policy.name, target=costs.name, layer=layer)
     plan.check_fits(problem)
     clock.lap("plan_seconds")

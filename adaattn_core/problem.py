@@ -21,6 +21,7 @@ from adaattn_core.checks import real, shown
 from adaattn_core.errors import ArgumentError, DTypeError, ShapeError
 from adaattn_core.mask import Mask
 from adaattn_core.paged import PagedKV
+from adaattn_core.scores import check_sinks, checked_softcap
 
 HeadIndex = tuple[int, int]
 """(sequence, head_q): what a plan, a certificate and an escalation speak about."""
@@ -74,6 +75,10 @@ class AttentionProblem:
     paged : PagedKV or None
         Keys and values as pages; lengths and left padding are then theirs, and positions count
         from a sequence's first visible key.
+    softcap : float or None
+        Scores become ``softcap * tanh(score / softcap)`` after scaling, before the mask.
+    sinks : array or None, shape (heads_q,)
+        One more logit in the denominator of each head's rows; the lse counts it.
     """
 
     query: Any
@@ -85,6 +90,8 @@ class AttentionProblem:
     dtype: str
     device: str
     paged: PagedKV | None = None
+    softcap: float | None = None
+    sinks: Any = None
 
     @classmethod
     def from_arrays(
@@ -96,6 +103,8 @@ class AttentionProblem:
         mask: Mask | None = None,
         scale: float | None = None,
         layout: str = "bhsd",
+        softcap: float | None = None,
+        sinks: Any = None,
     ) -> AttentionProblem:
         """Check everything and build the problem.
 
@@ -108,6 +117,10 @@ class AttentionProblem:
             Default: every key is visible.
         scale : float, optional
             Positive and finite. Default 1/sqrt(dim_qk).
+        softcap : float, optional
+            Positive and finite; see `adaattn_core.scores`. Default: none.
+        sinks : array, optional, shape (heads_q,)
+            Floating point, on the arrays' device. Default: none.
 
         Raises
         ------
@@ -125,7 +138,10 @@ class AttentionProblem:
                 do="name the layout of your arrays",
             )
         if isinstance(key, PagedKV):
-            return paged_problem(cls, query, key, value, mask=mask, scale=scale, layout=layout)
+            problem = paged_problem(
+                cls, query, key, value, mask=mask, scale=scale, layout=layout
+            )
+            return problem._with_rules(softcap, sinks)
         named = (("query", query), ("key", key), ("value", value))
         for name, x in named:
             _check_axes(name, x)
@@ -148,7 +164,16 @@ class AttentionProblem:
         scale, mask = _checked_scale(scale, int(query.shape[3])), _checked_mask(mask)
         sequences = _sequences(mask, query.shape, key.shape)
         _check_mask(mask, query.shape, key.shape, sequences)
-        return cls(query, key, value, mask, scale, sequences, dtypes["query"], devices["query"])
+        problem = cls(
+            query, key, value, mask, scale, sequences, dtypes["query"], devices["query"]
+        )
+        return problem._with_rules(softcap, sinks)
+
+    def _with_rules(self, softcap: Any, sinks: Any) -> AttentionProblem:
+        if softcap is None and sinks is None:
+            return self
+        check_sinks(sinks, self.heads_q, self.device)
+        return replace(self, softcap=checked_softcap(softcap), sinks=sinks)
 
     # -- sizes --------------------------------------------------------------------------------
     @property

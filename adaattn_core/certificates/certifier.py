@@ -49,6 +49,8 @@ class _Theorems:
             problem.dtype,
             "probabilistic" if probabilistic else "worst_case",
             budget.confidence if budget is not None and probabilistic else 0.95,
+            problem.softcap or 0.0,
+            problem.sinks is not None,
         )
         return cls(question, tuple(span.len_q for span in problem.sequences))
 

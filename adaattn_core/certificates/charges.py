@@ -22,6 +22,11 @@ from adaattn_core.structure import BlockSparse, Landmark, ScoreSkip
 
 STEP_KEYS = 64
 """Fewest keys of a step of a streaming softmax that says nothing of its steps."""
+CAP_ROUNDINGS = 4
+"""Of a softcap: the rate, its product with a score, the cap's with the tanh, and a spare."""
+SINK_ROUNDINGS = 8
+"""Where a sink meets a row: its own scaling, the difference of two exponents, the exponential,
+the sum, and what the row's log-sum-exp was rounded to."""
 SPARE_ROUNDINGS = 12
 """Roundings per path besides the sum itself: casts of both operands to the working precision,
 the mean key, scaling and unscaling of both 8-bit operands, the softmax scale, the division by
@@ -46,6 +51,10 @@ class Question:
         stronger.
     confidence : float
         In (0, 1), of the probabilistic bound.
+    softcap : float
+        What scores are capped to; 0 for no cap.
+    sinks : bool
+        Whether rows have a sink in their denominator.
 
     Raises
     ------
@@ -59,6 +68,8 @@ class Question:
     dtype: str
     guarantee: str = "worst_case"
     confidence: float = 0.95
+    softcap: float = 0.0
+    sinks: bool = False
 
     def __post_init__(self) -> None:
         if self.guarantee not in ("worst_case", "probabilistic"):
@@ -106,6 +117,12 @@ class Charges:
     store, store_lost : float
         Rounding of a returned row to its format, relative and absolute.
     root_dim_qk, root_dim_v : float
+    cap_rounding, tanh_rel, tanh_abs : float
+        Lemma 11.2: roundings around a softcap's tanh, relative to the largest score; of the
+        tanh itself, relative to a score and to the cap.
+    sink_rounding, sink_keys : float
+        Lemma 11.4: roundings where a sink meets a row's sum, relative to the largest score and
+        the sink; and what the sum's own logarithm, at most that of the keys, adds to both.
     """
 
     nothing: Any
@@ -127,6 +144,11 @@ class Charges:
     store_lost: Any
     root_dim_qk: Any
     root_dim_v: Any
+    cap_rounding: Any
+    tanh_rel: Any
+    tanh_abs: Any
+    sink_rounding: Any
+    sink_keys: Any
 
 
 def charges_of(
@@ -174,7 +196,7 @@ def _charges(
     steps = math.ceil(keys / _step_keys(plan, said)) + 1
     # Roundings on the longest path of a sum over the keys.
     path = (min(keys, said.sum_keys_max) if said.sum_keys_max else keys) + (
-        2 * steps + SPARE_ROUNDINGS
+        2 * steps + SPARE_ROUNDINGS + (SINK_ROUNDINGS if question.sinks else 0)
     )
     normaliser = bounds.gamma_nearest(path, unit)
     kept = sub_down(1.0, normaliser)
@@ -209,6 +231,13 @@ def _charges(
         store_lost=bounds.storing_error(question.dtype, 0.0, dim_v) if narrower else 0.0,
         root_dim_qk=float(up(math.sqrt(dim_qk))),
         root_dim_v=root_dim_v,
+        cap_rounding=bounds.gamma_nearest(CAP_ROUNDINGS, unit) if question.softcap else 0.0,
+        tanh_rel=bounds.library_exp_error(unit)
+        if question.softcap and said.tanh_upper is None
+        else 0.0,
+        tanh_abs=(said.tanh_upper or 0.0) if question.softcap else 0.0,
+        sink_rounding=bounds.gamma_nearest(SINK_ROUNDINGS, unit) if question.sinks else 0.0,
+        sink_keys=float(up(math.log(keys + 1))),
     )
 
 

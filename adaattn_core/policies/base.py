@@ -41,6 +41,8 @@ class PolicyContext:
     layer : str
     measures : bool
         Whether the backend `Measures`: where not, there are no stats and no sampled rows.
+    softcap : float
+        What scores are capped to; 0 for no cap.
     """
 
     budget: ErrorBudget | None
@@ -54,6 +56,7 @@ class PolicyContext:
     layer: str = ""
     prefix: frozenset[int] = frozenset()
     measures: bool = True
+    softcap: float = 0.0
 
     @classmethod
     def of(
@@ -80,6 +83,7 @@ class PolicyContext:
             layer=layer,
             prefix=problem.prefix_sequences(),
             measures=measures,
+            softcap=problem.softcap or 0.0,
         )
 
     @property

@@ -286,6 +286,7 @@ class BudgetPolicy:
             len_q=stats.len_q,
             guarantee="probabilistic" if stochastic else "worst_case",
             confidence=min(context.budget.confidence, 1 - 1e-9),
+            softcap=context.softcap,
         )
         return replace(plan, error_estimate=certificate.upper)
 

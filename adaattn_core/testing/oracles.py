@@ -141,8 +141,9 @@ def exact_attention(
             seen[first:last] |= visible.any(axis=0)
             where = (span.batch, index[1], span.q_start + chunk)
             with np.errstate(invalid="ignore", over="ignore"):
-                scores = problem.scale * (q[chunk] @ k[first:last].T) + bias
-                weights, lse[where] = _softmax(scores, visible)
+                scores = _capped(problem.scale * (q[chunk] @ k[first:last].T), problem) + bias
+                sink = _sink(problem, index[1])
+                weights, lse[where] = _softmax(scores, visible, sink)
                 out[where] = _weighted_sum(weights, visible, v[first:last])
         error_upper[index] = _own_error_upper(problem, q[wanted], k[seen], v[seen])
     return ExactAttention(out, lse, error_upper)
@@ -160,12 +161,28 @@ def _chunks(
         yield chunk, first, max(first, int(stop[chunk].max()))
 
 
-def _softmax(scores: Float64, visible: NDArray[np.bool_]) -> tuple[Float64, Float64]:
+def _capped(scores: NDArray[Any], problem: AttentionProblem) -> NDArray[Any]:
+    """Scaled scores under the problem's softcap, in the scores' own format."""
+    if problem.softcap is None:
+        return scores
+    cap = scores.dtype.type(problem.softcap)
+    return np.asarray(cap * np.tanh(scores / cap))
+
+
+def _sink(problem: AttentionProblem, head: int) -> float:
+    """Logit of a head's sink, -inf for none."""
+    return -math.inf if problem.sinks is None else float(to_numpy(problem.sinks)[head])
+
+
+def _softmax(
+    scores: Float64, visible: NDArray[np.bool_], sink: float = -math.inf
+) -> tuple[Float64, Float64]:
+    """Weights of the visible keys and lse; a sink counts in both, as one more key would."""
     masked = np.where(visible, scores, -np.inf)
-    sees = visible.any(axis=1)
-    top = np.where(sees, np.max(masked, axis=1, initial=-np.inf), 0.0)
+    sees = visible.any(axis=1) | (sink != -math.inf)
+    top = np.where(sees, np.max(masked, axis=1, initial=sink), 0.0)
     weights = np.where(visible, np.exp(masked - top[:, None]), 0.0)
-    total = weights.sum(axis=1)
+    total = weights.sum(axis=1) + np.where(sees, np.exp(sink - top), 0.0)
     with np.errstate(divide="ignore"):
         lse = np.where(sees, top + np.log(total), -np.inf)
     return weights / np.where(sees, total, 1.0)[:, None], lse
@@ -193,6 +210,10 @@ def _own_error_upper(problem: AttentionProblem, q: Float64, k: Float64, v: Float
     if problem.mask.bias is not None:
         finite = to_numpy(problem.mask.bias).astype(np.float64)
         bias = float(np.max(np.abs(finite), initial=0.0, where=np.isfinite(finite)))
+    if problem.sinks is not None:
+        sinks = to_numpy(problem.sinks).astype(np.float64)
+        bias += float(np.max(np.abs(sinks), initial=0.0, where=np.isfinite(sinks)))
+    # A softcap is 1-Lipschitz; its own roundings are within the eight.
     delta = (problem.dim_qk + 8) * ulp * (problem.scale * norms[0] * norms[1] + bias)
     return (2.0 * min(delta, 1.0) + (len(k) + 16) * ulp) * norms[2]
 
@@ -227,17 +248,21 @@ def naive_attention(
         key = np.where(seen[:, None], arrays.key, 0).astype(np.float64)
         value = np.where(seen[:, None], arrays.value, 0).astype(np.float64)
         mean = key[seen].mean(axis=0) if seen.any() else np.zeros(problem.dim_qk)
-        shift = mean if get_format(qk).is_quantised else np.zeros_like(mean)
+        smooth = get_format(qk).is_quantised and problem.softcap is None
+        shift = mean if smooth else np.zeros_like(mean)
         query = arrays.query.astype(np.float64)
         wide: Any = np.float64 if "f64" in (qk, pv) else np.float32
         with np.errstate(invalid="ignore", over="ignore", under="ignore"):
             q_hat, k_hat = (_operand(x, qk, axis=1).astype(wide) for x in (query, key - shift))
-            scores = (q_hat @ k_hat.T) * wide(problem.scale) + np.asarray(bias, wide)
-            weights, row_lse = _naive_softmax(np.where(visible, scores, wide(-np.inf)))
+            scores = _capped((q_hat @ k_hat.T) * wide(problem.scale), problem)
+            scores = scores + np.asarray(bias, wide)
+            sink = wide(_sink(problem, index[1]))
+            weights, row_lse, total = _naive_softmax(
+                np.where(visible, scores, wide(-np.inf)), sink
+            )
             top = get_format(pv).max_finite if get_format(pv).is_quantised else 1.0
             p_hat = round_to_format(weights * wide(top), pv).astype(wide) / wide(top)
             summed = p_hat @ _operand(value, pv, axis=0).astype(wide)
-            total = weights.sum(axis=1, keepdims=True)
             result = np.divide(summed, total, out=np.zeros_like(summed), where=total > 0)
             result = result.astype(to_numpy(problem.query).dtype)
         where = (span.batch, index[1], slice(span.q_start, span.q_stop))
@@ -254,12 +279,17 @@ def _operand(x: Float64, name: str, axis: int) -> NDArray[Any]:
     return np.asarray(round_to_format(x / scale, name) * scale)
 
 
-def _naive_softmax(scores: NDArray[Any]) -> tuple[NDArray[Any], Float64]:
-    top = np.max(scores, axis=1, keepdims=True)
-    weights = np.exp(scores - np.where(np.isfinite(top), top, 0))
+def _naive_softmax(
+    scores: NDArray[Any], sink: Any
+) -> tuple[NDArray[Any], Float64, NDArray[Any]]:
+    """Weights, lse and total, shape (rows, 1), with the sink in both."""
+    top = np.max(scores, axis=1, keepdims=True, initial=sink)
+    shift = np.where(np.isfinite(top), top, 0)
+    weights, of_sink = np.exp(scores - shift), np.exp(sink - shift)
     with np.errstate(divide="ignore"):
-        row_lse = top[:, 0].astype(np.float64) + np.log(weights.sum(axis=1, dtype=np.float64))
-    return weights, row_lse
+        sums = weights.sum(axis=1, dtype=np.float64) + of_sink[:, 0]
+        row_lse = top[:, 0].astype(np.float64) + np.log(sums)
+    return weights, row_lse, weights.sum(axis=1, keepdims=True) + of_sink
 
 
 # -- error measures ---------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from adaattn_core.lazy import Later, LazyHeads
 from adaattn_core.plan import Plan
 from adaattn_core.policies.table import DecisionTable
 from adaattn_core.problem import AttentionProblem, HeadIndex
+from adaattn_core.scores import rules_of
 from adaattn_core.structure import Landmark
 from adaattn_cuda.device import driver
 from adaattn_cuda.device.events import start_timed
@@ -189,6 +190,8 @@ def refusal(
     span = problem.sequences[0] if problem.sequences else None
     if driver.device_facts(device).arch != "sm_90a":
         return "the planning kernels are Hopper's"
+    if rules_of(problem):
+        return f"{' and '.join(rules_of(problem))}: the planning kernels know neither"
     if problem.dtype not in ("bf16", "f16"):
         return f"dtype {problem.dtype}: planned on the device in 16-bit formats only"
     if budget.rel < LEAST_REL:

@@ -27,8 +27,8 @@ from adaattn_cuda.adaptive import SIZES, AdaptiveCalls
 from adaattn_cuda.device import driver
 from adaattn_cuda.device.launch import Launch
 from adaattn_cuda.device.library import library_of
-from adaattn_cuda.device.views import contiguous, view
-from adaattn_cuda.dispatch import input_views, make_launch, mask_key, mask_views
+from adaattn_cuda.device.views import ArrayView, contiguous, view
+from adaattn_cuda.dispatch import input_views, make_launch, mask_key, mask_views, sink_view
 from adaattn_cuda.facts import LazyFacts
 from adaattn_cuda.forward import attention_forward
 from adaattn_cuda.jit.toolchain import nvrtc_version
@@ -68,6 +68,7 @@ class CudaBackend:
             structures=("dense",),
             array_devices=("cuda",),
             target="sm90" if hopper else "sm80",
+            rules=(("softcap", ("dense",)), ("sinks", ("dense",))),
         )
 
     def decides(self) -> Capabilities:
@@ -145,6 +146,7 @@ class CudaBackend:
             out_view, lse_view = view(into.out), view(into.lse)
             groups = _group(plan, plan.heads if heads is None else heads)
         masks = mask_views(problem.mask, (*rows, problem.len_kv), query.device)
+        sinks = sink_view(problem)
         arrays = (query, key, value, out_view, lse_view, *masks)
         stream = library.stream(query.device)
         # Everything but the addresses; of those, only whether rows begin on 16 bytes.
@@ -154,7 +156,7 @@ class CudaBackend:
             mask_key(problem.mask),
         )
         launches = [
-            self._start(problem, arrays, layout, formats, chosen, stream)
+            self._start(problem, arrays, sinks, layout, formats, chosen, stream)
             for formats, chosen in groups.items()
         ]
         self._last.launches, self._last.device = launches, query.device
@@ -184,6 +186,8 @@ class CudaBackend:
         *,
         mask: Mask | None = None,
         scale: float | None = None,
+        softcap: float | None = None,
+        sinks: Any = None,
     ) -> tuple[Any, Any]:
         """Compute exact attention without plan, facts or certificate, for the cost of a launch.
 
@@ -200,13 +204,18 @@ class CudaBackend:
             Any mask; arrays in it on the same device. Default: every key is visible.
         scale : float, optional
             Factor on the scores, > 0. Default 1/sqrt(dim_qk).
+        softcap : float, optional
+            Scores become ``softcap * tanh(score / softcap)`` before the mask. Default: none.
+        sinks : array, optional, shape (heads_q,)
+            Contiguous float32 on the same device, of the arrays' library: one more logit in the
+            denominator of each head's rows. Default: none.
 
         Returns
         -------
         out : array, shape (batch, heads_q, len_q, dim_v)
             In the library and dtype of `query`; contiguous; rows that see nothing are 0.
         lse : array of float32, shape (batch, heads_q, len_q)
-            Natural log; -inf where a row sees nothing.
+            Natural log, sinks counted; -inf, or the sink, where a row sees nothing.
 
         Raises
         ------
@@ -227,7 +236,9 @@ class CudaBackend:
         waiting. Kernel choice and launch plan are remembered by shapes, strides, dtypes, mask
         and scale.
         """
-        return attention_forward(query, key, value, mask=mask, scale=scale)
+        return attention_forward(
+            query, key, value, mask=mask, scale=scale, softcap=softcap, sinks=sinks
+        )
 
     def provenance(self) -> dict[str, str]:
         """Device, compiler, and kernels and workspace of this thread's last run.
@@ -254,6 +265,7 @@ class CudaBackend:
         self,
         problem: AttentionProblem,
         arrays: Arrays,
+        sinks: ArrayView | None,
         layout: Hashable,
         formats: tuple[str, str],
         heads: tuple[HeadIndex, ...] | None,
@@ -265,13 +277,13 @@ class CudaBackend:
             lse[1:],
             allowed[1:] if allowed else None,
             bias[1:] if bias else None,
-            (problem.scale, formats, heads),
+            (problem.scale, formats, heads, problem.softcap, sinks is None),
         )
         launch = self._launches.get(known_by)
         if launch is None:
-            launch = make_launch(problem, arrays, formats, heads, stream)  # may compile
+            launch = make_launch(problem, arrays, formats, heads, stream, sinks)  # may compile
             self._launches.put(known_by, launch)
-        launch.start(addresses(arrays), lse.device, stream)
+        launch.start(addresses(arrays, sinks), lse.device, stream)
         return launch
 
     def _groups_of(self, plan: Plan) -> Groups:

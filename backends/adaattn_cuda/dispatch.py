@@ -14,7 +14,7 @@ from adaattn_cuda.kernels import sm80_attn_fwd as sm80
 from adaattn_cuda.kernels import sm90_attn_fwd_f16 as sm90
 from adaattn_cuda.kernels.task import Arrays, Task
 
-__all__ = ["input_views", "make_launch", "mask_key", "mask_views"]
+__all__ = ["input_views", "make_launch", "mask_key", "mask_views", "sink_view"]
 
 _BIAS_FORMATS = tuple(sm80.BIAS_TYPES)
 
@@ -97,6 +97,7 @@ def make_launch(
     formats: tuple[str, str],
     heads: tuple[HeadIndex, ...] | None,
     stream: int,
+    sinks: ArrayView | None = None,
 ) -> Launch:
     """Choose the kernel and make it ready: Hopper's own where it takes the task, else sm80's.
 
@@ -109,6 +110,8 @@ def make_launch(
         Which to compute; None is all.
     stream : int
         Where it will be started first; asked whether it records a CUDA graph.
+    sinks : ArrayView, optional
+        From `sink_view`.
 
     Raises
     ------
@@ -118,8 +121,10 @@ def make_launch(
         If the kernel does not compile.
     """
     _check_strides(arrays[:3])
+    task = Task.of(problem, arrays, formats, heads, sinks)
     _check_scale(problem.scale)
-    task = Task.of(problem, arrays, formats, heads)
+    if task.softcap:
+        _check_softcap(task)
     if sm90.refusal(task, driver.device_facts(task.query.device).arch) is None:
         return sm90.launch(task, stream)
     return sm80.Sm80Launch(task, stream)
@@ -142,6 +147,38 @@ def _check_strides(arrays: tuple[ArrayView, ...]) -> None:
                 needed="stride 1 there; the other strides are free",
                 do="copy it once to contiguous memory (torch: x.contiguous())",
                 strides=array.strides,
+            )
+
+
+def sink_view(problem: AttentionProblem) -> ArrayView | None:
+    """Return the problem's sinks as kernels read them.
+
+    Raises
+    ------
+    UnsupportedError
+        If they are not contiguous float32.
+    """
+    if problem.sinks is None:
+        return None
+    seen = view(problem.sinks)
+    _check_address("sinks", seen)
+    if seen.dtype != "f32" or (seen.shape[0] > 1 and seen.strides[0] != 1):
+        raise UnsupportedError(
+            got=f"sinks of {seen.dtype} with stride {seen.strides[0]}",
+            needed="contiguous float32 on the GPU",
+            do="cast them once (torch: sinks.float().contiguous()); nothing is lost",
+        )
+    return seen
+
+
+def _check_softcap(task: Task) -> None:
+    """Refuse a cap which, or whose quotient with the scale, float32 does not hold."""
+    for name, number in (("softcap", task.softcap), ("scale / softcap", task.softcap_rate)):
+        if not _SCALE_LEAST <= number <= _SCALE_MOST:
+            raise UnsupportedError(
+                got=f"{name} {number:g}",
+                needed=f"between {_SCALE_LEAST:g} and {_SCALE_MOST:g} on the GPU",
+                do="leave softcap out where it caps nothing",
             )
 
 

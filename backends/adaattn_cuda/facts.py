@@ -19,8 +19,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
+import array_api_compat
 import numpy as np
 from numpy.typing import NDArray
 
@@ -35,6 +36,8 @@ __all__ = ["LazyFacts", "Records", "kernel_arithmetic"]
 _TRUNCATION = 2.0**-22
 _SPLIT = 2.0**-21
 _EXPONENTIAL = 2.0**-22
+_TANH = 2.0**-21
+"""Of ``tanh_approx`` in softmax/score_rule.cuh; wider operands take the library's."""
 REPAIR_STEP_KEYS = 32
 """Keys of a step of a repaired row (``attn/repair_row.cuh``): a warp's lanes."""
 _SLACK = 1.0 + 2.0**-40
@@ -83,6 +86,8 @@ class LazyFacts(MutableMapping[HeadIndex, RunFacts]):
         self._keys_max = [extent(span.len_q, span.len_kv)[1] for span in problem.sequences]
         self._mask_sizes = MaskSizes(problem.mask, problem.scale)
         self._has_bias = problem.mask.bias is not None
+        self._sinks = _magnitudes(problem.sinks)
+        self._softcap = problem.softcap is not None
         self._figures: list[NDArray[np.float64]] | None = None
         self._whole: FactsTable | None = None
 
@@ -160,6 +165,9 @@ class LazyFacts(MutableMapping[HeadIndex, RunFacts]):
             "bias_max_abs": self._bias(norms),
             "output_rms": np.sqrt(np.where(finite, total, 0.0) / rows) / _SLACK**2,
         }
+        columns["sink_abs"] = zero
+        if self._sinks is not None:
+            columns["sink_abs"] = np.array([float(x) for x in self._sinks])[head]
         columns = {name: np.where(nothing, 0.0, column) for name, column in columns.items()}
         columns |= {
             "keys_max": keys_max,
@@ -168,7 +176,7 @@ class LazyFacts(MutableMapping[HeadIndex, RunFacts]):
             "nonfinite": ~finite & ~nothing,
         }
         arithmetic = tuple(
-            kernel_arithmetic(*formats, dim_qk, keys, self._step_keys)
+            kernel_arithmetic(*formats, dim_qk, keys, self._step_keys, self._softcap)
             for *formats, keys in zip(qk, pv, keys_max.tolist(), strict=True)
         )
         return FactsTable(index, columns, arithmetic)
@@ -180,6 +188,14 @@ class LazyFacts(MutableMapping[HeadIndex, RunFacts]):
             self._mask_sizes.largest(*map(float, three)) for three in zip(*norms, strict=True)
         ]
         return np.array(sizes, np.float64)
+
+
+def _magnitudes(sinks: Any) -> Any:
+    """Magnitudes of sinks as they are now, on the device; 0 where one is none."""
+    if sinks is None:
+        return None
+    xp = array_api_compat.array_namespace(sinks)
+    return xp.abs(xp.where(xp.isfinite(sinks), sinks, xp.zeros_like(sinks)))
 
 
 def _root(records: NDArray[np.float64], slot: str) -> NDArray[np.float64]:
@@ -200,7 +216,7 @@ def _residual(
 
 @lru_cache(maxsize=1024)
 def kernel_arithmetic(
-    qk: str, pv: str, dim_qk: int, keys_max: int, step_keys: int
+    qk: str, pv: str, dim_qk: int, keys_max: int, step_keys: int, softcap: bool = False
 ) -> Arithmetic:
     """State what the dense kernels charge; the module's text derives the numbers."""
     score = (dim_qk / 8 + 8) * _TRUNCATION + (_SPLIT if qk == "f32" else 0.0)
@@ -214,4 +230,5 @@ def kernel_arithmetic(
         score_rel_upper=score,
         sum_rel_upper=sums,
         exp_rel_upper=_EXPONENTIAL,
+        tanh_upper=_TANH if softcap and qk in ("bf16", "f16") else None,
     )

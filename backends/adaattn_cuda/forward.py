@@ -15,7 +15,7 @@ from adaattn_core.problem import AttentionProblem
 from adaattn_cuda.device.launch import Launch
 from adaattn_cuda.device.library import Library, adopt, library_of
 from adaattn_cuda.device.views import view
-from adaattn_cuda.dispatch import input_views, make_launch, mask_key, mask_views
+from adaattn_cuda.dispatch import input_views, make_launch, mask_key, mask_views, sink_view
 from adaattn_cuda.kernels.task import addresses
 from adaattn_cuda.recent import Recent
 
@@ -35,7 +35,14 @@ _prepared: Recent[_Prepared] = Recent(256)
 
 
 def attention_forward(
-    query: Any, key: Any, value: Any, *, mask: Mask | None = None, scale: float | None = None
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Any = None,
 ) -> tuple[Any, Any]:
     """Compute exact attention on the caller's stream.
 
@@ -50,6 +57,9 @@ def attention_forward(
         Default: every key is visible. Its arrays, if any, are on the same device.
     scale : float, optional
         Default 1/sqrt(dim_qk).
+    softcap : float, optional
+    sinks : array of float32, optional, shape (heads_q,)
+        As `CudaBackend.forward` takes them.
 
     Returns
     -------
@@ -67,16 +77,19 @@ def attention_forward(
     """
     library = library_of(query)
     if not (type(query) is type(key) is type(value)):
-        return _first(library, query, key, value, mask, scale, None)  # most likely refused
+        # Most likely refused.
+        return _first(library, query, key, value, mask, scale, softcap, sinks, None)
     pointers, layout = library.inputs(query, key, value)
     aligned = (pointers[0] | pointers[1] | pointers[2]) & 15
     known_by: Hashable = (layout, aligned, scale)
-    masks = (0, 0)
+    masks: tuple[int, ...] = (0, 0)
     if mask is not None:
         known_by, masks = _with_mask(known_by, library, mask, type(query))
+    if softcap is not None or sinks is not None:
+        known_by, masks = _with_rules(known_by, masks, library, softcap, sinks, type(query))
     prepared = _prepared.get(known_by)
     if prepared is None:
-        return _first(library, query, key, value, mask, scale, known_by)
+        return _first(library, query, key, value, mask, scale, softcap, sinks, known_by)
     launch, out_shape, dtype, device = prepared
     out, lse, written = library.outputs(out_shape, dtype, query)
     launch.start((*pointers, *written, *masks), device, library.stream(device))
@@ -104,6 +117,23 @@ def _with_mask(
     return known_by, (pointers[0], pointers[1])
 
 
+def _with_rules(
+    known_by: Hashable,
+    masks: tuple[int, ...],
+    library: Library,
+    softcap: float | None,
+    sinks: Any,
+    kind: type,
+) -> tuple[Hashable, tuple[int, ...]]:
+    """Add softcap and sinks to a key, all but the sinks' address, which follows the masks'."""
+    if sinks is None:
+        return (known_by, softcap), masks
+    if type(sinks) is not kind or known_by is None:
+        return None, masks
+    pointer = library.pointer(sinks)
+    return (known_by, softcap, library.layout(sinks), pointer & 3), (*masks, pointer)
+
+
 def _first(
     library: Library,
     query: Any,
@@ -111,21 +141,29 @@ def _first(
     value: Any,
     mask: Mask | None,
     scale: float | None,
+    softcap: float | None,
+    sinks: Any,
     known_by: Hashable,
 ) -> tuple[Any, Any]:
     """Check everything, choose and load the kernel, start it, and remember the launch."""
     if not hasattr(query, "ndim"):  # a bare view of memory has no dimensions to check
         query, key, value = map(adopt, (query, key, value))
-        return attention_forward(query, key, value, mask=mask, scale=scale)
-    problem = AttentionProblem.from_arrays(query, key, value, mask=mask, scale=scale)
+        return attention_forward(
+            query, key, value, mask=mask, scale=scale, softcap=softcap, sinks=sinks
+        )
+    problem = AttentionProblem.from_arrays(
+        query, key, value, mask=mask, scale=scale, softcap=softcap, sinks=sinks
+    )
     inputs = input_views(problem)
     device, rows = inputs[0].device, inputs[0].shape[:3]
     masks = mask_views(problem.mask, (*rows, problem.len_kv), device)
     out, lse, _ = library.outputs((*rows, problem.dim_v), problem.dtype, query)
     arrays = (*inputs, view(out), view(lse), *masks)
     stream = library.stream(device)
-    launch = make_launch(problem, arrays, (problem.dtype, problem.dtype), None, stream)
-    launch.start(addresses(arrays), device, stream)
+    seen_sinks = sink_view(problem)
+    formats = (problem.dtype, problem.dtype)
+    launch = make_launch(problem, arrays, formats, None, stream, seen_sinks)
+    launch.start(addresses(arrays, seen_sinks), device, stream)
     if known_by is not None:
         _prepared.put(
             known_by, _Prepared(launch, (*rows, problem.dim_v), problem.dtype, device)

@@ -28,6 +28,7 @@ from adaattn_reference.farfield import GroupProbe
 from adaattn_reference.landmark import landmark
 from adaattn_reference.measure import HeadProbe, measure_head
 from adaattn_reference.operands import Operands, prepare_operands
+from adaattn_reference.score_rule import with_sink
 from adaattn_reference.score_skip import score_skip
 from adaattn_reference.svd import score_factors
 from adaattn_reference.threads import map_heads, thread_count
@@ -66,6 +67,10 @@ class NumpyBackend:
             array_devices=("cpu",),
             target="cpu",
             emulated_formats=("tf32", "f16", "bf16", "i8", "e4m3"),
+            rules=(
+                ("softcap", ("dense", "score_skip", "low_rank", "block_sparse")),
+                ("sinks", ("dense", "score_skip", "low_rank", "block_sparse", "landmark")),
+            ),
             paged=True,
         )
 
@@ -196,6 +201,12 @@ def _run_head(
         rank = factors.key_r.shape[1]
         left = float(mul_up(factors.score_residual_upper, view.scale))
         facts = replace(_input_facts(view), score_residual_upper=left)
+    if view.softcap and isinstance(structure, Landmark):
+        raise UnsupportedError(
+            got="the landmark structure under a softcap",
+            needed="a structure that computes every score it stands for",
+            do="use dense, score_skip, low_rank or block_sparse for this head",
+        )
     operands = prepare_operands(view, head, seed)
     output: HeadOutput | None
     if not view.visible:
@@ -228,6 +239,9 @@ def _run_head(
     if not view.regular:  # scores that Inf makes -inf are seen, all the same; so is overflow
         lost = view.live & ~np.isfinite(output.lse)
         output.out[lost], output.lse[lost] = np.nan, np.nan
+    if view.sink is not None:
+        share, output.lse = with_sink(output.lse, view.sink)
+        output.out = output.out * share[:, None].astype(output.out.dtype)
     return output, _with_run_facts(facts, view, operands, output, rank)
 
 
@@ -251,6 +265,7 @@ def _input_facts(view: HeadView) -> RunFacts:
         score_residual_upper=0.0,
         dropped_mass_upper=0.0,
         bias_max_abs=bias_max,
+        sink_abs=abs(view.sink) if view.sink is not None and math.isfinite(view.sink) else 0.0,
         keys_max=widest if view.seen_keys.any() else 0,
     )
 
@@ -259,9 +274,13 @@ def _with_run_facts(
     facts: RunFacts, view: HeadView, operands: Operands, output: HeadOutput, rank: int
 ) -> RunFacts:
     key_norm = facts.key_norm_upper
-    if operands.lse_shift is not None:  # the keys as multiplied: smoothed
+    if operands.lse_shift is not None or operands.score_shift is not None:
+        # The keys as multiplied: smoothed.
         size = largest_norm_upper(operands.key[view.seen_keys])
-        key_norm = float(add_up(size, operands.key_residual_upper))
+        smoothed = float(add_up(size, operands.key_residual_upper))
+        # Under a softcap the mean key, no longer than the longest, is multiplied as well.
+        both = operands.score_shift is not None
+        key_norm = float(add_up(smoothed, key_norm)) if both else smoothed
     return replace(
         facts,
         share=output.computed / view.visible if view.visible else 1.0,

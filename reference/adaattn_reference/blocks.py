@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from adaattn_core.structure import BlockSparse
 from adaattn_reference.operands import TINY
+from adaattn_reference.score_rule import cap
 from adaattn_reference.scratch import scratch
 from adaattn_reference.view import HeadView
 
@@ -29,6 +30,7 @@ def exact_scores(view: HeadView, rows: NDArray[np.int64], keys: int) -> Float:
     query = view.query[rows] * view.query.dtype.type(view.scale)
     scores = scratch("probe", (len(rows), keys), query.dtype)
     np.matmul(query, view.kv.key_t[:, :keys], out=scores)
+    cap(scores, view.softcap)
     view.mask_scores(scores, rows, 0, keys)
     return scores
 

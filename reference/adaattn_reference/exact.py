@@ -15,6 +15,7 @@ from adaattn_core.certificates.theorem import theorem_certificate
 from adaattn_core.facts import Arithmetic, RowErrors, RunFacts
 from adaattn_core.plan import HeadPlan
 from adaattn_core.problem import AttentionProblem
+from adaattn_reference.score_rule import cap, with_sink
 from adaattn_reference.scratch import scratch
 from adaattn_reference.view import HeadView
 
@@ -50,6 +51,8 @@ def errors_against(
         scale=problem.scale,
         dtype=name,
         len_q=max(view.len_q, 1),
+        softcap=view.softcap,
+        sinks=view.sink is not None,
     )
     return RowErrors(
         error=row_norms_estimate(out - exact),
@@ -68,6 +71,8 @@ def exact_rows(view: HeadView) -> NDArray[np.float64]:
     seen = rows.total != 0
     out = np.where(view.live[:, None] & ~view.regular, np.nan, np.zeros(rows.sums.shape))
     out[seen] = rows.sums[seen] / rows.total[seen, None]
+    if view.sink is not None:
+        out *= with_sink(rows.lse(), view.sink)[0][:, None]
     return out
 
 
@@ -102,6 +107,7 @@ class _Rows:
         view = self.view
         scores = scratch("scores", (rows.stop - rows.start, high - low), self.query.dtype)
         np.matmul(self.query[rows], view.kv.key_t[:, low:high], out=scores)
+        cap(scores, view.softcap)
         view.mask_scores(scores, rows, low, high)
         bad = view.kv.bad_values
         bad = bad[(bad >= low) & (bad < high)]
@@ -122,6 +128,13 @@ class _Rows:
             seen = sees[:, j]
             weight = np.exp(bad_scores[seen, j : j + 1] - shift[seen, None])
             self.sums[rows][seen] += weight * view.value[key]
+
+    def lse(self) -> NDArray[np.float64]:
+        """Log-sum-exp over the keys, with what a mask's shift left out."""
+        with np.errstate(divide="ignore"):
+            seen = np.log(self.total) + np.where(self.total > 0, self.top, 0)
+        shift = self.view.lse_shift
+        return seen if shift is None else np.where(np.isneginf(seen), seen, seen + shift)
 
 
 def _sums_in_parts(weights: Float, value: Float) -> tuple[Float, Float]:

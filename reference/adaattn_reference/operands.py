@@ -22,6 +22,7 @@ from adaattn_core.formats import (
     stochastic_round,
 )
 from adaattn_core.plan import HeadPlan
+from adaattn_reference.score_rule import cap
 from adaattn_reference.scratch import scratch
 from adaattn_reference.view import HeadView, transposed
 
@@ -51,6 +52,10 @@ class Operands:
         Rounded values, non-finite ones zeroed.
     lse_shift : ndarray or None, shape (len_q,)
         What smoothing took from every score of a row; added back to the lse.
+    score_shift : ndarray or None, shape (len_q,)
+        The same where scores are capped: added back to them before.
+    softcap : float
+        What scores are capped to; 0 for no cap.
     plan : HeadPlan
     query_residual_upper, key_residual_upper, value_residual_upper : float
         Largest norm of what rounding took from a vector (0 where nothing was rounded).
@@ -68,6 +73,8 @@ class Operands:
     value_residual_upper: float = 0.0
     query_step_upper: float = 0.0
     key_step_upper: float = 0.0
+    score_shift: Float | None = None
+    softcap: float = 0.0
 
     @cached_property
     def key_t(self) -> Float:
@@ -75,11 +82,14 @@ class Operands:
         return transposed(self.key)
 
     def scores(self, rows: slice | NDArray[np.int64], keys: slice | NDArray[np.int64]) -> Float:
-        """Scaled scores of some rows and keys, in this thread's buffer, masks not applied."""
+        """Scaled, capped scores of some rows and keys, in this thread's buffer; no mask yet."""
         query = self.query[rows]
         key_t = self.key_t[:, keys] if isinstance(keys, slice) else self.key[keys].T
         out = scratch("scores", (len(query), key_t.shape[1]), query.dtype)
-        return np.matmul(query, key_t, out=out)
+        np.matmul(query, key_t, out=out)
+        if self.score_shift is not None:
+            out += self.score_shift[rows, None]
+        return cap(out, self.softcap)
 
     def weighted_sum(self, weights: Float, value: Float) -> Float:
         """Return P·V with P in [0, 1] rounded to the plan's format, valid until the next call.
@@ -146,7 +156,9 @@ def prepare_operands(view: HeadView, plan: HeadPlan, seed: int) -> Operands:
         query=query.astype(dtype, copy=False) * dtype.type(view.scale),
         key=key.astype(dtype, copy=False),
         value=value.astype(dtype, copy=False),
-        lse_shift=lse_shift,
+        lse_shift=None if view.softcap else lse_shift,
+        score_shift=lse_shift if view.softcap else None,
+        softcap=view.softcap,
         plan=plan,
         value_residual_upper=value_residual,
         **residuals,

@@ -104,6 +104,10 @@ class HeadView:
         Rows that see a key; the queries of the others are 0 here, and count nowhere.
     first_key : int
         Number, within the sequence, of the first key kept here.
+    softcap : float
+        What scores are capped to; 0 for no cap.
+    sink : float or None
+        The head's sink.
     """
 
     query: Float
@@ -115,6 +119,8 @@ class HeadView:
     scale: float
     live: NDArray[np.bool_]
     first_key: int = 0
+    softcap: float = 0.0
+    sink: float | None = None
 
     @property
     def key(self) -> Float:
@@ -331,6 +337,7 @@ class ProblemViews:
         self.problem = problem
         self.dtype = np.dtype(dtype)
         self._query = to_numpy(problem.query)
+        self._sinks = None if problem.sinks is None else to_numpy(problem.sinks)
         self._allowed = self._mask_array(problem.mask.allowed)
         self._bias = self._mask_array(problem.mask.bias)
         self._kv: dict[tuple[int, int], KeyValues] = {}
@@ -386,6 +393,8 @@ class ProblemViews:
             scale=p.scale,
             live=live,
             first_key=low,
+            softcap=p.softcap or 0.0,
+            sink=None if self._sinks is None else float(self._sinks[head]),
         )
 
     def _key_values(self, sequence: int, head_kv: int, low: int, high: int) -> KeyValues:

@@ -1,11 +1,12 @@
 """Small launches of every path of the kernels, for compute-sanitizer to watch.
 
     compute-sanitizer --tool memcheck python tests/cuda/small_launches.py exact
-    compute-sanitizer --tool racecheck python tests/cuda/small_launches.py few adaptive
+    compute-sanitizer --tool racecheck python tests/cuda/small_launches.py few rules adaptive
 
 "exact": formats, masks, rows on and off the 16-byte grid, packed batches, NaN and Inf; "few" of
 them: every mask and every head dim, not each with each, for the tools that take a second a
-launch; "adaptive": what plans, runs and certifies a budget on the device. The figures of
+launch; "rules": softcaps and sinks; "adaptive": what plans, runs and certifies a budget on the
+device. The figures of
 certificates are read. Nothing is compared here. Needs torch with CUDA.
 """
 
@@ -68,6 +69,20 @@ def exact(few: bool) -> int:
     return heads
 
 
+def rules() -> int:
+    """Softcap and sinks, alone and together, in both families; NaN and Inf among the values."""
+    backend, heads = CudaBackend(), 0
+    sinks = torch.tensor([1.0, -2.0, 30.0, -math.inf], device="cuda")
+    kinds = ({"softcap": 3.0}, {"sinks": sinks}, {"softcap": 3.0, "sinks": sinks})
+    for name, dtype in DTYPES.items():
+        for i, plain in enumerate(problems(dtype, few=True)):
+            three = plain.query, plain.key, plain.value
+            problem = AttentionProblem.from_arrays(*three, mask=plain.mask, **kinds[i % 3])
+            plan = Plan.uniform(problem, HeadPlan(qk=name, pv=name))
+            heads += len(dict(backend.run(problem, plan).facts))
+    return heads
+
+
 def adaptive() -> int:
     """Plan, run and certify on the device: a smooth head, a hard one, their group's keys."""
     smooth = torch.randn((1, 1, LEAST_KEYS // 128, 64), device="cuda").repeat_interleave(128, 2)
@@ -88,7 +103,8 @@ def main() -> None:
     chosen = sys.argv[1:] or ["exact", "adaptive"]
     heads = 0
     for what in chosen:
-        heads += adaptive() if what == "adaptive" else exact(few=what == "few")
+        others = {"adaptive": adaptive, "rules": rules}
+        heads += others[what]() if what in others else exact(few=what == "few")
     torch.cuda.synchronize()
     print(f"figures of {heads} heads")
 

@@ -13,6 +13,7 @@ import pytest
 
 pytestmark = pytest.mark.gpu
 LIMIT_S = 580
+TOOLS = ("memcheck", "racecheck", "synccheck")
 SMALL = Path(__file__).parent / "small_launches.py"
 # Without plugins that warn beside xdist or in a read-only folder: warnings are errors here.
 KIT = (
@@ -41,7 +42,7 @@ def run(command: list[str], environment: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("tool", "launches"),
     [("memcheck", "exact"), ("racecheck", "few"), ("synccheck", "exact")]
-    + [(tool, "adaptive") for tool in ("memcheck", "racecheck", "synccheck")],
+    + [(tool, what) for what in ("adaptive", "rules") for tool in TOOLS],
 )
 def test_sanitizer(tool: str, launches: str, environment: dict[str, str]) -> None:
     """Of the kernels alone: the array library may ask the driver in vain."""

@@ -74,12 +74,14 @@ class Task:
         arrays: Arrays,
         formats: tuple[str, str],
         heads: tuple[HeadIndex, ...] | None,
+        sinks: ArrayView | None = None,
     ) -> Task:
         """Describe heads of a checked problem in one pair of formats, (qk, pv)."""
         mask = problem.mask
         return cls(
             *arrays, problem.sequences, mask.left, mask.right,
             mask.alignment == "bottom_right", problem.scale, *formats, heads,
+            problem.softcap or 0.0, sinks,
         )  # fmt: skip
 
     @property
