@@ -21,6 +21,7 @@ from adaattn_torch.call import Asked, Call, encode, structural
 from adaattn_torch.forward import Computed, run
 from adaattn_torch.gradient import attention_gradient, attention_tangent
 from adaattn_torch.info import AttentionInfo
+from adaattn_torch.ruled import attend_ruled
 from adaattn_torch.watchers import (
     in_forward_mode,
     is_recorded,
@@ -64,6 +65,8 @@ def attend(
     layer: str = "",
     seed: int | None = None,
     want_info: bool = True,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> Attended:
     """Attention of four-dimensional tensors, with gradients.
 
@@ -84,6 +87,8 @@ def attend(
     want_info : bool
         False lets an exact call that nobody listens to go without a certificate, where the
         backend offers that; the output is the same.
+    softcap, sinks
+        Score rules; see `adaattn_torch.scaled_dot_product_attention`.
 
     Returns
     -------
@@ -102,12 +107,16 @@ def attend(
     asked = Asked(as_budget(budget), policy, plan, backend, layer, seed)
     allowed, bias = _four_axes(mask.allowed), _four_axes(mask.bias)
     call = Call(query, key, value, allowed, bias, structural(mask), scale, asked)
+    if softcap is not None or sinks is not None:
+        call = call._replace(softcap=softcap, sinks=sinks)
     return Attended(*compute(call, want_info))
 
 
 def compute(call: Call, want_info: bool) -> Computed:
     """Compute what `attend` returns, of a call that was made already and that nothing wraps."""
-    query, key, value, allowed, bias, mask, scale, asked, _ = call
+    query, key, value, allowed, bias, mask, scale, asked = call[:8]
+    if call.is_ruled:
+        return attend_ruled(call, want_info)
     if is_recorded(query, key, value):
         out, lse = torch.ops.adaattn.attention(
             query, key, value, allowed, bias, scale, *encode(mask, asked)

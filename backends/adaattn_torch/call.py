@@ -70,6 +70,9 @@ class Call(NamedTuple):
     asked : Asked
     shape : tuple of int or None
         Shape that the caller's output has, if that is not (batch, heads_q, len_q, dim_v).
+    softcap : float or None
+    sinks : Tensor or None, shape (heads_q,)
+        Score rules, see `adaattn_core.scores`.
     """
 
     query: torch.Tensor
@@ -81,6 +84,13 @@ class Call(NamedTuple):
     scale: float
     asked: Asked
     shape: tuple[int, ...] | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+    @property
+    def is_ruled(self) -> bool:
+        """Whether there is a softcap, or sinks."""
+        return self.softcap is not None or self.sinks is not None
 
 
 def structural(mask: Mask) -> Mask:

@@ -75,6 +75,23 @@ def forward_of(backend: Backend) -> Forward | None:
     return backend.forward if isinstance(backend, Forwards) else None
 
 
+def _rules(call: Call) -> dict[str, Any]:
+    """Score rules of a call, as backends take them: sinks in float32, or float64 on a CPU."""
+    rules: dict[str, Any] = {}
+    if call.softcap is not None:
+        rules["softcap"] = call.softcap
+    if call.sinks is not None:
+        wide = call.sinks.dtype == torch.float64 and not call.query.is_cuda
+        sinks = call.sinks if wide else call.sinks.to(torch.float32)
+        rules["sinks"] = to_backend(sinks.contiguous())
+    return rules
+
+
+def _known_rules(backend: Backend | str, device: torch.device) -> set[str]:
+    """Names of the score rules that a backend's short way takes."""
+    return {name for name, _ in backend_for(backend, device.type).capabilities().rules}
+
+
 def run(call: Call, want_info: bool) -> Computed:
     """Compute, without a gradient; the output has the query's order of strides.
 
@@ -96,7 +113,8 @@ def run(call: Call, want_info: bool) -> Computed:
     AdaAttnError
         What `adaattn_core.attention` raises.
     """
-    query, key, value, allowed, bias, mask, scale, asked, _ = call
+    query, key, value, allowed, bias, mask, scale, asked = call[:8]
+    rules = _rules(call) if call.is_ruled else {}
     if allowed is not None:
         mask = mask & Mask.boolean(to_backend(allowed))
     if bias is not None:
@@ -104,9 +122,10 @@ def run(call: Call, want_info: bool) -> Computed:
     arrays = to_backend(query), to_backend(key), to_backend(value)
     if not want_info and asked.is_exactness and not is_heard():
         forward = forward_for(asked.backend, query.device)
-        if forward is not None:
+        knows = not rules or rules.keys() <= _known_rules(asked.backend, query.device)
+        if forward is not None and knows:
             try:
-                out, lse = forward(*arrays, mask=mask, scale=scale)
+                out, lse = forward(*arrays, mask=mask, scale=scale, **rules)
             except UnsupportedError:
                 pass  # the ordinary way does it, or says why not
             else:
@@ -115,6 +134,7 @@ def run(call: Call, want_info: bool) -> Computed:
         *arrays,
         mask=mask,
         scale=scale,
+        **rules,
         budget=asked.budget,
         policy=asked.policy,
         plan=asked.plan,

@@ -19,6 +19,7 @@ from adaattn_torch.call import Asked
 from adaattn_torch.info import AttentionInfo, fall_back, warn_of_fallback
 from adaattn_torch.masks.compact import CompactMask
 from adaattn_torch.prepare import NOT_TENSORS, prepare
+from adaattn_torch.ruled import plain_attention, with_rules
 
 torch.compiler.assume_constant_result(warn_of_fallback)  # type: ignore[no-untyped-call]
 
@@ -40,6 +41,8 @@ def scaled_dot_product_attention(
     plan: Plan | None = ...,
     layer: str = ...,
     seed: int | None = ...,
+    softcap: float | None = ...,
+    sinks: torch.Tensor | None = ...,
     strict: bool = ...,
     return_info: Literal[False] = ...,
 ) -> torch.Tensor: ...
@@ -62,6 +65,8 @@ def scaled_dot_product_attention(
     plan: Plan | None = ...,
     layer: str = ...,
     seed: int | None = ...,
+    softcap: float | None = ...,
+    sinks: torch.Tensor | None = ...,
     strict: bool = ...,
     return_info: Literal[True],
 ) -> tuple[torch.Tensor, AttentionInfo]: ...
@@ -83,6 +88,8 @@ def scaled_dot_product_attention(
     plan: Plan | None = None,
     layer: str = "",
     seed: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     strict: bool = False,
     return_info: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, AttentionInfo]:
@@ -116,6 +123,11 @@ def scaled_dot_product_attention(
         Tolerated error; a float is ``ErrorBudget(rel=budget)``. None: exact.
     policy, backend, plan, layer, seed
         See `adaattn_core.attention`.
+    softcap : float, optional
+        Scores become ``softcap * tanh(score / softcap)`` before the mask. Default: none.
+    sinks : Tensor, optional, shape (heads_q,)
+        One more logit in the denominator of each head's rows; it has a gradient. Under
+        `torch.compile`, a call with either is written out as plain operations.
     strict : bool
         Raise instead of falling back.
     return_info : bool
@@ -143,6 +155,9 @@ def scaled_dot_product_attention(
         )
     asked = Asked(as_budget(budget), policy, plan, backend, layer, seed)
     call = prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, asked)
+    is_ruled = softcap is not None or sinks is not None
+    if is_ruled and not isinstance(call, str):
+        call = with_rules(call, softcap, sinks)
     if isinstance(call, str):
         reason = call
     else:
@@ -165,7 +180,7 @@ def scaled_dot_product_attention(
             cast(Any, scaled_dot_product_attention), (query, key, value, attn_mask),
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
             budget=budget, policy=policy, backend=backend, plan=plan, layer=layer, seed=seed,
-            strict=strict, return_info=return_info,
+            softcap=softcap, sinks=sinks, strict=strict, return_info=return_info,
         )  # fmt: skip
     if isinstance(attn_mask, CompactMask):
         attn_mask = attn_mask.dense()
@@ -173,6 +188,8 @@ def scaled_dot_product_attention(
     theirs = partial(
         F.scaled_dot_product_attention, *arguments, scale=scale, enable_gqa=enable_gqa
     )
+    if is_ruled:
+        theirs = partial(plain_attention, *arguments, scale, softcap, sinks, grouped=enable_gqa)
     fell_back, out = fall_back(theirs, reason, strict, layer)
     return (out, fell_back) if return_info else out
 

@@ -32,7 +32,9 @@ class _Chunk(NamedTuple):
     """A block's operands and weights, query heads split into (heads_kv, heads of a group).
 
     Queries that see nothing and keys that nobody sees are 0: they may hold NaN, and 0 * NaN is
-    NaN. `seen` tells which keys are kept, of shape (batch, heads_kv, 1, keys, 1).
+    NaN. `seen` tells which keys are kept, of shape (batch, heads_kv, 1, keys, 1). With sinks,
+    `lse` and `weights` count them, and `sink` is what is left for the sink of each row; `slope`
+    is what a softcap multiplies the derivative of a score by.
     """
 
     block: _Block
@@ -43,6 +45,8 @@ class _Chunk(NamedTuple):
     seen: torch.Tensor | None
     lse: torch.Tensor
     weights: torch.Tensor
+    slope: torch.Tensor | None
+    sink: torch.Tensor | None
 
 
 def attention_gradient(
@@ -60,6 +64,30 @@ def attention_gradient(
 ) -> Gradients:
     """Gradients of exact attention with respect to query, key, value and additive mask.
 
+    See `rule_gradient`, of which this is the case without a softcap and without sinks.
+    """
+    return rule_gradient(
+        query, key, value, allowed, bias, mask, scale, grad_out, grad_lse, need_bias=need_bias
+    )[:4]
+
+
+def rule_gradient(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    allowed: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mask: Mask,
+    scale: float,
+    grad_out: torch.Tensor | None,
+    grad_lse: torch.Tensor | None,
+    *,
+    need_bias: bool = False,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of exact attention, score rules included, with respect to all of its tensors.
+
     Plain differentiable operations: under ``create_graph=True`` the result has a gradient of
     its own (and then keeps every chunk alive). Gradients of the output may be batched.
 
@@ -74,17 +102,25 @@ def attention_gradient(
         The structural part.
     grad_out : Tensor or None, shape (batch, heads_q, len_q, dim_v)
     grad_lse : Tensor or None, shape (batch, heads_q, len_q)
+    softcap : float or None
+    sinks : Tensor or None, shape (heads_q,)
+        See `adaattn_core.scores`.
 
     Returns
     -------
     tuple of Tensor
-        Of query, key, value, and of the additive mask (None unless asked for).
+        Of query, key, value, of the additive mask (None unless asked for), and of the sinks.
     """
     wide, heads_kv = _wide(query), key.shape[1]
     zero = _zero(wide, grad_out, grad_lse)
     d_query, d_key, d_value = (zero.new_zeros(x.shape) for x in (query, key, value))
     d_bias = zero.new_zeros(bias.shape) if bias is not None and need_bias else None
-    for chunk in _chunks(query, key, value, allowed, bias, mask, scale):
+    d_sinks = None if sinks is None else zero.new_zeros(sinks.shape)
+    if d_sinks is not None and sinks is not None and grad_lse is not None:
+        # Of a row that sees nothing the lse is the sink; the others' share is taken off below.
+        of_head = grad_lse.to(wide).sum((0, 2))
+        d_sinks = d_sinks + torch.where(sinks == -torch.inf, 0, of_head)
+    for chunk in _chunks(query, key, value, allowed, bias, mask, scale, softcap, sinks):
         block, weights, visible = chunk.block, chunk.weights, chunk.visible
         if grad_out is not None:
             g = _grouped(_rows(grad_out, block).to(wide), heads_kv)
@@ -92,22 +128,32 @@ def attention_gradient(
             d_weights = g @ chunk.value.mT
             if visible is not None:
                 d_weights = torch.where(visible, d_weights, 0)
-            d_scores = weights * (d_weights - (weights * d_weights).sum(-1, keepdim=True))
+            mean = (weights * d_weights).sum(-1, keepdim=True)
+            d_scores = weights * (d_weights - mean)
+            if d_sinks is not None and chunk.sink is not None:
+                d_sinks = d_sinks - _per_head(chunk.sink * mean)
         else:
             d_scores = torch.zeros_like(weights)
         if grad_lse is not None:
             g_lse = _grouped(_rows(grad_lse, block).to(wide), heads_kv).unsqueeze(-1)
             d_scores = d_scores + weights * torch.where(chunk.lse == -torch.inf, 0, g_lse)
-        _rows(d_query, block).add_(_merged(d_scores @ chunk.key * scale))
-        _keys(d_key, block).add_((d_scores.mT @ chunk.query * scale).sum(2))
+            if d_sinks is not None and sinks is not None and chunk.sink is not None:
+                rest = torch.where(chunk.lse == -torch.inf, 0, g_lse * (1 - chunk.sink))
+                none = (sinks == -torch.inf).reshape(heads_kv, -1, 1, 1)
+                d_sinks = d_sinks - _per_head(torch.where(none, 0, rest))
         if d_bias is not None:
             target = _part(d_bias, block)
             target.add_(_merged(d_scores).sum_to_size(target.shape))
+        if chunk.slope is not None:
+            d_scores = d_scores * chunk.slope
+        _rows(d_query, block).add_(_merged(d_scores @ chunk.key * scale))
+        _keys(d_key, block).add_((d_scores.mT @ chunk.query * scale).sum(2))
     return (
         d_query.to(query.dtype),
         d_key.to(key.dtype),
         d_value.to(value.dtype),
         None if d_bias is None or bias is None else d_bias.to(bias.dtype),
+        None if d_sinks is None or sinks is None else d_sinks.to(sinks.dtype),
     )
 
 
@@ -123,6 +169,9 @@ def attention_tangent(
     t_key: torch.Tensor | None,
     t_value: torch.Tensor | None,
     t_bias: torch.Tensor | None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    t_sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tangents of exact attention's output and lse, for forward-mode differentiation.
 
@@ -132,6 +181,8 @@ def attention_tangent(
         See `attention_gradient`.
     t_query, t_key, t_value, t_bias : Tensor or None
         Tangents of the inputs, each of its input's shape; None is 0.
+    softcap, sinks, t_sinks
+        See `rule_gradient`; the tangent of the sinks.
 
     Returns
     -------
@@ -139,10 +190,13 @@ def attention_tangent(
     t_lse : Tensor of float32, shape (batch, heads_q, len_q)
     """
     wide, heads_kv = _wide(query), key.shape[1]
-    zero = _zero(wide, t_query, t_key, t_value, t_bias)
+    zero = _zero(wide, t_query, t_key, t_value, t_bias, t_sinks)
     t_out = zero.new_zeros((*query.shape[:-1], value.shape[-1]))
     t_lse = zero.new_zeros(query.shape[:-1])
-    for chunk in _chunks(query, key, value, allowed, bias, mask, scale):
+    if sinks is not None and t_sinks is not None:  # of rows that see nothing; others follow
+        own = torch.where(sinks == -torch.inf, 0, t_sinks.to(wide))
+        t_lse = t_lse + own[None, :, None]
+    for chunk in _chunks(query, key, value, allowed, bias, mask, scale, softcap, sinks):
         block, weights = chunk.block, chunk.weights
 
         def kept(tangent: torch.Tensor, chunk: _Chunk = chunk) -> torch.Tensor:
@@ -155,6 +209,8 @@ def attention_tangent(
             t_scores = t_scores + part @ chunk.key.mT * scale
         if t_key is not None:
             t_scores = t_scores + chunk.query @ kept(t_key).mT * scale
+        if chunk.slope is not None:
+            t_scores = t_scores * chunk.slope
         if t_bias is not None:
             part = _part(t_bias, block).to(wide)
             shape = (weights.shape[0], query.shape[1], *weights.shape[-2:])
@@ -162,11 +218,16 @@ def attention_tangent(
         if chunk.visible is not None:
             t_scores = torch.where(chunk.visible, t_scores, 0)
         mean = (weights * t_scores).sum(-1, keepdim=True)
+        before = torch.zeros_like(mean)
+        if sinks is not None and t_sinks is not None and chunk.sink is not None:
+            before = torch.where(sinks == -torch.inf, 0, t_sinks.to(wide))
+            before = before.reshape(heads_kv, -1, 1, 1).expand(mean.shape)
+            mean = mean + chunk.sink * before
         out = weights * (t_scores - mean) @ chunk.value
         if t_value is not None:
             out = out + weights @ kept(t_value)
         _rows(t_out, block).add_(_merged(out))
-        _rows(t_lse, block).add_(_merged(mean)[..., 0])
+        _rows(t_lse, block).add_(_merged(mean - before)[..., 0])
     return t_out.to(query.dtype), t_lse.to(torch.float32)
 
 
@@ -195,6 +256,8 @@ def _chunks(
     bias: torch.Tensor | None,
     mask: Mask,
     scale: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> Iterator[_Chunk]:
     """Compute the weights of exact attention, block by block."""
     batch, heads_q, len_q, _ = query.shape
@@ -205,7 +268,10 @@ def _chunks(
         k = _keys(key, block).to(wide).unsqueeze(2)
         v = _keys(value, block).to(wide).unsqueeze(2)
         scores = q @ k.mT * scale
-        visible, seen = block.visible, None
+        visible, seen, slope = block.visible, None, None
+        if softcap is not None:
+            capped = torch.tanh(scores / softcap)
+            scores, slope = softcap * capped, 1 - capped * capped
         if allowed is not None:
             part = _part(allowed, block).expand(q.shape[0], heads_q, *scores.shape[-2:])
             part = _grouped(part, heads_kv)
@@ -222,12 +288,26 @@ def _chunks(
             seen = full.any(-2).any(2, keepdim=True).unsqueeze(-1)
             k, v = torch.where(seen, k, 0), torch.where(seen, v, 0)
             q = torch.where(full.any(-1, keepdim=True), q, 0)
+            slope = None if slope is None else torch.where(visible, slope, 0)
         lse = torch.logsumexp(scores, -1, keepdim=True)
         # Not exp(scores - lse): of a row of the lowest finite numbers the lse is one of them.
         blind = lse == -torch.inf
         weights = torch.softmax(torch.where(blind, 0, scores), -1)
         weights = torch.where(blind, 0, weights)
-        yield _Chunk(block, q, k, v, visible, seen, lse, weights)
+        sink = None
+        if sinks is not None:
+            logit = sinks.to(wide).reshape(heads_kv, -1, 1, 1)
+            with_sink = torch.logaddexp(lse, logit)
+            unseen = with_sink == -torch.inf
+            weights = weights * torch.where(blind, 0, torch.exp(lse - with_sink))
+            sink = torch.where(unseen, 0, torch.exp(logit - with_sink))
+            lse = with_sink
+        yield _Chunk(block, q, k, v, visible, seen, lse, weights, slope, sink)
+
+
+def _per_head(x: torch.Tensor) -> torch.Tensor:
+    """Sum (batch, heads_kv, heads of a group, rows, 1) to one number a query head."""
+    return x.sum((0, 3, 4)).reshape(-1)
 
 
 def _rows(array: torch.Tensor, block: _Block) -> torch.Tensor:

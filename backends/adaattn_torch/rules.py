@@ -83,6 +83,8 @@ class Rules:
         scale: float | None = None,
         enable_gqa: bool = False,
         *,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
         into: list[AttentionInfo] | None,
     ) -> torch.Tensor:
         """Compute attention of a named layer by the rules.
@@ -92,6 +94,8 @@ class Rules:
         layer : str
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
             Of `torch.nn.functional.scaled_dot_product_attention`.
+        softcap, sinks
+            See `adaattn_torch.scaled_dot_product_attention`.
         into : list of AttentionInfo or None
             Where to append one info per rule; None if nobody will ask.
         """
@@ -112,10 +116,11 @@ class Rules:
                 operands = _pick(query, key, value, attn_mask, chosen)
                 picked = tuple(chosen)
             gqa = enable_gqa and len(groups) == 1
+            own = sinks if sinks is None or picked is None else sinks[list(picked)]
             call = partial(
                 scaled_dot_product_attention, *operands, dropout_p, is_causal, scale, gqa,
                 budget=rule.budget, policy=rule.policy, plan=rule.plan, backend=rule.backend,
-                layer=layer, strict=self.strict,
+                layer=layer, softcap=softcap, sinks=own, strict=self.strict,
             )  # fmt: skip
             if into is None:
                 parts.append(call())

@@ -44,9 +44,16 @@ class Recorder:
     made: ClassVar[list[Recorder]] = []
 
     def __init__(
-        self, problem: AttentionProblem, arrays: Any, formats: Any, heads: Any, stream: int
+        self,
+        problem: AttentionProblem,
+        arrays: Any,
+        formats: Any,
+        heads: Any,
+        stream: int,
+        sinks: Any,
     ) -> None:
         self.problem, self.arrays, self.formats = problem, arrays, formats
+        assert (sinks is None) == (problem.sinks is None)
         self.started: list[tuple[tuple[int, ...], int, int]] = []
         assert heads is None
         Recorder.made.append(self)
@@ -172,3 +179,16 @@ def test_least_recently_used_layout_is_forgotten(monkeypatch: pytest.MonkeyPatch
     for len_q in (1, 2, 1, 3, 1, 2):  # 2 is forgotten for 3, and made again
         forward.attention_forward(*arrays(len_q=len_q))
     assert len(Recorder.made) == 4
+
+
+def test_softcap_and_sinks_belong_to_the_launch() -> None:
+    """One launch for each rule; sinks go by address, behind the masks'."""
+    q, k, v = (np.zeros((1, 2, 16, 16), np.float32) for _ in range(3))
+    first, second = np.zeros(2, np.float32), np.zeros(2, np.float32)
+    asked: list[dict[str, Any]] = [{}, {"softcap": 2.0}, {"softcap": 3.0}, {"sinks": first}]
+    for rules in (*asked, {"sinks": second}, *asked):
+        forward.attention_forward(q, k, v, **rules)
+    assert [launch.problem.softcap for launch in Recorder.made] == [None, 2.0, 3.0, None]
+    where = [pointers[7:] for pointers, _, _ in Recorder.made[3].started]
+    assert where == [(first.ctypes.data,), (second.ctypes.data,), (first.ctypes.data,)]
+    assert all(len(pointers) == 7 for pointers, _, _ in Recorder.made[0].started)

@@ -124,7 +124,7 @@ def test_within_twice_the_naive_error(backend: Any, dtype: str, dims: Any, rule:
             rms = found.out.double().square().sum(-1).mean(-1).sqrt()
             worst = (found.out.double() - out).norm(dim=-1).amax(-1)
             upper = torch.from_numpy(found.certificate.upper).cuda()
-            assert (worst <= upper * rms).all(), name
+            assert (worst <= torch.where(upper.isinf(), upper, upper * rms)).all(), name
             if dtype == "float32":
                 assert upper.isfinite().all(), name
         family = "sm80" if dtype == "float32" or not mask.is_structural else "sm90"

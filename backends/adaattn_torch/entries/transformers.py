@@ -25,7 +25,6 @@ from adaattn_core.errors import BackendUnavailableError, UnsupportedError
 from adaattn_core.mask import Mask
 from adaattn_core.policies.base import Policy
 from adaattn_torch.entries.recomputation import checkpoints
-from adaattn_torch.info import AttentionInfo, announce, warn_of_fallback
 from adaattn_torch.masks.compact import CompactMask, written_out
 from adaattn_torch.rules import Rule, Rules
 
@@ -177,10 +176,9 @@ def attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """Compute attention for transformers; the signature is its attention interface.
 
-    Soft-capped scores and attention sinks change the softmax itself: plain PyTorch operations
-    compute them exactly, visibly (a `FallbackWarning`, and the info says so). A sliding window
-    is part of the mask; without a mask, `sliding_window` is what rows see, themselves included,
-    the last row at the last key.
+    Soft-capped scores (Gemma-2) and attention sinks (gpt-oss) are computed by the backend,
+    under `torch.compile` by plain operations. A sliding window is part of the mask; without a
+    mask, `sliding_window` is what rows see, themselves included, the last row at the last key.
 
     Parameters
     ----------
@@ -224,39 +222,29 @@ def attention_forward(
         len_kv = len_q
     if attention_mask is None and sliding_window is not None and len_kv > sliding_window:
         attention_mask, causal = _window(sliding_window, is_causal, query, len_kv), False
-    reasons = [
-        name for name, x in (("softcap", softcap), ("attention sinks", s_aux)) if x is not None
-    ]
-    if isinstance(attention_mask, CompactMask) and (reasons or position_bias is not None):
+    ruled = softcap is not None or s_aux is not None
+    if isinstance(attention_mask, CompactMask) and position_bias is not None:
         attention_mask = attention_mask.dense()
     if position_bias is not None:
         attention_mask, causal = _with_bias(attention_mask, position_bias, causal, query), False
-    if reasons:
-        reason = " and ".join(reasons)
-        if settings.strict:
-            raise UnsupportedError(
-                got=reason,
-                needed="a plain softmax of the scores, because strict=True",
-                do="leave strict out: PyTorch operations then compute this layer exactly",
-            )
-        out = _exact(query, key, value, attention_mask, causal, scaling, softcap, s_aux)
-        if dropout:
-            out = torch.nn.functional.dropout(out, dropout)
-        warn_of_fallback(reason)
-        announce(AttentionInfo.of_fallback(reason, layer))
-    else:
-        out = settings.attention(
-            layer,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout,
-            causal,
-            scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-            into=None,
-        )
+    if ruled and attention_mask is not None and attention_mask.dtype not in (
+        torch.bool, query.dtype
+    ):  # fmt: skip
+        attention_mask = attention_mask.to(query.dtype)
+    out = settings.attention(
+        layer,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout,
+        causal,
+        scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+        softcap=softcap,
+        sinks=None if s_aux is None else s_aux.reshape(-1),
+        into=None,
+    )
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -291,35 +279,3 @@ def _with_bias(
         mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
     out = bias if mask is None else torch.where(mask, bias, -torch.inf)
     return out.to(query.dtype)
-
-
-def _exact(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    causal: bool,
-    scaling: float | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """Attention with soft-capped scores and sinks (one logit per head, without a value)."""
-    group = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    wide = torch.promote_types(query.dtype, torch.float32)
-    scores = query.to(wide) @ key.to(wide).mT * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if mask is not None:
-        hidden = ~mask if mask.dtype == torch.bool else mask == -torch.inf
-        if mask.dtype != torch.bool:
-            scores = scores + mask
-        scores = scores.masked_fill(hidden, -torch.inf)
-    total = torch.logsumexp(scores, -1, keepdim=True)
-    if sinks is not None:
-        total = torch.logaddexp(total, sinks.to(wide).reshape(1, -1, 1, 1))
-    weights = torch.exp(scores - torch.where(total == -torch.inf, 0, total))
-    return (weights @ value.to(wide)).to(query.dtype)
