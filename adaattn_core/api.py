@@ -26,6 +26,7 @@ from adaattn_core.policies.fixed import ExactPolicy, FixedPolicy
 from adaattn_core.policies.paged import PagedPolicy
 from adaattn_core.problem import AttentionProblem
 from adaattn_core.result import AttentionResult
+from adaattn_core.scores import rules_of
 
 
 def attention(
@@ -213,11 +214,11 @@ def _backend(
     policy: Policy | None,
     target: str | None,
 ) -> Backend:
-    serves, paged = None, problem.paged is not None
+    serves, paged, rules = None, problem.paged is not None, rules_of(problem)
     if isinstance(backend, str) and backend == "auto":
         heads = list(plan.heads.values()) if plan is not None else _plans_of(policy)
-        if heads or paged or target is not None:
-            serves = partial(_serves, heads=heads, target=target, paged=paged)
+        if heads or paged or rules or target is not None:
+            serves = partial(_serves, heads=heads, target=target, paged=paged, rules=rules)
     chosen: Backend = (
         get_backend(backend, problem.device, serves) if isinstance(backend, str) else backend
     )
@@ -231,9 +232,17 @@ def _backend(
     return chosen
 
 
-def _serves(can: Capabilities, heads: list[HeadPlan], target: str | None, paged: bool) -> bool:
+def _serves(
+    can: Capabilities,
+    heads: list[HeadPlan],
+    target: str | None,
+    paged: bool,
+    rules: tuple[str, ...],
+) -> bool:
     """Whether a backend runs these plans; those for another machine it must emulate."""
     if target is not None and target != can.target and not can.emulated_formats:
+        return False
+    if not set(rules) <= {name for name, _ in can.rules}:
         return False
     return (can.paged or not paged) and all(
         head.qk in can.qk_formats

@@ -118,10 +118,10 @@ class Charges:
         Rounding of a returned row to its format, relative and absolute.
     root_dim_qk, root_dim_v : float
     cap_rounding, tanh_rel, tanh_abs : float
-        Lemma 11.2: roundings around a softcap's tanh, relative to the largest score; of the
+        Lemma 12.2: roundings around a softcap's tanh, relative to the largest score; of the
         tanh itself, relative to a score and to the cap.
     sink_rounding, sink_keys : float
-        Lemma 11.4: roundings where a sink meets a row's sum, relative to the largest score and
+        Lemma 12.4: roundings where a sink meets a row's sum, relative to the largest score and
         the sink; and what the sum's own logarithm, at most that of the keys, adds to both.
     """
 

@@ -136,7 +136,7 @@ def _absolute_terms(
         score = np.where(likely, spread, score)
 
     # Theorem 1 turns score errors into errors of the output, theorem 3 those of P and V.
-    if question.sinks:  # Theorem 11: a sink is one more key, of value 0
+    if question.sinks:  # Theorem 12: a sink is one more key, of value 0
         diameter = np.maximum(diameter, value)
     diameter = np.minimum(2.0 * value, diameter)
     held = value + value_moved
@@ -153,7 +153,7 @@ def _absolute_terms(
     dot_lost = charges.score_lost * (1.0 + query_held + key_held)
     score_max = scale * product + dot + dot_lost + bias
     rounded = dot + dot_lost + charges.score_rounding * score_max + charges.exponentials
-    if question.softcap:  # Lemma 11.2; the cap itself never widens a score's error
+    if question.softcap:  # Lemma 12.2; the cap itself never widens a score's error
         capped = np.minimum(score_max, question.softcap)
         rounded = rounded + charges.cap_rounding * score_max
         rounded = rounded + charges.tanh_rel * capped + charges.tanh_abs * question.softcap

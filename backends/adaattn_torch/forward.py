@@ -138,7 +138,7 @@ def run(call: Call, want_info: bool) -> Computed:
         budget=asked.budget,
         policy=asked.policy,
         plan=asked.plan,
-        backend=_backend_of(asked, query.device.type),
+        backend=asked.backend if rules else _backend_of(asked, query.device.type),
         seed=asked.seed,
         layer=asked.layer,
     )

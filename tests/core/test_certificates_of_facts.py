@@ -78,12 +78,34 @@ def test_heads_that_must_be_exactly_right_have_bound_zero(facts, len_q):
 
 @pytest.mark.parametrize("field", [f.name for f in fields(RunFacts) if f.default == math.inf])
 def test_what_a_backend_does_not_state_is_not_known(field):
-    said = {f.name: getattr(FACTS, f.name) for f in fields(RunFacts) if f.name != field}
-    certificate = theorem_certificate(RunFacts(**said), HeadPlan(), **SIZES)
+    known = replace(FACTS, sink_abs=1.0)
+    said = {f.name: getattr(known, f.name) for f in fields(RunFacts) if f.name != field}
+    asked = {**SIZES, "sinks": True}
+    certificate = theorem_certificate(RunFacts(**said), HeadPlan(), **asked)
     # Twice the norm bounds the diameter, and the diameter what scores can do.
-    bounded = field in ("value_diameter_upper", "score_residual_upper")
+    bounded = field in ("value_diameter_upper", "score_residual_upper", "sink_abs")
     assert (certificate.upper < math.inf) == bounded
-    assert certificate.upper > theorem_certificate(FACTS, HeadPlan(), **SIZES).upper
+    assert certificate.upper > theorem_certificate(known, HeadPlan(), **asked).upper
+
+
+def test_score_rules_are_charged_where_there_are_any():
+    """A cap and its tanh's error, a sink and its size: each makes the bound larger."""
+    facts = replace(FACTS, sink_abs=3.0)
+
+    def upper(said=facts, **question):
+        return theorem_certificate(said, HeadPlan(), **SIZES, **question).upper
+
+    plain = upper()
+    assert plain == upper(replace(FACTS, sink_abs=math.inf)), "nobody asked for a sink"
+    assert plain < upper(softcap=2.0) < upper(softcap=2.0, sinks=True)
+    rough = replace(facts, arithmetic=replace(facts.arithmetic, tanh_upper=2.0**-11))
+    assert upper(softcap=2.0) < upper(rough, softcap=2.0) < upper(rough, softcap=50.0)
+    assert upper(rough) == plain
+    assert plain < upper(sinks=True) < upper(replace(facts, sink_abs=3e4), sinks=True)
+    # The diameter of values that all lie to one side of 0 is no bound with a sink.
+    near = replace(facts, value_diameter_upper=1e-6 * facts.value_norm_upper)
+    far = replace(facts, value_diameter_upper=facts.value_norm_upper)
+    assert upper(near) < upper(near, sinks=True) == upper(far, sinks=True)
 
 
 @pytest.mark.parametrize("field", ["score_rel_upper", "sum_rel_upper", "exp_rel_upper"])
