@@ -115,6 +115,52 @@ def format_of_dtype(dtype: np.dtype[Any]) -> FormatInfo | None:
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class ScaleBlocks:
+    """Which rows of 8-bit operands share a scale, counted from a sequence's first.
+
+    Attributes
+    ----------
+    query_rows : int
+        Consecutive queries with one scale.
+    key_rows : int
+        Consecutive keys with ``key_lanes`` scales between them.
+    key_lanes : int
+        1, or 4: of every eight keys the first two, the second two, and so on. A lane of a
+        quad of threads then has one scale for all keys that it holds of a score tile.
+    value_rows : int
+        Consecutive keys whose values share one scale, all channels; 0: every channel has one
+        of its own, for all keys.
+    """
+
+    query_rows: int
+    key_rows: int
+    key_lanes: int = 1
+    value_rows: int = 0
+
+    def query_groups(self, length: int) -> NDArray[np.int64]:
+        """Return the number of each query's scale, (length,)."""
+        return np.arange(length, dtype=np.int64) // self.query_rows
+
+    def key_groups(self, length: int) -> NDArray[np.int64]:
+        """Return the number of each key's scale, (length,)."""
+        key = np.arange(length, dtype=np.int64)
+        lane = key % 8 // 2 if self.key_lanes == 4 else 0
+        return key // self.key_rows * self.key_lanes + lane
+
+    def value_groups(self, length: int) -> NDArray[np.int64]:
+        """Return the number of each value's scale, (length,), where channels share one."""
+        return np.arange(length, dtype=np.int64) // self.value_rows
+
+
+SCALE_BLOCKS: dict[str, ScaleBlocks] = {
+    "tile": ScaleBlocks(1, 64, 4, 128),
+    "token": ScaleBlocks(1, 1),
+    "block": ScaleBlocks(64, 128),
+}
+"""Granularities of scales by the names that plans use; kernels have the first."""
+
+
 def round_to_format(x: NDArray[np.floating[Any]], name: str) -> NDArray[np.float32]:
     """Round `x` to the nearest numbers of a format, ties to even, saturating at its maximum.
 

@@ -16,7 +16,7 @@ import numpy as np
 from adaattn_core.checks import real, shown, truth, unique_names, whole, word
 from adaattn_core.errors import ArgumentError, PlanError
 from adaattn_core.files import as_path, atomic_write_text, reading
-from adaattn_core.formats import get_format
+from adaattn_core.formats import SCALE_BLOCKS, get_format
 from adaattn_core.lazy import LazyHeads
 from adaattn_core.problem import AttentionProblem, HeadIndex, SequenceSpan
 from adaattn_core.structure import BlockSparse, Dense, Structure, structure_from_json
@@ -39,10 +39,12 @@ class HeadPlan:
     structure : Structure
     qk, pv : str
         Formats of the operands of Q·Kᵀ and of P·V.
-    scales : {"token", "block"}
-        Granularity of the scales of 8-bit Q and K: per vector, or per 64 queries / 128 keys.
+    scales : {"tile", "token", "block"}
+        Granularity of the scales of 8-bit operands (`adaattn_core.formats.SCALE_BLOCKS`): one
+        per query, 16 keys and 128 values; per vector, and channel of V; or per 64 queries, 128
+        keys, and channel of V.
     smooth_k : bool
-        Whether the mean key is subtracted before quantising (exact for softmax).
+        Whether about the mean key is subtracted before quantising (exact for softmax).
     rounding : {"nearest", "stochastic"}
         How 8-bit operands of Q·Kᵀ are rounded.
     p_scale : float
@@ -61,7 +63,7 @@ class HeadPlan:
     structure: Structure = field(default_factory=Dense)
     qk: str = "f32"
     pv: str = "f32"
-    scales: str = "token"
+    scales: str = "tile"
     smooth_k: bool = True
     rounding: str = "nearest"
     p_scale: float = 448.0
@@ -121,7 +123,7 @@ def _number(least: float, most: float) -> Callable[[str, Any], float]:
 _HEAD_FIELDS: dict[str, Callable[[str, Any], Any]] = {
     "qk": _format_name,
     "pv": _format_name,
-    "scales": partial(word, options=("token", "block"), error=PlanError),
+    "scales": partial(word, options=tuple(SCALE_BLOCKS), error=PlanError),
     "smooth_k": partial(truth, error=PlanError),
     "rounding": partial(word, options=("nearest", "stochastic"), error=PlanError),
     "p_scale": _number(1 / _WEIGHT_FACTOR, _WEIGHT_FACTOR),

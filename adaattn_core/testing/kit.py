@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,13 @@ from adaattn_core.testing.oracles import (
     rms_row_norm,
     row_errors,
 )
-from adaattn_core.testing.strategies import ProblemSpec, mask_specs, problem_specs
+from adaattn_core.testing.strategies import (
+    STORAGES,
+    MaskSpec,
+    ProblemSpec,
+    mask_specs,
+    problem_specs,
+)
 
 WORST_CASE = ErrorBudget(
     rel=1e300, rows=1.0, confidence=1.0, guarantee="worst_case", on_violation="report"
@@ -35,6 +41,7 @@ WORST_CASE = ErrorBudget(
 """Asks for a theorem and accepts whatever it says."""
 
 _NATURAL_DTYPE = {"f64": "f64", "f32": "f32", "tf32": "f32", "f16": "f16"}
+_MASK_ARRAYS = ("boolean", "additive")
 _DIM_CANDIDATES = (1, 2, 3, 7, 8, 16, 24, 33, 40, 64, 96, 128)
 
 
@@ -148,12 +155,16 @@ class Kit:
         return _NATURAL_DTYPE.get(plan.qk, "bf16")
 
     def accepts(self, spec: ProblemSpec, plan: HeadPlan) -> bool:
-        """Whether a problem of this dtype and these dims runs (asked once, then remembered)."""
-        key = (spec.dtype, spec.dim_qk, spec.dim_v, plan.qk, plan.pv, plan.structure)
+        """Whether a problem of this kind runs (asked once, then remembered).
+
+        Its kind is its dtype, its dims, how its arrays lie, and which masks are arrays.
+        """
+        probe = ProblemSpec(
+            batch=2, dtype=spec.dtype, dim_qk=spec.dim_qk, dim_v=spec.dim_v, len_q=16,
+            len_kv=16, storage=spec.storage, mask=MaskSpec(arrays=spec.mask.arrays),
+        )  # fmt: skip
+        key = (probe, plan.qk, plan.pv, plan.structure)
         if key not in self._accepted:
-            probe = ProblemSpec(
-                dtype=spec.dtype, dim_qk=spec.dim_qk, dim_v=spec.dim_v, len_q=16, len_kv=16
-            )
             try:
                 self.run(probe.build(self.home.send), plan)
                 self._accepted[key] = True
@@ -188,11 +199,27 @@ class Kit:
             if d <= max_dim
             and all(self.accepts(ProblemSpec(dtype=t, dim_qk=d, dim_v=d), plan) for t in dtypes)
         ] or [64]
+        plain = ProblemSpec(dtype=dtypes[0], dim_qk=dims[0], dim_v=dims[0])
+        kinds = [
+            kind
+            for kind in self.capabilities.masks
+            if kind not in _MASK_ARRAYS
+            or self.accepts(replace(plain, mask=MaskSpec(arrays=(kind,))), plan)
+        ]
+        storages = [
+            storage
+            for storage in choices.pop("storages", STORAGES)
+            if self.accepts(replace(plain, storage=storage), plan)
+        ]
+        if not storages:
+            pytest.skip(f"backend {self.name} refuses the storage for {plan.qk}/{plan.pv}")
         masks = choices.pop("masks", None)
+        drawn = mask_specs(kinds) if masks is None else masks
         return problem_specs(
             dtypes=dtypes,
             dims=st.sampled_from(dims),
-            masks=mask_specs(self.capabilities.masks) if masks is None else masks,
+            masks=drawn.filter(lambda mask: set(mask.arrays) <= set(kinds)),
+            storages=storages,
             **choices,
         )
 

@@ -19,6 +19,7 @@ from adaattn_core.budget import ErrorBudget
 from adaattn_core.deciding import Adapted
 from adaattn_core.errors import UnsupportedError
 from adaattn_core.facts import RawResult, RunFacts
+from adaattn_core.formats import get_format
 from adaattn_core.mask import Mask
 from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.policies.table import DecisionTable
@@ -33,16 +34,20 @@ from adaattn_cuda.facts import LazyFacts
 from adaattn_cuda.forward import attention_forward
 from adaattn_cuda.jit.toolchain import nvrtc_version
 from adaattn_cuda.kernels import sm80_attn_fwd as sm80
+from adaattn_cuda.kernels.sm90_attn_fwd_8bit import EightBitLaunch
 from adaattn_cuda.kernels.smxx_operand_norms import FactsPlan, RowFacts
-from adaattn_cuda.kernels.task import Arrays, addresses
+from adaattn_cuda.kernels.task import Arrays, Recipe, addresses
+from adaattn_cuda.quantised import QuantisedRun
 from adaattn_cuda.recent import Recent
 
 __all__ = ["CudaBackend"]
 
 _LAYOUTS_REMEMBERED = 256
 _PLANS_REMEMBERED = 32
-Groups = dict[tuple[str, str], tuple[HeadIndex, ...] | None]
-"""(qk, pv) -> the heads that run so; None stands for all of them."""
+Groups = dict[Recipe, tuple[HeadIndex, ...] | None]
+"""How -> the heads that run so; None stands for all of them."""
+FLUSH_KEYS = 128
+"""Keys after which 8-bit kernels add partial sums of P V to float32."""
 
 
 class CudaBackend:
@@ -59,12 +64,16 @@ class CudaBackend:
         self._adaptive = AdaptiveCalls()
 
     def capabilities(self) -> Capabilities:
-        """Dense in four formats; nothing is measured or sampled on the host's behalf."""
+        """Dense; nothing is measured or sampled on the host's behalf.
+
+        In four formats anywhere; on Hopper also with queries and keys in i8 and with P V in
+        e4m3, of bf16 and f16 arrays.
+        """
         device = max(driver.current_device(), 0)
         hopper = driver.device_facts(device).arch == "sm_90a"
         return Capabilities(
-            qk_formats=sm80.OPERAND_FORMATS,
-            pv_formats=sm80.OPERAND_FORMATS,
+            qk_formats=sm80.OPERAND_FORMATS + (("i8",) if hopper else ()),
+            pv_formats=sm80.OPERAND_FORMATS + (("e4m3",) if hopper else ()),
             structures=("dense",),
             array_devices=("cuda",),
             target="sm90" if hopper else "sm80",
@@ -72,11 +81,17 @@ class CudaBackend:
         )
 
     def decides(self) -> Capabilities:
-        """Landmarks besides, on Hopper; see `adaattn_core.deciding.Decides.decides`."""
+        """Landmarks besides, on Hopper, in 16 bits; see `adaattn_core.deciding.Decides`."""
         can = self.capabilities()
         if can.target != "sm90":
             return can
-        return replace(can, structures=("dense", "landmark"), sizes=SIZES)
+        return replace(
+            can,
+            qk_formats=sm80.OPERAND_FORMATS,
+            pv_formats=sm80.OPERAND_FORMATS,
+            structures=("dense", "landmark"),
+            sizes=SIZES,
+        )
 
     def adapt(
         self,
@@ -155,10 +170,11 @@ class CudaBackend:
             (query.pointer | key.pointer | value.pointer | out_view.pointer) & 15,
             mask_key(problem.mask),
         )
-        launches = [
-            self._start(problem, arrays, sinks, layout, formats, chosen, stream)
-            for formats, chosen in groups.items()
+        started = [
+            self._start(problem, arrays, sinks, layout, recipe, chosen, stream)
+            for recipe, chosen in groups.items()
         ]
+        launches = [launch for launch, _ in started]
         self._last.launches, self._last.device = launches, query.device
         inputs = (query, key, value, out_view)
         known_by = layout, *(None if mask is None else mask[1:] for mask in masks)
@@ -168,14 +184,22 @@ class CudaBackend:
             self._facts.put(known_by, figures)
         allowed, bias = (0 if mask is None else mask.pointer for mask in masks)
         records = RowFacts(figures, inputs, (allowed, bias), problem.query, library, stream)
-        kept = records.workspace_bytes + sum(launch.workspace_bytes for launch in launches)
+        kept = records.workspace_bytes + sum(
+            launch.workspace_bytes + sum(launch.scratch_bytes) for launch in launches
+        )
         self._last.workspace_bytes = kept
         step_keys = min((launch.step_keys for launch in launches), default=1)
         chosen = plan.heads if heads is None else {index: plan[index] for index in heads}
+        quantised = {
+            index: run
+            for (_, run), heads_run in zip(started, groups.values(), strict=True)
+            if run is not None
+            for index in (chosen if heads_run is None else heads_run)
+        }
         if into is None:
-            facts = LazyFacts(problem, records, chosen, step_keys)
+            facts = LazyFacts(problem, records, chosen, step_keys, quantised)
             return RawResult(out, lse, cast("dict[HeadIndex, RunFacts]", facts))
-        cast(LazyFacts, into.facts).replan(records, chosen, step_keys)
+        cast(LazyFacts, into.facts).replan(records, chosen, step_keys, quantised)
         return into
 
     def forward(
@@ -267,24 +291,33 @@ class CudaBackend:
         arrays: Arrays,
         sinks: ArrayView | None,
         layout: Hashable,
-        formats: tuple[str, str],
+        recipe: Recipe,
         heads: tuple[HeadIndex, ...] | None,
         stream: int,
-    ) -> Launch:
+    ) -> tuple[Launch, QuantisedRun | None]:
         lse, allowed, bias = arrays[4:]
         known_by = (
             layout,
             lse[1:],
             allowed[1:] if allowed else None,
             bias[1:] if bias else None,
-            (problem.scale, formats, heads, problem.softcap, sinks is None),
+            (problem.scale, recipe, heads, problem.softcap, sinks is None),
         )
         launch = self._launches.get(known_by)
         if launch is None:
-            launch = make_launch(problem, arrays, formats, heads, stream, sinks)  # may compile
+            launch = make_launch(problem, arrays, recipe, heads, stream, sinks)  # may compile
             self._launches.put(known_by, launch)
-        launch.start(addresses(arrays, sinks), lse.device, stream)
-        return launch
+        library = library_of(problem.query)
+        # Asked for as floats: allocators align far beyond what is needed.
+        scratch = [
+            library.empty((-(-size // 4),), "f32", problem.query)
+            for size in launch.scratch_bytes
+        ]
+        places = tuple(map(library.pointer, scratch))
+        launch.start((*addresses(arrays, sinks), *places), lse.device, stream)
+        if isinstance(launch, EightBitLaunch):
+            return launch, launch.quantised(scratch[-1], places[-1])
+        return launch, None
 
     def _groups_of(self, plan: Plan) -> Groups:
         """Return the groups of a plan, remembered for as long as the plan is used again."""
@@ -299,8 +332,8 @@ class CudaBackend:
 
 
 def _group(plan: Plan, heads: Collection[HeadIndex]) -> Groups:
-    """Heads by formats; raises for a head that is not dense."""
-    groups: dict[tuple[str, str], list[HeadIndex]] = {}
+    """Heads by how they run; raises for what is not done here."""
+    groups: dict[Recipe, list[HeadIndex]] = {}
     for index in heads:
         head: HeadPlan = plan[index]
         if head.structure.kind != "dense":
@@ -310,5 +343,30 @@ def _group(plan: Plan, heads: Collection[HeadIndex]) -> Groups:
                 do='plan with FixedPolicy(Dense(), ...), or use backend="numpy"',
                 structure=head.structure.kind,
             )
-        groups.setdefault((head.qk, head.pv), []).append(index)
-    return {formats: tuple(found) for formats, found in groups.items()}
+        groups.setdefault(_recipe(head), []).append(index)
+    return {recipe: tuple(found) for recipe, found in groups.items()}
+
+
+def _recipe(head: HeadPlan) -> Recipe:
+    """Return what a kernel must know; of fields that a format does not use, the default."""
+    plain = Recipe(head.qk, head.pv)
+    if not (get_format(head.qk).is_quantised or get_format(head.pv).is_quantised):
+        return plain
+    wanted = (("scales", "tile"), ("rounding", "nearest"), ("flush_keys", FLUSH_KEYS))
+    for name, offered in wanted:
+        if getattr(head, name) != offered:
+            raise UnsupportedError(
+                got=f"{name}={getattr(head, name)!r} with formats {head.qk}, {head.pv}",
+                needed=f"{name}={offered!r} in 8 bits on the GPU",
+                do='leave it out, or use backend="numpy"',
+            )
+    if head.p_scale > get_format("e4m3").max_finite:
+        raise UnsupportedError(
+            got=f"p_scale={head.p_scale:g}",
+            needed="at most 448: larger weights would all become e4m3's largest number",
+            do='leave it out, or use backend="numpy"',
+        )
+    return plain._replace(
+        smooth_k=head.smooth_k if head.qk == "i8" else plain.smooth_k,
+        p_scale=head.p_scale if head.pv == "e4m3" else plain.p_scale,
+    )

@@ -11,8 +11,9 @@ from adaattn_cuda.device import driver
 from adaattn_cuda.device.launch import Launch
 from adaattn_cuda.device.views import ArrayView, broadcast, view
 from adaattn_cuda.kernels import sm80_attn_fwd as sm80
+from adaattn_cuda.kernels import sm90_attn_fwd_8bit as eight_bit
 from adaattn_cuda.kernels import sm90_attn_fwd_f16 as sm90
-from adaattn_cuda.kernels.task import Arrays, Task
+from adaattn_cuda.kernels.task import Arrays, Recipe, Task
 
 __all__ = ["input_views", "make_launch", "mask_key", "mask_views", "sink_view"]
 
@@ -94,7 +95,7 @@ def mask_key(mask: Mask) -> Hashable:
 def make_launch(
     problem: AttentionProblem,
     arrays: Arrays,
-    formats: tuple[str, str],
+    recipe: Recipe | tuple[str, str],
     heads: tuple[HeadIndex, ...] | None,
     stream: int,
     sinks: ArrayView | None = None,
@@ -105,7 +106,8 @@ def make_launch(
     ----------
     problem : AttentionProblem
     arrays : Arrays
-    formats : (qk, pv)
+    recipe : Recipe
+        Or (qk, pv) alone.
     heads : tuple of (sequence, head) or None
         Which to compute; None is all.
     stream : int
@@ -116,16 +118,34 @@ def make_launch(
     Raises
     ------
     UnsupportedError
-        If the last axis of an input is not contiguous, or no kernel takes the task.
+        If the last axis of an input is not contiguous, or no kernel takes the task; in 8 bits
+        that is every mask given as an array, and every GPU but Hopper's.
     KernelCompileError
         If the kernel does not compile.
     """
     _check_strides(arrays[:3])
-    task = Task.of(problem, arrays, formats, heads, sinks)
     _check_scale(problem.scale)
+    task = Task.of(problem, arrays, recipe, heads, sinks)
     if task.softcap:
         _check_softcap(task)
-    if sm90.refusal(task, driver.device_facts(task.query.device).arch) is None:
+    arch = driver.device_facts(task.query.device).arch
+    if eight_bit.is_asked(task) and task.key.shape[2] == 0:
+        # Without a key there is no product, in whatever format.
+        plain = Recipe(problem.dtype, problem.dtype)
+        return sm80.Sm80Launch(Task.of(problem, arrays, plain, heads, sinks), stream)
+    if eight_bit.is_asked(task):
+        reason = eight_bit.refusal(task, arch)
+        if reason is not None:
+            raise UnsupportedError(
+                got=reason,
+                needed="qk i8 or the arrays' format, pv e4m3 or the arrays' format; bf16 or f16"
+                " arrays with head dims up to 128; interval masks; Hopper",
+                do=f"plan qk and pv in {task.query.dtype}: FixedPolicy(qk=..., pv=...)",
+                qk=task.qk,
+                pv=task.pv,
+            )
+        return eight_bit.launch(task, stream)
+    if sm90.refusal(task, arch) is None:
         return sm90.launch(task, stream)
     return sm80.Sm80Launch(task, stream)
 

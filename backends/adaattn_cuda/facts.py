@@ -10,8 +10,10 @@ is computed from products that the tensor core sums with truncation: it errs by 
 scale |q| |k|. An f32 product is three tf32 products of a two-term split: 2^-21 more. P V is
 summed in the same way: n' 2^-22 of sum p |v|, with n' = keys / 8 + 16 in 16-bit formats; 32-bit
 ones add each step's short sum, and rescale what they have, with rounding to nearest: n' = 32 +
-keys / (2 step). 2^x errs by 2^-22 relatively. A row that had to be repaired (NaN in a key that
-it does not see) is computed anew in steps of 32 keys.
+keys / (2 step). 2^x errs by 2^-22 relatively. Sums of i8 codes are exact; what they are
+multiplied by, and the origin that they are counted from (``softmax/scaled.cuh``), err by less
+than a unit of their product, of which the largest score has 127^2: 2^-14. A row that had to be
+repaired (NaN in a key that it does not see) is computed anew in steps of 32 keys.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import array_api_compat
@@ -30,11 +33,13 @@ from adaattn_core.plan import HeadPlan
 from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_cuda.kernels.smxx_operand_norms import SLOTS
 from adaattn_cuda.mask_sizes import MaskSizes
+from adaattn_cuda.quantised import QuantisedRun, i8_norm, i8_residual, value_residual
 
 __all__ = ["LazyFacts", "Records", "kernel_arithmetic"]
 
 _TRUNCATION = 2.0**-22
 _SPLIT = 2.0**-21
+_CODE_SUM = 2.0**-14
 _EXPONENTIAL = 2.0**-22
 _TANH = 2.0**-21
 """Of ``tanh_approx`` in softmax/score_rule.cuh; wider operands take the library's."""
@@ -66,6 +71,8 @@ class LazyFacts(MutableMapping[HeadIndex, RunFacts]):
     plans : mapping of (sequence, head) to HeadPlan
     step_keys : int
         Fewest keys of a step of the streaming softmax, of all launches.
+    quantised : mapping of (sequence, head) to QuantisedRun
+        Where the steps of heads with 8-bit operands are.
     """
 
     def __init__(
@@ -74,8 +81,10 @@ class LazyFacts(MutableMapping[HeadIndex, RunFacts]):
         records: Records,
         plans: Mapping[HeadIndex, HeadPlan],
         step_keys: int,
+        quantised: Mapping[HeadIndex, QuantisedRun] = MappingProxyType({}),
     ) -> None:
         self._plans = plans
+        self._quantised = dict(quantised)
         self._step_keys = min(step_keys, REPAIR_STEP_KEYS)
         self._records = records
         self._told: dict[HeadIndex, RunFacts] = {}
@@ -92,9 +101,15 @@ class LazyFacts(MutableMapping[HeadIndex, RunFacts]):
         self._whole: FactsTable | None = None
 
     def replan(
-        self, records: Records, plans: Mapping[HeadIndex, HeadPlan], step_keys: int
+        self,
+        records: Records,
+        plans: Mapping[HeadIndex, HeadPlan],
+        step_keys: int,
+        quantised: Mapping[HeadIndex, QuantisedRun] = MappingProxyType({}),
     ) -> None:
         """Forget some heads, which were computed again under other plans."""
+        kept = {index: run for index, run in self._quantised.items() if index not in plans}
+        self._quantised = kept | dict(quantised)
         self._step_keys = min(step_keys, self._step_keys)
         self._plans = {**self._plans, **plans}
         self._records, self._figures, self._whole = records, None, None
@@ -159,8 +174,8 @@ class LazyFacts(MutableMapping[HeadIndex, RunFacts]):
             "value_residual_upper": _residual(value, pv, dim_v),
             "value_diameter_upper": 2 * _root(value, "distance"),
             "score_residual_upper": zero,
-            "query_step_upper": zero,
-            "key_step_upper": zero,
+            "query_step_upper": zero.copy(),
+            "key_step_upper": zero.copy(),
             "dropped_mass_upper": zero,
             "bias_max_abs": self._bias(norms),
             "output_rms": np.sqrt(np.where(finite, total, 0.0) / rows) / _SLACK**2,
@@ -168,6 +183,7 @@ class LazyFacts(MutableMapping[HeadIndex, RunFacts]):
         columns["sink_abs"] = zero
         if self._sinks is not None:
             columns["sink_abs"] = np.array([float(x) for x in self._sinks])[head]
+        self._add_steps(columns, index)
         columns = {name: np.where(nothing, 0.0, column) for name, column in columns.items()}
         columns |= {
             "keys_max": keys_max,
@@ -180,6 +196,31 @@ class LazyFacts(MutableMapping[HeadIndex, RunFacts]):
             for *formats, keys in zip(qk, pv, keys_max.tolist(), strict=True)
         )
         return FactsTable(index, columns, arithmetic)
+
+    def _add_steps(
+        self, columns: dict[str, NDArray[np.float64]], index: tuple[HeadIndex, ...]
+    ) -> None:
+        """Say of heads with 8-bit operands what follows from their steps."""
+        dim_qk, dim_v = self._dims
+        for row, (sequence, head) in enumerate(index):
+            run = self._quantised.get((sequence, head))
+            if run is None:
+                continue
+            plan, steps = self._plans[sequence, head], run.steps()
+            group = head // self._group_size
+            if plan.qk == "i8":
+                for name, step in (
+                    ("query", steps.query[sequence, head]),
+                    ("key", steps.key[sequence, group]),
+                ):
+                    columns[f"{name}_residual_upper"][row] = i8_residual(step, dim_qk)
+                    columns[f"{name}_step_upper"][row] = step
+                if plan.smooth_k:
+                    columns["key_norm_upper"][row] = i8_norm(steps.key[sequence, group], dim_qk)
+            if plan.pv == "e4m3":
+                columns["value_residual_upper"][row] = value_residual(
+                    steps.value[sequence, group], columns["value_norm_upper"][row], dim_v
+                )
 
     def _bias(self, norms: list[NDArray[np.float64]]) -> NDArray[np.float64]:
         if not self._has_bias:
@@ -220,7 +261,12 @@ def kernel_arithmetic(
 ) -> Arithmetic:
     """State what the dense kernels charge; the module's text derives the numbers."""
     score = (dim_qk / 8 + 8) * _TRUNCATION + (_SPLIT if qk == "f32" else 0.0)
-    if pv in ("bf16", "f16"):
+    sums: float | None
+    if qk == "i8":
+        score = _CODE_SUM
+    if pv == "e4m3":
+        sums = None  # as core bounds any such sum that is flushed as the plan says
+    elif pv in ("bf16", "f16"):
         sums = (keys_max / 8 + 16) * _TRUNCATION
     else:
         sums = (32 + keys_max / (2 * step_keys)) * _TRUNCATION

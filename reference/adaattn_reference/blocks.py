@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaattn_core.structure import BlockSparse
-from adaattn_reference.operands import TINY
+from adaattn_reference.quantise import TINY
 from adaattn_reference.score_rule import cap
 from adaattn_reference.scratch import scratch
 from adaattn_reference.view import HeadView

@@ -26,7 +26,8 @@ from adaattn_reference.blocks import exact_scores, key_blocks, softmax_in_place
 from adaattn_reference.farfield import FarField, GroupProbe, far_field, probe_head
 from adaattn_reference.geometry import Geometry
 from adaattn_reference.linalg import eigh, gram
-from adaattn_reference.operands import TINY, Operands, prepare_operands
+from adaattn_reference.operands import Operands, prepare_operands
+from adaattn_reference.quantise import TINY
 from adaattn_reference.score_skip import visiting_order
 from adaattn_reference.svd import score_factors
 from adaattn_reference.view import HeadView

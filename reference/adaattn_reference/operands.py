@@ -16,22 +16,20 @@ from numpy.typing import NDArray
 
 from adaattn_core.bounds import largest_norm_upper
 from adaattn_core.formats import (
+    SCALE_BLOCKS,
     format_spacing,
     get_format,
     round_to_format,
     stochastic_round,
 )
 from adaattn_core.plan import HeadPlan
+from adaattn_reference import quantise
 from adaattn_reference.score_rule import cap
 from adaattn_reference.scratch import scratch
 from adaattn_reference.view import HeadView, transposed
 
 Float = NDArray[np.floating[Any]]
 
-TINY = 1e-30
-"""Smallest amax that a scale is built from: an all-zero vector must not give 0/0."""
-QUERY_BLOCK, KEY_BLOCK = 64, 128
-"""Rows that share a scale when a plan asks for block scales."""
 FP8_LEAST = 2.0**-126
 """Smaller partial sums are truncated as if they had this size, the smallest normal float32."""
 FP8_STEP_KEYS = 32
@@ -122,15 +120,16 @@ def prepare_operands(view: HeadView, plan: HeadPlan, seed: int) -> Operands:
     )
     if info_qk.is_quantised:
         if plan.smooth_k and len(key):
-            mean = _finite_mean(key, view.seen_keys)
+            mean = quantise.centre(key, view.seen_keys)
             with np.errstate(invalid="ignore", over="ignore"):
                 lse_shift = (query @ mean) * view.scale
             key = key - mean
         rng = np.random.default_rng((seed, 2)) if plan.rounding == "stochastic" else None
         key = _blanked(key, view)
         exact_query, exact_key = query, key
-        query, query_step = _quantise(query, plan, QUERY_BLOCK, rng)
-        key, key_step = _quantise(key, plan, KEY_BLOCK, rng)
+        blocks = SCALE_BLOCKS[plan.scales]
+        query, query_step = _quantise(query, blocks.query_groups(len(query)), plan, rng)
+        key, key_step = _quantise(key, blocks.key_groups(len(key)), plan, rng)
         residuals.update(
             query_residual_upper=largest_norm_upper(exact_query - query),
             key_residual_upper=largest_norm_upper(exact_key - key),
@@ -175,37 +174,31 @@ def _blanked(x: Float, view: HeadView) -> Float:
 
 
 def _quantise(
-    x: Float, plan: HeadPlan, block: int, rng: np.random.Generator | None
+    x: Float, groups: NDArray[np.int64], plan: HeadPlan, rng: np.random.Generator | None
 ) -> tuple[Float, float]:
     """Scale, round and rescale vectors; also return the largest grid spacing in units of x."""
     if not len(x):
         return x, 0.0
     info = get_format(plan.qk)
-    amax = np.abs(np.where(np.isfinite(x), x, 0)).max(axis=1)
-    if plan.scales == "block":
-        edges = np.arange(0, len(x), block)
-        amax = np.repeat(np.maximum.reduceat(amax, edges), block)[: len(x)]
-    step = (np.maximum(amax, TINY) / info.max_finite).astype(x.dtype)[:, None]
-    scaled = x / step
-    rounded = (
-        round_to_format(scaled, plan.qk)
-        if rng is None
-        else stochastic_round(scaled, plan.qk, rng)
-    )
-    spacing = float(
-        (format_spacing(np.full((1, 1), info.max_finite), plan.qk) * step).max(initial=0.0)
-    )
-    return rounded * step, spacing
+    if rng is None:
+        rounded, step = quantise.dequantised(x, groups, plan.qk)
+    else:
+        step, inverse = quantise.steps(x, groups, plan.qk)
+        scaled = stochastic_round(x * inverse[groups][:, None], plan.qk, rng)
+        rounded = scaled * step[groups][:, None]
+    spacing = format_spacing(np.full((1, 1), info.max_finite), plan.qk) * step
+    return np.asarray(rounded), float(spacing.max(initial=0.0))
 
 
 def _round_values(value: Float, plan: HeadPlan) -> Float:
-    """Round values: 8-bit formats with one scale per channel."""
+    """Round values: 8-bit formats with one scale per channel, or per rows of a tile."""
     if not get_format(plan.pv).is_quantised:
         return round_to_format(value, plan.pv)
-    limit = get_format(plan.pv).max_finite
-    amax = np.abs(value).max(axis=0, initial=0.0)
-    step = (np.maximum(amax, TINY) / limit).astype(value.dtype)
-    return np.asarray(round_to_format(value / step, plan.pv) * step)
+    blocks = SCALE_BLOCKS[plan.scales]
+    if blocks.value_rows:
+        return quantise.dequantised(value, blocks.value_groups(len(value)), plan.pv)[0]
+    channels = np.arange(value.shape[1])
+    return quantise.dequantised(value.T, channels, plan.pv)[0].T
 
 
 def _fp8_product(weights: Float, value: Float, flush_keys: int) -> Float:
@@ -226,11 +219,3 @@ def _fp8_product(weights: Float, value: Float, flush_keys: int) -> Float:
             partial = np.trunc((partial + step) / quantum) * quantum
         out += partial
     return out
-
-
-def _finite_mean(key: Float, seen: NDArray[np.bool_]) -> Float:
-    """Mean of the visible finite keys."""
-    usable = seen & np.isfinite(key).all(axis=1)
-    if not usable.any():
-        return np.zeros(key.shape[1], key.dtype)
-    return np.asarray(key[usable].mean(axis=0, dtype=np.float64).astype(key.dtype))

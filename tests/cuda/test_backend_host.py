@@ -59,6 +59,7 @@ class Recorder:
 
     workspace_bytes = 8
     step_keys = 64
+    scratch_bytes = ()
 
     def __init__(self, task: Task, stream: int) -> None:
         self.name = f"kernel of {task.qk}/{task.pv}"
@@ -314,6 +315,7 @@ def test_hopper_takes_heads_in_the_inputs_own_format(
             name="hopper's",
             workspace_bytes=0,
             step_keys=128,
+            scratch_bytes=(),
             start=lambda *where: Recorder.started.append(where),
         )
 

@@ -23,9 +23,11 @@ class Launch(Protocol):
     """Device memory that it keeps for itself, between its starts as well."""
     step_keys: int
     """Fewest keys of a step of its streaming softmax."""
+    scratch_bytes: tuple[int, ...]
+    """Memory that every start is given besides: of the last piece certificates read."""
 
     def start(self, pointers: tuple[int, ...], device: int, stream: int) -> None:
-        """Enqueue it: query, key, value, out, lse, allowed, bias (0 = none)."""
+        """Enqueue it: query, key, value, out, lse, allowed, bias (0 = none), then scratch."""
         ...
 
 

@@ -20,7 +20,7 @@ MAP_BYTES = 128
 ALIGNMENT_BYTES = 64
 
 # CUtensorMap* enumerators of cuda.h.
-_DATA_TYPES = {"f16": 6, "bf16": 9}
+_DATA_TYPES = {"u8": 0, "f16": 6, "bf16": 9}
 _INTERLEAVE_NONE = 0
 _SWIZZLE_128B = 3
 _L2_PROMOTION_256B = 3
@@ -70,7 +70,7 @@ def encode(
     ----------
     place : ctypes array of 128 bytes
         On a multiple of 64 bytes.
-    dtype : {"bf16", "f16"}
+    dtype : {"bf16", "f16", "u8"}
     address : int
     sizes : tuple of int
         (dim, len, heads, batch), each at least 1.

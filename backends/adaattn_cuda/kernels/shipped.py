@@ -7,7 +7,9 @@ from adaattn_cuda.jit.resources import Budget, parse_budget
 from adaattn_cuda.jit.spec import KernelSpec
 from adaattn_cuda.kernels import smxx_mask_seen as mask_seen
 from adaattn_cuda.kernels import smxx_operand_norms as operand_norms
+from adaattn_cuda.kernels import smxx_quantize as quantiser
 from adaattn_cuda.tuning import sm80_attn_fwd as sm80
+from adaattn_cuda.tuning import sm90_attn_fwd_8bit as eight_bit
 from adaattn_cuda.tuning import sm90_attn_fwd_f16 as sm90
 
 __all__ = ["budget", "specs"]
@@ -21,7 +23,9 @@ def specs(arch: str) -> list[KernelSpec]:
     UnsupportedError
         If the architecture is older than Ampere or unknown.
     """
-    own = sm90.shipped() if arch == "sm_90a" else []
+    own = []
+    if arch == "sm_90a":
+        own = sm90.shipped() + quantiser.shipped() + eight_bit.shipped()
     return sm80.shipped(arch) + own + operand_norms.shipped(arch) + mask_seen.shipped(arch)
 
 

@@ -247,6 +247,8 @@ class Sm80Launch:
 
     workspace_bytes = 0
 
+    scratch_bytes: tuple[int, ...] = ()
+
     def __init__(
         self, task: Task, stream: int, chosen: tuning.Specialisation | None = None
     ) -> None:

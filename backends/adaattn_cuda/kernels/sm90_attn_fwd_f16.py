@@ -234,8 +234,8 @@ def pack_arrays(
     for index, (key, value) in enumerate(zip(keys, values, strict=True)):
         encode_map(params.key_map[index], key, tile.tile_n, dtype)
         encode_map(params.value_map[index], value, tile.tile_n, dtype)
-        params.key[index], params.value[index] = _matrix(key), _matrix(value)
-    params.query, params.out, params.lse = _matrix(query), _matrix(out), _matrix(lse)
+        params.key[index], params.value[index] = matrix(key), matrix(value)
+    params.query, params.out, params.lse = matrix(query), matrix(out), matrix(lse)
     params.inverse_scale = 1.0 / scale
     params.scale_log2 = scale * math.log2(math.e)
     params.slack = SLACK_LOG2 / params.scale_log2
@@ -279,9 +279,9 @@ def aligned(kind: type[_Block]) -> _Block:
     return kind.from_buffer(memory, -ctypes.addressof(memory) % alignment)
 
 
-def _matrix(matrix: DeviceMatrix) -> Matrix:
-    batch, head, row = matrix.strides
-    return Matrix(matrix.pointer, row, head, batch)
+def matrix(described: DeviceMatrix) -> Matrix:
+    batch, head, row = described.strides
+    return Matrix(described.pointer, row, head, batch)
 
 
 def encode_map(place: Any, matrix: DeviceMatrix, rows: int, dtype: str) -> None:
@@ -325,6 +325,8 @@ class Sm90Launch:
     UnsupportedError
         If the kernel would have to be loaded while the stream records a graph.
     """
+
+    scratch_bytes: tuple[int, ...] = ()
 
     def __init__(
         self,

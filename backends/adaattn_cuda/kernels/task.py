@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from adaattn_core.problem import AttentionProblem, HeadIndex, SequenceSpan
 from adaattn_cuda.device.views import ArrayView
 from adaattn_cuda.jit.spec import PLAIN, SINKS, SOFTCAP
 from adaattn_cuda.work.geometry import Geometry
 
-__all__ = ["Arrays", "Task", "addresses"]
+__all__ = ["Arrays", "Recipe", "Task", "addresses"]
 
 Arrays = tuple[
     ArrayView, ArrayView, ArrayView, ArrayView, ArrayView, ArrayView | None, ArrayView | None
@@ -23,9 +24,28 @@ def addresses(arrays: Arrays, sinks: ArrayView | None = None) -> tuple[int, ...]
     return found if sinks is None else (*found, sinks.pointer)
 
 
+class Recipe(NamedTuple):
+    """What a kernel must know of a head's plan.
+
+    Attributes
+    ----------
+    qk, pv : str
+        Operand formats.
+    smooth_k : bool
+        Whether keys are centred before they are rounded to 8 bits.
+    p_scale : float
+        Factor on weights in [0, 1] before they are rounded to 8 bits.
+    """
+
+    qk: str
+    pv: str
+    smooth_k: bool = True
+    p_scale: float = 448.0
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Exact attention of some heads, all in the same formats.
+    """Dense attention of some heads, all in the same way.
 
     Attributes
     ----------
@@ -47,6 +67,8 @@ class Task:
         Scaled scores are capped to ``softcap * tanh(score / softcap)``; 0 for not at all.
     sinks : ArrayView or None
         f32, (heads_q,), contiguous: one more logit in the denominator of each head's rows.
+    smooth_k, p_scale
+        As in `Recipe`; of 8-bit operands.
     """
 
     query: ArrayView
@@ -66,22 +88,24 @@ class Task:
     heads: tuple[HeadIndex, ...] | None = None
     softcap: float = 0.0
     sinks: ArrayView | None = None
+    smooth_k: bool = True
+    p_scale: float = 448.0
 
     @classmethod
     def of(
         cls,
         problem: AttentionProblem,
         arrays: Arrays,
-        formats: tuple[str, str],
+        recipe: Recipe | tuple[str, str],
         heads: tuple[HeadIndex, ...] | None,
         sinks: ArrayView | None = None,
     ) -> Task:
-        """Describe heads of a checked problem in one pair of formats, (qk, pv)."""
-        mask = problem.mask
+        """Describe heads of a checked problem that are computed in one way."""
+        mask, recipe = problem.mask, Recipe(*recipe)
         return cls(
             *arrays, problem.sequences, mask.left, mask.right,
-            mask.alignment == "bottom_right", problem.scale, *formats, heads,
-            problem.softcap or 0.0, sinks,
+            mask.alignment == "bottom_right", problem.scale, recipe.qk, recipe.pv, heads,
+            problem.softcap or 0.0, sinks, recipe.smooth_k, recipe.p_scale,
         )  # fmt: skip
 
     @property

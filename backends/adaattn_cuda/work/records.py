@@ -9,6 +9,7 @@ layouts are the twins of ``work/work_item.cuh``, byte for byte.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +41,7 @@ ITEM = np.dtype(
         for name in (
             "batch", "head", "row_first", "rows", "first_source", "sources", "tiles", "partial",
             "key_start", "key_stop", "start_offset", "stop_offset", "heads",
-            "row_stops", "skip_log2", "reserved",
+            "row_stops", "skip_log2", "code_shift",
         )
     ]
 )  # fmt: skip
@@ -109,7 +110,15 @@ class WorkList:
         return base, base + self.items.nbytes
 
 
-def work_list(geometry: Geometry, tile_m: int, tile_n: int, blocks: int) -> WorkList:
+def work_list(
+    geometry: Geometry,
+    tile_m: int,
+    tile_n: int,
+    blocks: int,
+    *,
+    key_step: int = 1,
+    places: Sequence[int] | None = None,
+) -> WorkList:
     """List the work of exact heads: one source for each item.
 
     Parameters
@@ -119,8 +128,16 @@ def work_list(geometry: Geometry, tile_m: int, tile_n: int, blocks: int) -> Work
         Query rows and keys of a tile.
     blocks : int
         Upper limit of the grid, at least 1: the multiprocessors of a persistent launch.
+    key_step : int
+        Sources begin on multiples of it, counted from a sequence's first key.
+    places : sequence of int, optional
+        Row of each sequence's first key among a quantiser's codes.
     """
-    parts = [_span_tiles(geometry, span, tile_m, tile_n) for span in geometry.spans]
+    firsts = [span.kv_start for span in geometry.spans] if places is None else places
+    parts = [
+        _span_tiles(geometry, span, tile_m, tile_n, key_step, place - span.kv_start)
+        for span, place in zip(geometry.spans, firsts, strict=True)
+    ]
     if not sum(len(items) for items, _ in parts):
         return WorkList(np.empty((0, 0), ITEM), np.empty(0, SOURCE))
     items = np.concatenate([part[0] for part in parts])
@@ -140,11 +157,17 @@ def work_list(geometry: Geometry, tile_m: int, tile_n: int, blocks: int) -> Work
 
 
 def _span_tiles(
-    geometry: Geometry, span: SequenceSpan, tile_m: int, tile_n: int
+    geometry: Geometry,
+    span: SequenceSpan,
+    tile_m: int,
+    tile_n: int,
+    key_step: int,
+    code_shift: int,
 ) -> tuple[NDArray[np.void], NDArray[np.void]]:
     """All query tiles of one sequence and their sources, heads outermost."""
     start_offset, stop_offset = geometry.offsets(span)
     first, key_first, key_stop = geometry.key_ranges(span, tile_m)
+    key_first = np.where(key_stop == key_first, key_first, key_first - key_first % key_step)
     sees_nothing = key_stop == key_first
     keys = np.where(sees_nothing, 1, key_stop - key_first)
     head = geometry.heads_of(span)[:, None]
@@ -160,6 +183,7 @@ def _span_tiles(
     items["start_offset"] = start_offset + first
     items["stop_offset"] = stop_offset + first
     items["heads"] = 1
+    items["code_shift"] = code_shift
     sources = np.zeros(items.shape, SOURCE)
     sources["tensor"] = ORIGINAL
     sources["batch"] = span.batch

@@ -71,6 +71,7 @@ using RuledParams = AttentionParams;
 template <Format kFormatT, int kDimQkT, int kDimVT, int kConsumersT, int kTileNT, int kStagesT,
           int kQueryStagesT, int kPingPongT, int kRoleT, int kMaxSourcesT, int kSkipT>
 struct Traits {
+    using Params = AttentionParams;
     static constexpr Format kFormat = kFormatT;
     static constexpr int kDimQk = kDimQkT;  // 64, 128, 192 or 256: the arrays' dims padded
     static constexpr int kDimV = kDimVT;
@@ -92,6 +93,9 @@ struct Traits {
 
     static constexpr int kPanelsQk = kDimQk / ptx::kPanelColumns;
     static constexpr int kPanelsV = kDimV / ptx::kPanelColumns;
+    static constexpr int kColumnsQk = ptx::kPanelColumns, kColumnsV = ptx::kPanelColumns;
+    static constexpr bool kCodesQk = false, kCodesPv = false;  // operands as the caller has them
+    static constexpr int kScaleBytes = 0;
     static constexpr int kQueryBytes = kTileM * kDimQk * 2;
     static constexpr int kKeyBytes = kTileN * kDimQk * 2;
     static constexpr int kValueBytes = kTileN * kDimV * 2;
@@ -386,8 +390,9 @@ struct Consumer {
     }
 };
 
-template <class T>
-ADAATTN_DEVICE void run(const Params& params) {
+// Everything around the consumers, which T's kernel may have derived from the one above.
+template <class T, template <class> class ConsumerOf>
+ADAATTN_DEVICE void run_roles(const typename T::Params& params) {
     extern __shared__ __align__(1024) char smem_bytes[];
     const u32 smem = ptx::shared_address(smem_bytes);
     const tile::Barriers<T> barriers{smem + T::kBarrierOffset};
@@ -415,11 +420,16 @@ ADAATTN_DEVICE void run(const Params& params) {
         }
     } else {
         ptx::registers_take<T::kConsumerRegisters>();
-        Consumer<T> consumer{params, barriers, smem, records, warp / 4 - 1};
+        ConsumerOf<T> consumer{params, barriers, smem, records, warp / 4 - 1};
         // The first consumer's first turn is given here; from then on each passes it to the next.
         if (consumer.warpgroup == T::kConsumers - 1) consumer.pass_turn();
         consumer.run();
     }
+}
+
+template <class T>
+ADAATTN_DEVICE void run(const Params& params) {
+    run_roles<T, Consumer>(params);
 }
 
 }  // namespace adaattn::sm90_attn_fwd_f16

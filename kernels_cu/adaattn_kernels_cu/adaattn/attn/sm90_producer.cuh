@@ -42,7 +42,7 @@ struct Producer {
     using QueryRing = tile::Ring<T::kQueryStages>;
     using TileRing = tile::Ring<T::kStages>;
 
-    const AttentionParams& params;
+    const typename T::Params& params;
     const tile::Barriers<T> barriers;
     const u32 smem;
     const Record* records;  // in shared memory
@@ -70,48 +70,52 @@ struct Producer {
         ptx::mbarrier_arrive_expect(full, T::kQueryBytes);
         for (int panel = 0; panel < T::kPanelsQk; ++panel) {
             ptx::tma_load(smem + stage * T::kQueryBytes + panel * T::kTileM * ptx::kPanelRowBytes,
-                          &params.query_map, full, ptx::kEvictFirst, panel * ptx::kPanelColumns,
+                          &params.query_map, full, ptx::kEvictFirst, panel * T::kColumnsQk,
                           item.row_first, item.head, item.batch);
         }
     }
 
-    template <int kPanels>
+    // Keys or values of a tile, and what comes with them: bytes of `extra` to `extra_place`. Codes
+    // of a quantiser lie at places of their own; those of values, transposed, in panels of 128 keys.
+    template <int kPanels, int kPanelBytes, int kColumns, bool kCodes, bool kTransposed>
     ADAATTN_DEVICE void load_tile(const ptx::TensorMap* maps, const Cursor& cursor, u32 destination,
-                                  u32 full, u32 empty, u32 empty_parity, u32 bias = 0) const {
+                                  u32 full, u32 empty, u32 empty_parity, u32 extra_place = 0,
+                                  const void* extra = nullptr, u32 extra_bytes = 0) const {
         const work::Source& source = cursor.current();
-        constexpr int kPanelBytes = T::kTileN * ptx::kPanelRowBytes;
         ptx::mbarrier_wait(empty, empty_parity);
-        u32 bytes = kPanels * kPanelBytes;
-        if constexpr (T::kBiases) {
-            // The keys' biases come with them.
-            if (bias != 0 && source.first_bias != work::kNoBias) {
-                constexpr u32 kBiasBytes = 4 * T::kTileN;
-                bytes += kBiasBytes;
-                ptx::mbarrier_arrive_expect(full, bytes);
-                ptx::bulk_load(bias, params.bias + source.first_bias + cursor.tile * T::kTileN,
-                               kBiasBytes, full);
-            } else {
-                ptx::mbarrier_arrive_expect(full, bytes);
-            }
-        } else {
-            ptx::mbarrier_arrive_expect(full, bytes);
-        }
+        ptx::mbarrier_arrive_expect(full, kPanels * kPanelBytes + extra_bytes);
+        if (extra_bytes != 0) ptx::bulk_load(extra_place, extra, extra_bytes, full);
+        const int row = cursor.first_key() + (kCodes ? cursor.item().code_shift : 0);
         for (int panel = 0; panel < kPanels; ++panel) {
+            const int column = panel * kColumns;
             ptx::tma_load(destination + panel * kPanelBytes, &maps[source.tensor], full,
-                          ptx::kEvictLast, panel * ptx::kPanelColumns, cursor.first_key(),
-                          source.head, source.batch);
+                          ptx::kEvictLast, kTransposed ? row + column : column,
+                          kTransposed ? 0 : row, source.head, source.batch);
         }
     }
     ADAATTN_DEVICE void load_keys(const Cursor& cursor, int count) const {
         const int stage = TileRing::index(count);
-        load_tile<T::kPanelsQk>(params.key_map, cursor, smem + T::kKeyOffset + stage * T::kKeyBytes,
-                                barriers.key_full(stage), barriers.key_empty(stage),
-                                TileRing::parity(count) ^ 1u,
-                                smem + T::kBiasOffset + stage * 4 * T::kTileN);
+        const void* extra = nullptr;
+        u32 extra_bytes = 0;
+        if constexpr (T::kScaleBytes > 0) {
+            extra = scales_of(params, cursor);
+            extra_bytes = T::kScaleBytes;
+        } else if constexpr (T::kBiases) {
+            const i32 first_bias = cursor.current().first_bias;
+            if (first_bias != work::kNoBias) {
+                extra = params.bias + first_bias + cursor.tile * T::kTileN;
+                extra_bytes = 4 * T::kTileN;
+            }
+        }
+        load_tile<T::kPanelsQk, T::kTileN * ptx::kPanelRowBytes, T::kColumnsQk, T::kCodesQk, false>(
+            params.key_map, cursor, smem + T::kKeyOffset + stage * T::kKeyBytes,
+            barriers.key_full(stage), barriers.key_empty(stage), TileRing::parity(count) ^ 1u,
+            smem + T::kBiasOffset + stage * (T::kBiasBytes / T::kStages), extra, extra_bytes);
     }
     ADAATTN_DEVICE void load_values(const Cursor& cursor, int count) const {
         const int stage = TileRing::index(count);
-        load_tile<T::kPanelsV>(
+        load_tile<T::kPanelsV, T::kValueBytes / T::kPanelsV, T::kColumnsV, T::kCodesPv,
+                  T::kCodesPv>(
             params.value_map, cursor, smem + T::kValueOffset + stage * T::kValueBytes,
             barriers.value_full(stage), barriers.value_empty(stage), TileRing::parity(count) ^ 1u);
     }

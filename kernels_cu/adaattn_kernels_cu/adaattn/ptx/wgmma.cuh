@@ -42,6 +42,12 @@ ADAATTN_DEVICE void pin(float (&registers)[kCount]) {
 }
 
 template <int kCount>
+ADAATTN_DEVICE void pin(i32 (&registers)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");
+}
+
+template <int kCount>
 ADAATTN_DEVICE void pin(u32 (&registers)[kCount]) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");

@@ -38,7 +38,7 @@ struct alignas(16) WorkItem {
     i32 row_stops;  // kernels of exact rows: where the rows' own limits begin in their table
     float
         skip_log2;  // score-then-skip: log2 of the least weight that keeps a tile, below 0; 0: keep all
-    i32 reserved;
+    i32 code_shift;  // from a key's row in the arrays to its row among a quantiser's codes
 };
 
 // Which pair of key and value arrays a source reads.
