@@ -165,10 +165,12 @@ def _what(report: Report) -> str:
     return str(asked["model"]) if runs_model else "the shipped heads"
 
 
+_WORDS = ("structures", "how much", "first difference")
+"""Columns of words, beside the first one of every table."""
+
+
 def _html(sheet: Sheet) -> str:
-    columns = [
-        Column(n, text=i in (0, len(sheet.header) - 1)) for i, n in enumerate(sheet.header)
-    ]
+    columns = [Column(n, text=not i or n in _WORDS) for i, n in enumerate(sheet.header)]
     rows = [Row([text_of(x) for x in row], str(row[0])) for row in sheet.rows]
     return table(sheet.title.replace(" ", "-").lower(), columns, rows)
 

@@ -60,8 +60,8 @@ def perplexity(report: Report) -> Sheet:
                     for n in names
                 ),
                 "" if column == TORCH else f"{largest:+.2%}",
-                f"{known[0].get('share', 1.0):.3f}",
-                short(max(r.get("upper_max", 0.0) for r in known)),
+                _share(known[0]),
+                short(max((r["upper_max"] for r in known if "upper_max" in r), default=None)),
             )
         )
     asked = report["settings"]
