@@ -158,8 +158,8 @@ COST_MODELS: dict[str, CostModel] = {
             softmax_rate=1.75e9,
             overlap=False,
             gathers_single_keys=True,
-            efficiency={"landmark": 0.55, "rows": 0.12},
-            head_seconds=3e-2,
+            efficiency={"landmark": 0.25, "rows": 0.085},
+            head_seconds=1.2e-2,
             source="two cores of an AMD EPYC (AVX-512), PyTorch 2.13: f32, softmax and"
             " efficiencies fitted to timed layers of 9 heads of 8,192 tokens; others assumed",
         ),

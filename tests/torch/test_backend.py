@@ -122,6 +122,20 @@ def test_the_short_way_sees_what_may_not_be_multiplied() -> None:
     assert torch.allclose(out, v.mean(dim=2, keepdim=True).expand_as(out), atol=1e-6)
 
 
+def test_float32_means_float32() -> None:
+    """Where PyTorch may round operands of float32 products, float64 does the work."""
+    q, k, v = _tensors(1, 2, 300, 64, heads_kv=2, len_kv=300)
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double()).float()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        out = adaattn_torch.scaled_dot_product_attention(q, k, v, strict=True)
+        result = attention(q, k, v, backend="torch")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(out, exact)
+    assert torch.equal(result.out, exact)
+
+
 def test_provenance_names_the_kernel() -> None:
     q, k, v = _tensors(1, 2, 24, 16, heads_kv=2, len_kv=24)
     said = attention(q, k, v, backend="torch").provenance

@@ -31,7 +31,7 @@ from adaattn_torch.backend.tensors import DTYPES, as_tensor
 
 FORMATS = ("f64", "f32", "f16", "bf16")
 """Operand formats that plans may name here."""
-SIZES = Landmark(band=192, clusters=8, samples=64, tail=64, screen_rank=0)
+SIZES = Landmark(band=192, group=2048, clusters=8, samples=64, tail=64, screen_rank=0)
 """Landmarks as they are cheapest here."""
 
 
@@ -232,7 +232,7 @@ def _run_sequence(
         used |= names
         stored = out.to(raw.out.dtype)
         _write(raw, sequence, chosen, stored, lse)
-        arithmetic = kernels.arithmetic_of(names)
+        arithmetic = kernels.arithmetic_of(names, sequence.query.shape[2], sequence.mask.len_kv)
         if said:  # its fields are merged: more steps than one kernel takes
             arithmetic = replace(arithmetic, step_keys=0)
         facts = facts_of(sequence, chosen, (qk, pv), stored, arithmetic, **said)
@@ -268,9 +268,11 @@ def _prober(
 ) -> Prober:
     """Return a prober of these heads: what `measure` left, where it would find the same."""
     sequence, known = space[number], space.probers.get(number)
-    dtype = torch.float64 if formats[0] == "f64" else torch.float32
+    dtype = sequence.working(*formats)
+    dtype = dtype if dtype == torch.float64 else torch.float32
     if (
         known is not None
+        and dtype == torch.float32
         and space.seed == seed
         and set(formats) <= {"f32"}
         and known.geometry.same_fields(structure)

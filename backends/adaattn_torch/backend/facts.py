@@ -7,6 +7,7 @@ import torch
 from adaattn_core.facts import Arithmetic, RunFacts
 from adaattn_torch.backend.sequences import Sequence
 
+_LARGEST = torch.finfo(torch.float64).max
 _RMS_SLACK = 1e-5
 """More than a float32 sum of squares may have gained, whatever its order."""
 
@@ -20,6 +21,7 @@ def output_sizes(out: torch.Tensor) -> list[float]:
     unit = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
     squares = (wide / unit[:, None, None]).square().sum(dim=2).double().mean(dim=1)
     sizes = squares.sqrt() * unit.double() * (1 - _RMS_SLACK)
+    sizes = torch.where(torch.isfinite(largest), sizes.clamp(max=_LARGEST), torch.nan)
     return [float(x) for x in sizes.tolist()]
 
 
@@ -58,7 +60,7 @@ def facts_of(
     found = {}
     for number, head in enumerate(heads):
         size = sizes[number]
-        finite = size == size and size != float("inf")
+        finite = size == size
         found[head] = RunFacts(
             keys_max=mask.keys_max if live else 0,
             share=1.0 if share is None else share[number],

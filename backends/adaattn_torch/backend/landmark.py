@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from adaattn_core.errors import UnsupportedError
 from adaattn_torch.backend import kernels
@@ -95,22 +96,10 @@ def _near_fields(
     tile, end = geometry.structure.tile, geometry.tail.start
     start, stop = geometry.near
     first = np.arange(0, end, tile)
-    width = tile + geometry.structure.band + (0 if geometry.causal else 2 * geometry.step)
-    if not geometry.causal:
-        width = int((stop[first] - start[first]).max(initial=0))
-    # Tiles that are cut off at neither end: evenly spaced windows of one width.
-    inner = (first + tile <= end) & (stop[first] - start[first] == width)
-    if geometry.causal:
-        lead = first + geometry.offset + tile - start[first]
-        width = int(lead[start[first] > 0].max(initial=0))
-        inner = (first + tile <= end) & (start[first] > 0) & (lead == width)
-        inner &= start[first] + width <= geometry.len_kv
-    where = np.flatnonzero(inner)
-    if len(where) > 1 and (np.diff(where) == 1).all():
+    where, width = _even_windows(geometry, first)
+    if len(where):
         rows = slice(int(first[where[0]]), int(first[where[-1]]) + tile)
-        _even_tiles(operands, mask, rows, int(start[first[where[0]]]), width, tile, out, lse)
-    else:
-        where = where[:0]
+        _even_tiles(operands, mask, rows, int(start[rows.start]), width, tile, out, lse)
     for number in sorted(set(range(len(first))) - set(where.tolist())):
         rows = slice(int(first[number]), min(int(first[number]) + tile, end))
         low, high = int(start[rows.start]), int(stop[rows.start])
@@ -118,6 +107,37 @@ def _near_fields(
             part = _window(operands, mask, rows, low, high)
             out[:, rows], lse[:, rows] = part
     return out, lse
+
+
+def _even_windows(
+    geometry: Geometry, first: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], int]:
+    """Consecutive whole tiles whose windows of keys are of one width and evenly spaced.
+
+    Parameters
+    ----------
+    first : ndarray of int64
+        First row of every tile.
+
+    Returns
+    -------
+    where : ndarray of int64
+        Numbers of these tiles; none where fewer than two are consecutive.
+    width : int
+    """
+    tile, end = geometry.structure.tile, geometry.tail.start
+    start, stop = (edge[first] for edge in geometry.near)
+    ahead = start - first
+    cut_free = np.flatnonzero((start > 0) & (first + tile <= end))
+    if not len(cut_free):
+        return cut_free, 0
+    middle = cut_free[len(cut_free) // 2]
+    width = int(stop[middle] - start[middle])
+    even = (ahead == ahead[middle]) & (stop - start == width) & (first + tile <= end)
+    where = np.flatnonzero(even & (start + width <= geometry.len_kv))
+    if len(where) < 2 or (np.diff(where) != 1).any():
+        return where[:0], 0
+    return where, width
 
 
 def _window(

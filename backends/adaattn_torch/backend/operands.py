@@ -25,6 +25,19 @@ SCALE_RANGE = (1e-30, 1e30)
 """Score scales that float32 holds with room to spare on both sides."""
 
 
+def float32_is_exact() -> bool:
+    """Whether float32 products are those of float32, and not of bf16 or tf32.
+
+    `torch.set_float32_matmul_precision` (and what replaces it) lets PyTorch round operands
+    behind the caller's back: such products no theorem of float32 covers, so that float64 does
+    the work while it is so.
+    """
+    try:
+        return bool(torch.get_float32_matmul_precision() == "highest")
+    except RuntimeError:  # it differs between devices
+        return False
+
+
 def row_norms_upper(x: torch.Tensor) -> torch.Tensor:
     """Return upper bounds of Euclidean norms of rows: float64, (...); inf for NaN and Inf."""
     if x.dtype not in _SAFE:

@@ -17,6 +17,7 @@ from adaattn_torch.backend.operands import (
     SCORE_RANGE,
     Operands,
     diameter_upper,
+    float32_is_exact,
     peak,
     rounded,
     row_norms_upper,
@@ -98,13 +99,14 @@ class Sequence:
     def working(self, qk: str, pv: str) -> torch.dtype:
         """Dtype in which a pair of formats is multiplied.
 
-        A 16-bit format that the inputs do not have is rounded to, and multiplied in float32.
+        A 16-bit format that the inputs do not have is rounded to, and multiplied in float32
+        (in float64 where float32 products are not what they say: `float32_is_exact`).
         """
         if qk == "f64":
             return torch.float64
         if qk == pv == self.dtype and qk in NARROW:
             return DTYPES[qk]
-        return torch.float32
+        return torch.float32 if float32_is_exact() else torch.float64
 
     def formatted(self, qk: str, pv: str) -> Operands:
         """Operands rounded to a pair of formats."""

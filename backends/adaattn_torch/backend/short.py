@@ -1,7 +1,7 @@
 """The shortest way to a kernel: exact attention without a plan and without a certificate.
 
-Three reductions tell whether the numbers are sound; whatever is not, and every mask that one
-call of a kernel does not take, goes the way of `TorchBackend.run`, without facts.
+Three reductions, of queries, keys and output, tell whether the numbers are sound; whatever is
+not, and every mask that one call of a kernel does not take, goes the way of `TorchBackend.run`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from adaattn_core.mask import Mask
 from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.problem import AttentionProblem
 from adaattn_torch.backend import kernels
-from adaattn_torch.backend.operands import SCALE_RANGE, SCORE_RANGE
+from adaattn_torch.backend.operands import SCALE_RANGE, SCORE_RANGE, float32_is_exact
 from adaattn_torch.backend.tensors import DTYPES
 
 if TYPE_CHECKING:
@@ -88,10 +88,10 @@ def _one_call(
         scale = 1.0 / math.sqrt(dim)
     if not SCALE_RANGE[0] < scale < SCALE_RANGE[1]:
         return None
+    if dtype is torch.float32 and not float32_is_exact():
+        return None
     if kernels.kernel_for(query, dim_v, masked=False) == kernels.PLAIN:
         return None
-    low_q, high_q = torch.aminmax(query)
-    low_k, high_k = torch.aminmax(key)
     size = heads // shared
     q, k, v = query, key, value
     if size > 1 and not batch == shared == 1:
@@ -103,14 +103,17 @@ def _one_call(
     elif size > 1:
         k, v = key.expand(-1, size, -1, -1), value.expand(-1, size, -1, -1)
     out, lse = kernels.fused(q, k, v, scale, causal=causal)
-    low_v, high_v = torch.aminmax(value)
-    edges = torch.stack([low_q, high_q, low_k, high_k, low_v, high_v]).tolist()
-    of_query, of_key, of_value = (max(-edges[i], edges[i + 1]) for i in (0, 2, 4))
+    edges = [*torch.aminmax(query), *torch.aminmax(key), *torch.aminmax(out)]
+    if query.device.type == "cpu":
+        numbers = [edge.item() for edge in edges]
+    else:
+        numbers = torch.stack(edges).tolist()  # waits once
+    of_query, of_key, of_out = (max(-numbers[i], numbers[i + 1]) for i in (0, 2, 4))
     reach = of_query * max(scale, 1.0) * dim
-    limit = _LIMIT
-    if not (reach < limit and reach * of_key < limit and of_key < limit):
-        return None
-    if not of_value * len_kv * dim_v < limit:
+    # NaN compares false. What values hold, and sums that overflow, show in the output.
+    if not (
+        reach < _LIMIT and reach * of_key < _LIMIT and of_key < _LIMIT and of_out < math.inf
+    ):
         return None
     shape = (batch, heads, len_q)
     if out.shape[:3] != shape:
