@@ -170,8 +170,8 @@ COST_MODELS: dict[str, CostModel] = {
                 "tf32": 1.17e14,
                 "f16": 6.2e14,
                 "bf16": 6.2e14,
-                "i8": 1.2e15,
-                "e4m3": 1.2e15,
+                "i8": 7.0e14,
+                "e4m3": 7.0e14,
             },
             softmax_rate=3.7e12,
             overlap=True,
@@ -187,8 +187,9 @@ COST_MODELS: dict[str, CostModel] = {
             call_seconds=2.5e-4,
             rows_format="bf16",
             source="H100: f32, tf32 and 16-bit as measured with this project's kernels, head"
-            " dim 128, 4,096 keys; landmarks and planning fitted to stages of heads of dim 64,"
-            " 8k to 128k; 8-bit, softmax_rate and the other efficiencies assumed",
+            " dim 128, 4,096 keys; 8-bit head dim 128 between 4,096 and 16,384 keys, with its"
+            " quantisation; landmarks and planning fitted to stages of heads of dim 64, 8k to"
+            " 128k; softmax_rate and the other efficiencies assumed",
         ),
         CostModel(
             name="sm80",
