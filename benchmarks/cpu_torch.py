@@ -1,0 +1,158 @@
+"""The backend ``torch`` beside PyTorch's own attention on a CPU: real heads, and a model.
+
+    python benchmarks/capture_qkv.py TEXT.txt --out OUT/prose        # once per text
+    python benchmarks/cpu_torch.py OUT/prose OUT/code --markdown docs/benchmarks/cpu.md
+
+Every layer runs three ways in turn, in float32 and with the same threads: PyTorch's function,
+AdaAttn's without a budget, and AdaAttn's with ``budget=0.1`` (measuring, planning and the
+certificate included). Figures are medians over repeats of ratios to PyTorch's time of the same
+round. The page's section of that name is replaced; the rest of the page stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 -- its usual name
+
+import adaattn_torch
+
+TITLE = "## The backend torch beside PyTorch's own attention"
+WAYS = ("no budget", "budget 0.1")
+SHORT = (1, 128, 512, 2048)
+"""Lengths at which the function without a budget is timed as well."""
+
+
+def load(path: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
+    """Return q, k, v of shape (1, heads, len, dim) in float32 and the scale of a layer."""
+    with np.load(path) as file:
+        q, k, v = (file[n].view(ml_dtypes.bfloat16)[None].astype(np.float32) for n in "qkv")
+        return (
+            torch.from_numpy(q),
+            torch.from_numpy(k),
+            torch.from_numpy(v),
+            float(file["scale"]),
+        )
+
+
+def calls(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> dict[str, Callable[[], object]]:
+    """Return the three ways."""
+    shared = {"is_causal": True, "scale": scale, "enable_gqa": True}
+    ours = adaattn_torch.scaled_dot_product_attention
+    return {
+        "PyTorch": lambda: F.scaled_dot_product_attention(q, k, v, **shared),
+        "no budget": lambda: ours(q, k, v, **shared),
+        "budget 0.1": lambda: ours(q, k, v, budget=0.1, **shared),
+    }
+
+
+def rounds(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each way, taken in turn; the first round is not kept."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    with torch.inference_mode():
+        for number in range(repeats + 1):
+            for name, call in ways.items():
+                started = time.perf_counter()
+                call()
+                if number:
+                    times[name].append(time.perf_counter() - started)
+    return times
+
+
+def ratio(times: dict[str, list[float]], name: str) -> float:
+    """Median over rounds of a way's time over PyTorch's."""
+    return statistics.median(
+        mine / theirs for mine, theirs in zip(times[name], times["PyTorch"], strict=True)
+    )
+
+
+def measure(folder: Path, step: int, repeats: int) -> dict[str, list[float]]:
+    """Ratios of every `step`-th layer of a text, and PyTorch's seconds."""
+    found: dict[str, list[float]] = {name: [] for name in (*WAYS, "seconds")}
+    for path in sorted(folder.glob("*.npz"))[::step]:
+        times = rounds(calls(*load(path)), repeats)
+        for name in WAYS:
+            found[name].append(ratio(times, name))
+        found["seconds"].append(statistics.median(times["PyTorch"]))
+        print(path.name, {n: round(x[-1], 3) for n, x in found.items()}, flush=True)
+    return found
+
+
+def short(folder: Path) -> dict[int, tuple[float, float]]:
+    """Microseconds of PyTorch and of AdaAttn without a budget at short lengths, by length."""
+    q, k, v, scale = load(min(folder.glob("*.npz")))
+    found = {}
+    for length in SHORT:
+        parts = (x[:, :, :length].contiguous() for x in (q, k, v))
+        ways = calls(*parts, scale)
+        ways.pop("budget 0.1")
+        times = rounds(ways, 400 if length < 512 else 25)
+        theirs = statistics.median(times["PyTorch"])
+        found[length] = (1e6 * theirs, 1e6 * theirs * ratio(times, "no budget"))
+        print(length, found[length], flush=True)
+    return found
+
+
+def section(
+    texts: dict[str, dict[str, list[float]]],
+    lengths: dict[int, tuple[float, float]],
+    threads: int,
+) -> str:
+    """Render the section."""
+    lines = [
+        TITLE, "",
+        f"{platform.machine()}, {threads} threads, PyTorch {torch.__version__},"
+        f" {datetime.date.today().isoformat()}, SmolLM2-135M-Instruct, 8,192 tokens, causal,"
+        " float32. Command: `python benchmarks/cpu_torch.py DIR ... --markdown"
+        " docs/benchmarks/cpu.md`. Times over PyTorch's `scaled_dot_product_attention` of the"
+        " same round; below 1 is faster.", "",
+        "| | " + " | ".join(texts) + " |", "|---|" + "---|" * len(texts),
+        "| layers | " + " | ".join(str(len(t["seconds"])) for t in texts.values()) + " |",
+        "| PyTorch, seconds a layer (median) | "
+        + " | ".join(f"{statistics.median(t['seconds']):.2f}" for t in texts.values()) + " |",
+    ]  # fmt: skip
+    for way in WAYS:
+        for what, over in (("mean over layers", statistics.mean), ("worst layer", max)):
+            cells = " | ".join(f"{over(t[way]):.3f}" for t in texts.values())
+            lines.append(f"| {way}, {what} | {cells} |")
+    lines += ["", "| tokens | PyTorch, µs | without a budget, µs |", "|---|---|---|"]
+    lines += [f"| {n:,} | {a:,.0f} | {b:,.0f} |" for n, (a, b) in lengths.items()]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure, print, and write the section if asked."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folders", nargs="+", type=Path, help="captured layers, one text each")
+    parser.add_argument("--step", type=int, default=1, help="every so many layers")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--markdown", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    lengths = short(args.folders[0])
+    texts = {f.name: measure(f, args.step, args.repeats) for f in args.folders}
+    new = section(texts, lengths, args.threads)
+    print(new)
+    if args.markdown:
+        old = args.markdown.read_text()
+        parts = [p for p in re.split(r"^(?=## )", old, flags=re.M) if not p.startswith(TITLE)]
+        place = 1 + next((i for i, p in enumerate(parts) if p.startswith("## Needles")), 0)
+        parts.insert(place, new + "\n")
+        args.markdown.write_text("".join(parts))
+
+
+if __name__ == "__main__":
+    main()
