@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -55,7 +56,7 @@ class TorchBackend:
     name = "torch"
 
     def __init__(self) -> None:
-        self._used: tuple[str, ...] = ()
+        self._last = threading.local()
 
     def capabilities(self) -> Capabilities:
         """Dense and landmarks, in the formats that PyTorch multiplies."""
@@ -114,7 +115,7 @@ class TorchBackend:
         with torch.inference_mode():
             for number, chosen in by_sequence.items():
                 used |= _run_sequence(space, number, chosen, plan, raw)
-        self._used = tuple(sorted(used))
+        self._last.kernels = sorted(used)
         return raw
 
     def row_errors(
@@ -147,11 +148,11 @@ class TorchBackend:
         return forward(self, query, key, value, mask, scale)
 
     def provenance(self) -> dict[str, str]:
-        """Return PyTorch's version, its threads, and the kernels of the last run."""
+        """Return PyTorch's version, its threads, and the kernels of this thread's last run."""
         return {
             "torch": str(torch.__version__),
             "threads": str(torch.get_num_threads()),
-            "kernels": "; ".join(self._used),
+            "kernels": "; ".join(getattr(self._last, "kernels", ())),
         }
 
 
