@@ -154,7 +154,7 @@ COST_MODELS: dict[str, CostModel] = {
         CostModel(
             name="torch_cpu",
             # PyTorch's fused kernel on two cores; 16-bit formats gain nothing without AMX.
-            flops={"f64": 5.8e10, "f32": 1.9e11, "f16": 1.05e11, "bf16": 1.85e11},
+            flops={"f64": 5.8e10, "f32": 1.9e11, "f16": 1.85e11, "bf16": 1.85e11},
             softmax_rate=1.75e9,
             overlap=False,
             gathers_single_keys=True,

@@ -99,21 +99,22 @@ class Sequence:
     def working(self, qk: str, pv: str) -> torch.dtype:
         """Dtype in which a pair of formats is multiplied.
 
-        A 16-bit format that the inputs do not have is rounded to, and multiplied in float32
-        (in float64 where float32 products are not what they say: `float32_is_exact`).
+        On a CPU 16-bit formats are multiplied in float32: it is as fast without AMX, and what
+        sums of 16-bit products are kept in differs between libraries (some round them to 16
+        bits). So is a format that the inputs do not have, after rounding to it. Where float32
+        products are not what they say (`float32_is_exact`), float64 does the work.
         """
         if qk == "f64":
             return torch.float64
-        if qk == pv == self.dtype and qk in NARROW:
+        on_cpu = self.query.device.type == "cpu"
+        if qk == pv == self.dtype and qk in NARROW and not on_cpu:
             return DTYPES[qk]
         return torch.float32 if float32_is_exact() else torch.float64
 
     def formatted(self, qk: str, pv: str) -> Operands:
         """Operands rounded to a pair of formats."""
         base = self.operands(self.working(qk, pv))
-        if base.query.dtype in (DTYPES["f16"], DTYPES["bf16"]):
-            return base
-        if {qk, pv} <= {"f32", "f64"}:
+        if {qk, pv} <= {"f32", "f64", self.dtype}:
             return base
         if (qk, pv) not in self._operands:
             self._operands[qk, pv] = Operands(

@@ -88,8 +88,12 @@ def _one_call(
         scale = 1.0 / math.sqrt(dim)
     if not SCALE_RANGE[0] < scale < SCALE_RANGE[1]:
         return None
-    if dtype is torch.float32 and not float32_is_exact():
+    narrow = dtype is torch.bfloat16 or dtype is torch.float16
+    widened = narrow and query.is_cpu  # see `Sequence.working`
+    if (dtype is torch.float32 or widened) and not float32_is_exact():
         return None
+    if widened:
+        query, key, value = query.float(), key.float(), value.float()
     if kernels.kernel_for(query, dim_v, masked=False) == kernels.PLAIN:
         return None
     size = heads // shared
@@ -122,6 +126,8 @@ def _one_call(
             out = out.permute(2, 0, 1, 3).reshape(1, len_q, heads, dim_v).transpose(1, 2)
         else:
             out = out.reshape(*shape, dim_v)
+    if widened:
+        out = out.to(dtype)
     return out, lse if lse.dtype == torch.float32 else lse.float()
 
 
