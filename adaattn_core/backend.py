@@ -2,15 +2,15 @@
 
 Every backend is a `Backend`. Further protocols are optional, and a backend has one by having
 its methods: one that `Measures` serves policies that measure and sampled certificates, one that
-`Forwards` computes exact attention without either. The third, `adaattn_core.deciding.Decides`,
-is for backends that plan on a device.
+`Forwards` computes exact attention without either, and one that `Differentiates` its gradients.
+The fourth, `adaattn_core.deciding.Decides`, is for backends that plan on a device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
@@ -189,5 +189,85 @@ class Forwards(Protocol):
         ------
         UnsupportedError
             For what this way does not take; the caller then goes the ordinary one.
+        """
+        ...
+
+
+class Gradients(NamedTuple):
+    """What `Differentiates.backward` returns.
+
+    Attributes
+    ----------
+    query : array, shape (batch, heads_q, len_q, dim_qk)
+    key : array, shape (batch, heads_kv, len_kv, dim_qk)
+    value : array, shape (batch, heads_kv, len_kv, dim_v)
+        In the library and dtype of the inputs.
+    bias : array of float32 or float64, or None
+        Of the additive mask, in its own (broadcastable) shape; None unless asked for.
+    """
+
+    query: Any
+    key: Any
+    value: Any
+    bias: Any
+
+
+@runtime_checkable
+class Differentiates(Protocol):
+    """A backend that computes the gradients of exact attention.
+
+    Whatever a forward pass approximated, these are exact attention's at the same inputs.
+    """
+
+    def backward(
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        grad_out: Any,
+        *,
+        out: Any = None,
+        lse: Any = None,
+        grad_lse: Any = None,
+        mask: Mask | None = None,
+        scale: float | None = None,
+        need_bias: bool = False,
+        deterministic: bool = False,
+    ) -> Gradients:
+        """Compute the gradients of exact attention.
+
+        Parameters
+        ----------
+        query : array, shape (batch, heads_q, len_q, dim_qk)
+        key : array, shape (batch, heads_kv, len_kv, dim_qk)
+        value : array, shape (batch, heads_kv, len_kv, dim_v)
+            The arrays that `Backend.run` takes.
+        grad_out : array, shape (batch, heads_q, len_q, dim_v)
+            Gradient of the output, in the inputs' dtype.
+        out : array, shape (batch, heads_q, len_q, dim_v), optional
+        lse : array of float32, shape (batch, heads_q, len_q), optional
+            Exact attention's own, as `Forwards.forward` returns them. Both or neither: without
+            them they are computed again. Those of an approximated forward are not exact
+            attention's and must be left out.
+        grad_lse : array of float32, shape (batch, heads_q, len_q), optional
+            Gradient of the lse; ignored in rows that see nothing.
+        mask : Mask, optional
+            Default: every key is visible.
+        scale : float, optional
+            Factor on the scores; default 1/sqrt(dim_qk).
+        need_bias : bool
+            Whether the gradient of the additive mask is wanted too.
+        deterministic : bool
+            Whether the same call must give the same bits every time.
+
+        Returns
+        -------
+        Gradients
+            Rows that see nothing and keys that nobody sees have a gradient of 0.
+
+        Raises
+        ------
+        UnsupportedError
+            For what this backend does not differentiate.
         """
         ...

@@ -8,13 +8,18 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from adaattn_core.backend import Capabilities, Forwards, Measures
+from adaattn_core.backend import Capabilities, Differentiates, Forwards, Measures
 from adaattn_core.deciding import Decides
 from adaattn_core.errors import AdaAttnError
 from adaattn_core.plugins.registry import BackendInfo, get_backend, list_backends
 from adaattn_core.report.tables import console, print_json
 
-PROTOCOLS: dict[str, type] = {"measures": Measures, "forwards": Forwards, "decides": Decides}
+PROTOCOLS: dict[str, type] = {
+    "measures": Measures,
+    "forwards": Forwards,
+    "differentiates": Differentiates,
+    "decides": Decides,
+}
 
 
 def backends(

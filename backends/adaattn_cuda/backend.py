@@ -14,7 +14,7 @@ from collections.abc import Collection, Hashable
 from dataclasses import replace
 from typing import Any, cast
 
-from adaattn_core.backend import Capabilities
+from adaattn_core.backend import Capabilities, Gradients
 from adaattn_core.budget import ErrorBudget
 from adaattn_core.deciding import Adapted
 from adaattn_core.errors import UnsupportedError
@@ -25,6 +25,7 @@ from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.policies.table import DecisionTable
 from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_cuda.adaptive import SIZES, AdaptiveCalls
+from adaattn_cuda.backward import attention_backward
 from adaattn_cuda.device import driver
 from adaattn_cuda.device.launch import Launch
 from adaattn_cuda.device.library import library_of
@@ -263,6 +264,32 @@ class CudaBackend:
         return attention_forward(
             query, key, value, mask=mask, scale=scale, softcap=softcap, sinks=sinks
         )
+
+    def backward(
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        grad_out: Any,
+        *,
+        out: Any = None,
+        lse: Any = None,
+        grad_lse: Any = None,
+        mask: Mask | None = None,
+        scale: float | None = None,
+        need_bias: bool = False,
+        deterministic: bool = False,
+    ) -> Gradients:
+        """Compute gradients; see `adaattn_core.backend.Differentiates.backward`.
+
+        The arrays are those that `forward` takes, and the same errors are raised; a call whose
+        gradient no kernel takes is refused with `UnsupportedError`. Without `out` and `lse` the
+        exact forward runs first.
+        """
+        return attention_backward(
+            query, key, value, grad_out, out=out, lse=lse, grad_lse=grad_lse, mask=mask,
+            scale=scale, need_bias=need_bias, deterministic=deterministic,
+        )  # fmt: skip
 
     def provenance(self) -> dict[str, str]:
         """Device, compiler, and kernels and workspace of this thread's last run.

@@ -8,16 +8,29 @@ from adaattn_core.errors import ShapeError, UnsupportedError
 from adaattn_core.mask import Mask
 from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_cuda.device import driver
-from adaattn_cuda.device.launch import Launch
+from adaattn_cuda.device.launch import BackwardLaunch, Launch
 from adaattn_cuda.device.views import ArrayView, broadcast, view
 from adaattn_cuda.kernels import sm80_attn_fwd as sm80
+from adaattn_cuda.kernels import sm90_attn_bwd_f16 as sm90_backward
 from adaattn_cuda.kernels import sm90_attn_fwd_8bit as eight_bit
 from adaattn_cuda.kernels import sm90_attn_fwd_f16 as sm90
+from adaattn_cuda.kernels.backward_task import BackwardTask
+from adaattn_cuda.kernels.sm80_attn_bwd import Sm80Backward
 from adaattn_cuda.kernels.task import Arrays, Recipe, Task
 
-__all__ = ["input_views", "make_launch", "mask_key", "mask_views", "sink_view"]
+__all__ = [
+    "input_views",
+    "make_backward",
+    "make_launch",
+    "mask_key",
+    "mask_views",
+    "sink_view",
+]
 
 _BIAS_FORMATS = tuple(sm80.BIAS_TYPES)
+
+HOPPER_BACKWARD = True
+"""False leaves every backward pass to the sm80 family, for tests and measurements."""
 
 _SCALE_LEAST, _SCALE_MOST = 2.0**-120, 2.0**120
 """Scales whose products with log2(e) and with the softmax's slack are float32 numbers."""
@@ -148,6 +161,24 @@ def make_launch(
     if sm90.refusal(task, arch) is None:
         return sm90.launch(task, stream)
     return sm80.Sm80Launch(task, stream)
+
+
+def make_backward(task: BackwardTask, problem: AttentionProblem, stream: int) -> BackwardLaunch:
+    """Choose the kernels of a backward pass and make them ready.
+
+    Raises
+    ------
+    UnsupportedError
+        If the last axis of an input is not contiguous, or no kernel takes the task.
+    KernelCompileError
+        If a kernel does not compile.
+    """
+    _check_strides((task.query, task.key, task.value))
+    _check_scale(problem.scale)
+    arch = driver.device_facts(task.query.device).arch
+    if HOPPER_BACKWARD and sm90_backward.refusal(task, arch) is None:
+        return sm90_backward.Sm90Backward(task, stream)
+    return Sm80Backward(task, stream)
 
 
 def _check_address(name: str, array: ArrayView) -> None:

@@ -17,9 +17,10 @@ from adaattn_torch import (
 from adaattn_torch import (
     operators,  # noqa: F401 -- defines torch.ops.adaattn
 )
+from adaattn_torch.backward import Saved, gradients, saves_output
 from adaattn_torch.call import Asked, Call, encode, structural
 from adaattn_torch.forward import Computed, run
-from adaattn_torch.gradient import attention_gradient, attention_tangent
+from adaattn_torch.gradient import attention_tangent
 from adaattn_torch.info import AttentionInfo
 from adaattn_torch.ruled import attend_ruled
 from adaattn_torch.watchers import (
@@ -144,7 +145,7 @@ _MARK = torch.empty(0, 7, 1)
 
 
 class _Attention(torch.autograd.Function):
-    """Forward by a backend, backward by `attention_gradient`, itself differentiable."""
+    """Forward by a backend, backward by `gradients`, itself differentiable."""
 
     @staticmethod
     def forward(
@@ -160,27 +161,28 @@ class _Attention(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse, info = run(call, want_info)
         seen.append(info)
-        ctx.save_for_backward(_MARK, query, key, value, allowed, bias)
-        ctx.save_for_forward(_MARK, query, key, value, allowed, bias)
-        ctx.scale, ctx.mask = call.scale, call.mask
+        kept = (out, lse) if saves_output(query, call.asked.is_exactness) else (None, None)
+        ctx.save_for_backward(_MARK, query, key, value, allowed, bias, *kept)
+        ctx.save_for_forward(_MARK, query, key, value, allowed, bias, None, None)
+        ctx.scale, ctx.mask, ctx.backend = call.scale, call.mask, call.asked.backend
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        _, query, key, value, allowed, bias = ctx.saved_tensors
+        _, query, key, value, allowed, bias, out, lse = ctx.saved_tensors
         if grads[0] is None and grads[1] is None:
             return (None,) * 8
-        need_bias = ctx.needs_input_grad[4]
-        d_query, d_key, d_value, d_bias = attention_gradient(
-            query, key, value, allowed, bias, ctx.mask, ctx.scale, *grads, need_bias=need_bias
+        saved = Saved(query, key, value, allowed, bias, ctx.mask, ctx.scale, out, lse)
+        d_query, d_key, d_value, d_bias = gradients(
+            saved, ctx.backend, *grads, need_bias=ctx.needs_input_grad[4]
         )
         return d_query, d_key, d_value, None, d_bias, *(None,) * 3
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         t_query, t_key, t_value, _, t_bias = tangents[:5]
-        _, query, key, value, allowed, bias = ctx.saved_tensors
+        _, query, key, value, allowed, bias = ctx.saved_tensors[:6]
         return attention_tangent(
             query, key, value, allowed, bias, ctx.mask, ctx.scale,
             t_query, t_key, t_value, t_bias,

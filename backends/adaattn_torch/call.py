@@ -176,6 +176,13 @@ def decode(
     return Mask(**mask), asked
 
 
+@lru_cache(maxsize=1024)
+def asks_for_exactness(text: str) -> bool:
+    """Whether a text of `encode` asks for exact attention: `Asked.is_exactness`."""
+    body = json.loads(text)
+    return all(body[name] is None for name in ("budget", "policy", "plan", "seed"))
+
+
 def _named(value: Any) -> Any:
     if value is None or isinstance(value, str):
         return value

@@ -1,7 +1,7 @@
 """Operators ``adaattn::attention`` and ``adaattn::attention_backward`` for torch's dispatcher.
 
 Compilers and tracers see these two; plain eager calls do without them (`adaattn_torch.bridge`).
-A fused backward kernel for a device takes its seat by ``torch.library.impl`` of the second.
+The second takes the output and the lse of an exact forward, and none of an approximated one.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import torch
 
 from adaattn_core.errors import UnsupportedError
 from adaattn_torch.arrays import empty_output, lowered
-from adaattn_torch.call import Call, decode
+from adaattn_torch.backward import Saved, gradients, saves_output
+from adaattn_torch.call import Call, asks_for_exactness, decode
 from adaattn_torch.forward import run
-from adaattn_torch.gradient import attention_gradient, attention_tangent
+from adaattn_torch.gradient import attention_tangent
 from adaattn_torch.watchers import in_forward_mode, is_transformed, refuse_transform
 
 FORWARD, BACKWARD = "adaattn::attention", "adaattn::attention_backward"
@@ -27,7 +28,8 @@ torch.library.define(
 )
 torch.library.define(
     BACKWARD,
-    f"({_INPUTS}, str call, Tensor? grad_out, Tensor? grad_lse, bool need_bias)"
+    f"({_INPUTS}, str call, Tensor? out, Tensor? lse, Tensor? grad_out, Tensor? grad_lse,"
+    " bool need_bias)"
     " -> (Tensor query, Tensor key, Tensor value, Tensor bias)",
 )
 
@@ -77,13 +79,16 @@ def _backward(
     bias: torch.Tensor | None,
     scale: float,
     call: str,
+    out: torch.Tensor | None,
+    lse: torch.Tensor | None,
     grad_out: torch.Tensor | None,
     grad_lse: torch.Tensor | None,
     need_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    d_query, d_key, d_value, d_bias = attention_gradient(
-        query, key, value, allowed, bias, decode(call)[0], scale, grad_out, grad_lse,
-        need_bias=need_bias,
+    mask, asked = decode(call)
+    d_query, d_key, d_value, d_bias = gradients(
+        Saved(query, key, value, allowed, bias, mask, scale, out, lse),
+        asked.backend, grad_out, grad_lse, need_bias=need_bias,
     )  # fmt: skip
     # An operator cannot leave out a tensor: nothing is asked for, nothing is given.
     return d_query, d_key, d_value, query.new_empty(0) if d_bias is None else d_bias
@@ -98,6 +103,8 @@ def _backward_fake(
     bias: torch.Tensor | None,
     scale: float,
     call: str,
+    out: torch.Tensor | None,
+    lse: torch.Tensor | None,
     grad_out: torch.Tensor | None,
     grad_lse: torch.Tensor | None,
     need_bias: bool,
@@ -117,27 +124,29 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
         query, key, value, allowed, bias, scale, call = inputs[:7]
-        ctx.save_for_backward(query, key, value, allowed, bias)
-        ctx.save_for_forward(query, key, value, allowed, bias)
+        out, lse = _below_autograd(*inputs)
+        kept = (out, lse) if saves_output(query, asks_for_exactness(call)) else (None, None)
+        ctx.save_for_backward(query, key, value, allowed, bias, *kept)
+        ctx.save_for_forward(query, key, value, allowed, bias, None, None)
         ctx.set_materialize_grads(False)
         ctx.scale, ctx.call = scale, call
-        return _below_autograd(*inputs)
+        return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        query, key, value, allowed, bias = ctx.saved_tensors
+        query, key, value, allowed, bias, out, lse = ctx.saved_tensors
         if grads[0] is None and grads[1] is None:
             return (None,) * 10
         need_bias = ctx.needs_input_grad[4]
         d_query, d_key, d_value, d_bias = torch.ops.adaattn.attention_backward(
-            query, key, value, allowed, bias, ctx.scale, ctx.call, *grads, need_bias
+            query, key, value, allowed, bias, ctx.scale, ctx.call, out, lse, *grads, need_bias
         )
         return d_query, d_key, d_value, None, d_bias if need_bias else None, *(None,) * 5
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         t_query, t_key, t_value, _, t_bias = tangents[:5]
-        query, key, value, allowed, bias = ctx.saved_tensors
+        query, key, value, allowed, bias = ctx.saved_tensors[:5]
         return attention_tangent(
             query, key, value, allowed, bias, decode(ctx.call)[0], ctx.scale,
             t_query, t_key, t_value, t_bias,

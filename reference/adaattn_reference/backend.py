@@ -11,12 +11,13 @@ import numpy as np
 import scipy
 from numpy.typing import NDArray
 
-from adaattn_core.backend import Capabilities
+from adaattn_core.backend import Capabilities, Gradients
 from adaattn_core.bounds import largest_norm_upper, rms_norm_lower
 from adaattn_core.bounds.rounding import add_up, mul_up
 from adaattn_core.errors import UnsupportedError
 from adaattn_core.facts import RawResult, RowErrors, RunFacts
 from adaattn_core.formats import FORMATS
+from adaattn_core.mask import Mask
 from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_core.stats import HeadStats, MeasureRequest, ProblemStats
@@ -25,6 +26,7 @@ from adaattn_reference.blocks import key_blocks
 from adaattn_reference.dense import HeadOutput, block_sparse, dense
 from adaattn_reference.exact import errors_against
 from adaattn_reference.farfield import GroupProbe
+from adaattn_reference.gradient import backward
 from adaattn_reference.landmark import landmark
 from adaattn_reference.measure import HeadProbe, measure_head
 from adaattn_reference.operands import Operands, prepare_operands
@@ -174,6 +176,28 @@ class NumpyBackend:
 
         most = max(map(len, rows.values()), default=0) * problem.len_kv
         return dict(map_heads(work, rows, most))
+
+    def backward(
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        grad_out: Any,
+        *,
+        out: Any = None,
+        lse: Any = None,
+        grad_lse: Any = None,
+        mask: Mask | None = None,
+        scale: float | None = None,
+        need_bias: bool = False,
+        deterministic: bool = False,
+    ) -> Gradients:
+        """Compute gradients in float64; see `adaattn_core.backend.Differentiates.backward`.
+
+        `out` and `lse` are always computed again, and every call gives the same bits.
+        """
+        problem = AttentionProblem.from_arrays(query, key, value, mask=mask, scale=scale)
+        return backward(problem, grad_out, grad_lse, need_bias)
 
     def provenance(self) -> dict[str, str]:
         """Return library versions, BLAS and threads."""

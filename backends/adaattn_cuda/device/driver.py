@@ -26,6 +26,7 @@ __all__ = [
     "DeviceFacts",
     "DeviceTable",
     "Kernel",
+    "OnDevice",
     "check",
     "current_device",
     "device_count",
@@ -37,6 +38,7 @@ __all__ = [
     "read",
     "release_dropped",
     "release_with",
+    "zero_bytes",
 ]
 
 _OLDEST_DRIVER = 12000
@@ -406,3 +408,9 @@ def fill_words(address: int, value: int, count: int, stream: int) -> None:
         load_driver().cuMemsetD32Async(address, value & 0xFFFFFFFF, count, stream),
         "filling memory",
     )
+
+
+def zero_bytes(address: int, size_bytes: int, stream: int) -> None:
+    """Set bytes on the device to 0, in the order of the stream."""
+    if size_bytes:
+        check(load_driver().cuMemsetD8Async(address, 0, size_bytes, stream), "zeroing memory")

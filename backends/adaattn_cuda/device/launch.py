@@ -12,7 +12,7 @@ from adaattn_cuda.jit.compile import build
 from adaattn_cuda.jit.spec import KernelSpec
 from adaattn_cuda.work.records import WorkList
 
-__all__ = ["DeviceWork", "Launch", "kernel_of", "refuse_capture", "upload"]
+__all__ = ["BackwardLaunch", "DeviceWork", "Launch", "kernel_of", "refuse_capture", "upload"]
 
 
 class Launch(Protocol):
@@ -28,6 +28,18 @@ class Launch(Protocol):
 
     def start(self, pointers: tuple[int, ...], device: int, stream: int) -> None:
         """Enqueue it: query, key, value, out, lse, allowed, bias (0 = none), then scratch."""
+        ...
+
+
+class BackwardLaunch(Protocol):
+    """A backward pass made ready for a device: what is left to say is where the arrays are."""
+
+    name: str
+    workspace_bytes: int
+    """Device memory that every start is given besides the arrays."""
+
+    def start(self, pointers: tuple[int, ...], device: int, stream: int) -> None:
+        """Enqueue it, with the addresses that `kernels.backward_task.POINTERS` names."""
         ...
 
 

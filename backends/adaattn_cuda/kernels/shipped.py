@@ -8,7 +8,9 @@ from adaattn_cuda.jit.spec import KernelSpec
 from adaattn_cuda.kernels import smxx_mask_seen as mask_seen
 from adaattn_cuda.kernels import smxx_operand_norms as operand_norms
 from adaattn_cuda.kernels import smxx_quantize as quantiser
+from adaattn_cuda.tuning import sm80_attn_bwd as sm80_backward
 from adaattn_cuda.tuning import sm80_attn_fwd as sm80
+from adaattn_cuda.tuning import sm90_attn_bwd_f16 as sm90_backward
 from adaattn_cuda.tuning import sm90_attn_fwd_8bit as eight_bit
 from adaattn_cuda.tuning import sm90_attn_fwd_f16 as sm90
 
@@ -26,7 +28,9 @@ def specs(arch: str) -> list[KernelSpec]:
     own = []
     if arch == "sm_90a":
         own = sm90.shipped() + quantiser.shipped() + eight_bit.shipped()
-    return sm80.shipped(arch) + own + operand_norms.shipped(arch) + mask_seen.shipped(arch)
+        own += sm90_backward.shipped()
+    norms = operand_norms.shipped(arch) + mask_seen.shipped(arch)
+    return sm80.shipped(arch) + own + sm80_backward.shipped(arch) + norms
 
 
 def budget(spec: KernelSpec) -> Budget:

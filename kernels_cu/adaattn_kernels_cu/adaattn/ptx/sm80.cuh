@@ -157,6 +157,12 @@ ADAATTN_DEVICE void mma_tf32(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 }
 
 // --- global memory ---------------------------------------------------------------------------
+ADAATTN_DEVICE void load_global_128(u32 (&x)[4], const void* global) {
+    asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "l"(global));
+}
+ADAATTN_DEVICE void add_global(float* global, float x) { atomicAdd(global, x); }
 ADAATTN_DEVICE void store_global_64(void* global, u32 low, u32 high) {
     asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(global), "r"(low), "r"(high) : "memory");
 }

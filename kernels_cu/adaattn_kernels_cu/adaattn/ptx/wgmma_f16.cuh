@@ -3,6 +3,7 @@
 //
 // PTX ISA, "wgmma.mma_async". D (64 x N, f32, registers) = A x B (+ D unless `accumulate` is 0).
 //   ss: A and B in shared memory, both K-major (queries x keys).
+//   ss_rows: both in shared memory, A K-major, B MN-major (gradients of scores x keys as stored).
 //   rs: A in registers (probabilities), B in shared memory, MN-major (values as stored).
 // Fragment of D: warp w, lane t of the warpgroup hold rows 16 w + t / 4 (d[4 j], d[4 j + 1]) and 8
 // below (d[4 j + 2], d[4 j + 3]) of columns 8 j + 2 (t % 4) + {0, 1}. Rounded to 16 bits it is, pair
@@ -63,6 +64,14 @@ struct Wgmma;
                 "{\n.reg .pred p;\nsetp.ne.b32 p, %" #P2 ", 0;\n"                                              \
                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE                                \
                 " {" ADAATTN_T##G "}, %" #P0 ", %" #P1 ", p, 1, 1, 0, 0;\n}\n"                                 \
+                : ADAATTN_D##G                                                                                 \
+                : "l"(a), "l"(b), "r"(accumulate));                                                            \
+        }                                                                                                      \
+        ADAATTN_DEVICE static void ss_rows(float (&d)[N / 2], u64 a, u64 b, int accumulate) {      \
+            asm volatile(                                                                                      \
+                "{\n.reg .pred p;\nsetp.ne.b32 p, %" #P2 ", 0;\n"                                              \
+                "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE                                \
+                " {" ADAATTN_T##G "}, %" #P0 ", %" #P1 ", p, 1, 1, 0, 1;\n}\n"                                 \
                 : ADAATTN_D##G                                                                                 \
                 : "l"(a), "l"(b), "r"(accumulate));                                                            \
         }                                                                                                      \

@@ -340,6 +340,15 @@ ADAATTN_DEVICE void mma_tf32(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
                               [](u32 x, int) { return emulation::float_of(x & 0xffffe000u); });
 }
 
+ADAATTN_DEVICE void load_global_128(u32 (&x)[4], const void* global) {
+    if (reinterpret_cast<uintptr_t>(global) % 16 != 0) {
+        fprintf(stderr, "misaligned 16-byte load\n");
+        abort();
+    }
+    memcpy(x, global, 16);
+}
+ADAATTN_DEVICE void add_global(float* global, float x) { *global += x; }
+
 ADAATTN_DEVICE void store_global_64(void* global, u32 low, u32 high) {
     if (reinterpret_cast<uintptr_t>(global) % 8 != 0) {
         fprintf(stderr, "misaligned 8-byte store\n");
