@@ -5,9 +5,9 @@
 
 "exact": formats, masks, rows on and off the 16-byte grid, packed batches, NaN and Inf; "few" of
 them: every mask and every head dim, not each with each, for the tools that take a second a
-launch; "rules": softcaps and sinks; "adaptive": what plans, runs and certifies a budget on the
-device. The figures of
-certificates are read. Nothing is compared here. Needs torch with CUDA.
+launch; "rules": softcaps and sinks; "backward": gradients, in any order and in one; "adaptive":
+what plans, runs and certifies a budget on the device. The figures of certificates are read.
+Nothing is compared here. Needs torch with CUDA.
 """
 
 from __future__ import annotations
@@ -83,6 +83,24 @@ def rules() -> int:
     return heads
 
 
+def backward() -> int:
+    """Gradients on both families; what is not finite is done again on Hopper."""
+    backend, heads = CudaBackend(), 0
+    for dtype in DTYPES.values():
+        for problem in problems(dtype, few=True):
+            grad = torch.randn((1, 4, LEN, problem.dim_v), device="cuda").to(dtype)
+            arrays = problem.query, problem.key, problem.value, grad
+            need = problem.mask.bias is not None
+            for clean in (False, True):
+                given = [x.nan_to_num(0, 0, 0) if clean else x for x in arrays]
+                for fixed in (False, not need):
+                    backend.backward(
+                        *given, mask=problem.mask, need_bias=need, deterministic=fixed
+                    )
+                    heads += 4
+    return heads
+
+
 def adaptive() -> int:
     """Plan, run and certify on the device: a smooth head, a hard one, their group's keys."""
     smooth = torch.randn((1, 1, LEAST_KEYS // 128, 64), device="cuda").repeat_interleave(128, 2)
@@ -103,7 +121,7 @@ def main() -> None:
     chosen = sys.argv[1:] or ["exact", "adaptive"]
     heads = 0
     for what in chosen:
-        others = {"adaptive": adaptive, "rules": rules}
+        others = {"adaptive": adaptive, "backward": backward, "rules": rules}
         heads += others[what]() if what in others else exact(few=what == "few")
     torch.cuda.synchronize()
     print(f"figures of {heads} heads")
