@@ -19,13 +19,13 @@ import json
 import platform
 import random
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from adaattn_bench.clock import Burst, by_events, by_host_together, in_turn
 from adaattn_core.mask import Mask
 from adaattn_cuda.backend import CudaBackend
 from gpu_dense import (
@@ -35,11 +35,9 @@ from gpu_dense import (
     OURS,
     TOKENS,
     WIDTH,
-    Burst,
     Cell,
     ceilings,
     cell_named,
-    events,
     side_by_side,
 )
 
@@ -72,8 +70,9 @@ def our_bursts(sets: list[list[Any]], causal: bool) -> dict[str, Burst]:
 
     pairs = list(zip(sets, saved, strict=True))
     return {
-        name: events([lambda x=x, kept=kept, fixed=fixed: call(x, kept, fixed)
-                      for x, kept in pairs])
+        name: by_events(in_turn([
+            lambda x=x, kept=kept, fixed=fixed: call(x, kept, fixed) for x, kept in pairs
+        ]))
         for name, fixed in ((OURS, False), (FIXED, True))
     }  # fmt: skip
 
@@ -100,7 +99,7 @@ def torch_bursts(
         def call(out: Any, leaves: Any, grad: Any) -> Any:
             return torch.autograd.grad(out, leaves, grad, retain_graph=True)
 
-        found[name] = events([lambda g=g, call=call: call(*g) for g in graphs])
+        found[name] = by_events(in_turn([lambda g=g, call=call: call(*g) for g in graphs]))
         gradients = list(call(*graphs[0]))
     return found, gradients
 
@@ -123,15 +122,7 @@ def fa3_burst(dim: int, length: int, causal: bool) -> Burst | None:
         print("FA3:", dim, str(error)[:200], file=sys.stderr)
         return None
 
-    def burst(count: int) -> list[float]:
-        call(pull, g)[0].block_until_ready()
-        start = time.perf_counter()
-        for _ in range(count):
-            found = call(pull, g)
-        found[0].block_until_ready()
-        return [(time.perf_counter() - start) / count * 1e3]
-
-    return burst
+    return by_host_together(lambda: call(pull, g), lambda found: found[0].block_until_ready())
 
 
 def measure(rounds: int, burst_ms: float, revision: str, chosen: list[Cell]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
     python benchmarks/gpu_train.py --out DIR               writes gpu_train.json
     python benchmarks/gpu_train.py --render FILE.json      table and plot from an earlier run
 
-Twelve layers of width 768, twelve heads, context 1,024, bytes as tokens: 86 million parameters.
+Eight layers of width 512, eight heads, context 512, bytes as tokens: 26 million parameters.
 The text is the Python source of the standard library, the same on every machine with the same
 Python. bf16 autocast, AdamW, the same initial weights and batches for every attention: the two
 fused ones of PyTorch, this library's exact one, and the same with a budget of 0.05. How far
@@ -32,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adaattn_torch import scaled_dot_product_attention as ours
 
-LAYERS, WIDTH, HEADS, CONTEXT = 12, 768, 12, 1024
+LAYERS, WIDTH, HEADS, CONTEXT = 8, 512, 8, 512
 BATCH = 16
 Attention = Callable[..., torch.Tensor]
 

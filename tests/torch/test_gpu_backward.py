@@ -97,6 +97,7 @@ def test_under_autocast(calls):
     assert calls == [True]
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_compiled(calls):
     given = inputs()
     weight = torch.randn(2, 4, 200, 64, device="cuda").bfloat16()
