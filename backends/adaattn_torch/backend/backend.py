@@ -73,6 +73,7 @@ class TorchBackend:
         self, problem: AttentionProblem, request: MeasureRequest
     ) -> tuple[ProblemStats, Workspace]:
         """Measure every head; see `adaattn_core.backend.Measures.measure`."""
+        _check_problem(problem)
         space, heads = Workspace(problem, request.seed), {}
         with torch.inference_mode():
             for span in problem.sequences:
@@ -99,6 +100,7 @@ class TorchBackend:
             If a format or structure is not one of `capabilities`, only one of the two products
             is asked for in f64, or landmarks meet a mask that is neither causal nor full.
         """
+        _check_problem(problem)
         plan.check_fits(problem)
         todo = list(problem.heads() if heads is None else heads)
         for index in todo:
@@ -166,6 +168,17 @@ def _devices() -> tuple[str, ...]:
         if module is not None and getattr(module, "is_available", bool)():
             found.append(name)
     return tuple(found)
+
+
+def _check_problem(problem: AttentionProblem) -> None:
+    if problem.paged is None and problem.softcap is None and problem.sinks is None:
+        return
+    what = "pages" if problem.paged is not None else "a softcap or sinks"
+    raise UnsupportedError(
+        got=f"{what} on backend torch",
+        needed="arrays of keys and values, plain scores",
+        do='use backend="numpy"',
+    )
 
 
 def _check(head: HeadPlan) -> None:
