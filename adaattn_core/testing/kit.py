@@ -232,6 +232,8 @@ class Kit:
             *(self.home.send(x) for x in (problem.query, problem.key, problem.value)),
             mask=self.home.send_mask(problem.mask),
             scale=problem.scale,
+            softcap=problem.softcap,
+            sinks=None if problem.sinks is None else self.home.send(problem.sinks),
         )
 
     def run(self, problem: AttentionProblem, head: HeadPlan, seed: int = 0) -> Outcome:
@@ -255,6 +257,8 @@ class Kit:
             *(arrays or (problem.query, problem.key, problem.value)),
             mask=problem.mask,
             scale=problem.scale,
+            softcap=problem.softcap,
+            sinks=problem.sinks,
             backend=self.name,
             **arguments,
         )

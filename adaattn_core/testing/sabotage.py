@@ -215,6 +215,16 @@ SABOTAGES: dict[str, Sabotage] = {
     "reversed_pages": Sabotage(
         "pages read in reverse", "test_paged_worst_case_holds", before=_reverse_pages
     ),
+    "ignored_softcap": Sabotage(
+        "a softcap ignored",
+        "test_rules_within_twice_naive",
+        before=lambda problem: replace(problem, softcap=None),
+    ),
+    "ignored_sinks": Sabotage(
+        "sinks ignored",
+        "test_rules_within_twice_naive",
+        before=lambda problem: replace(problem, sinks=None),
+    ),
     "restless": Sabotage(
         "last bit changes from call to call", "test_two_runs_are_equal", after=_Restless()
     ),

@@ -48,7 +48,8 @@ CAUGHT_BY = dict.fromkeys(SABOTAGES, "certificates") | {
 }
 
 
-@pytest.mark.parametrize("name", sorted(SABOTAGES))
+# Pages are no part of hostile problems: the kit judges them.
+@pytest.mark.parametrize("name", sorted(set(SABOTAGES) - {"reversed_pages"}))
 def test_a_broken_backend_is_caught(name: str) -> None:
     law = LAWS[CAUGHT_BY[name]]
     run = Run(CAUGHT_BY[name], sabotage(name, NumpyBackend()))

@@ -105,6 +105,7 @@ def main() -> int:
             run = Run(
                 name, backend, home=home, offered=backend.capabilities().qk_formats,
                 bitwise=not wanted.repairs,
+                rules=tuple(name for name, _ in backend.capabilities().rules),
             )  # fmt: skip
             found = _hunt(
                 law, run, round(wanted.chunk * law.share / whole), wanted.seed + chunks

@@ -125,9 +125,12 @@ class HostileCall:
         qkv = [arrays.query, arrays.key, arrays.value]
         if problem.layout == "bshd":
             qkv = [x.transpose(0, 2, 1, 3) for x in qkv]
+        sinks = problem.sinks_of_heads()
         arguments: dict[str, Any] = {
             "mask": home.send_mask(arrays.mask),
             "scale": problem.scale,
+            "softcap": problem.softcap,
+            "sinks": None if sinks is None else home.send(sinks),
             "budget": budget,
             "target": self.target,
             "layout": problem.layout,

@@ -68,7 +68,7 @@ class Head:
     out : longdouble, shape (len_q, dim_v)
     lse : longdouble, shape (len_q,)
     sees : bool, shape (len_q,)
-        Rows that see a key. Others give 0 and -inf, whatever they hold.
+        Rows that see a key. Others give 0 and the sink (-inf without one), whatever they hold.
     reached : bool, shape (len_q,)
         Rows that see a key and whose query, a visible key, its value or its bias is not
         finite.
@@ -137,6 +137,8 @@ def attention_of_head(
     span: Span,
     head: int,
     group: int,
+    softcap: float | None = None,
+    sink: float = -np.inf,
 ) -> Head:
     """Attention of one head of one sequence.
 
@@ -150,6 +152,10 @@ def attention_of_head(
     head : int
         Query head; it reads key/value head ``head // group``.
     group : int
+    softcap : float or None
+        Scaled scores become ``softcap * tanh(score / softcap)``, before the bias.
+    sink : float
+        One more logit in the denominator of every row; the lse counts it.
     """
     full = (*query.shape[:3], key.shape[2])
     q = _wide(query[span.batch, head, span.q0 : span.q1])
@@ -165,25 +171,31 @@ def attention_of_head(
     reached = sees & (bad | _any(~np.isfinite(q)))
 
     out = np.zeros((len(q), v.shape[1]), np.longdouble)
-    lse = np.full(len(q), -np.inf, np.longdouble)
+    lse = np.full(len(q), sink, np.longdouble)
     slack = np.zeros(len(q), np.longdouble)
     score_max = np.longdouble(0)
     with np.errstate(all="ignore"):
         for i in np.flatnonzero(sees):
             j = np.flatnonzero(visible[i])
-            scores = np.longdouble(scale) * (k[j] * q[i]).sum(axis=1) + bias[i, j]
-            top = scores.max()
+            scores = np.longdouble(scale) * (k[j] * q[i]).sum(axis=1)
+            if softcap is not None:
+                scores = softcap * np.tanh(scores / softcap)
+            scores = scores + bias[i, j]
+            top = np.maximum(scores.max(), sink)
             weights = np.exp(scores - top)
-            total = weights.sum()
+            total = weights.sum() + np.exp(sink - top)
             out[i] = (weights[:, None] * v[j]).sum(axis=0) / total
             lse[i] = top + np.log(total)
             if not reached[i]:
                 # Terms, not their sum: what cancels has been rounded before.
                 terms = np.longdouble(scale) * (abs(k[j]) * abs(q[i])).sum(axis=1)
                 size = (terms + abs(bias[i, j])).max()
+                size = max(size, abs(np.longdouble(sink)) if np.isfinite(sink) else 0)
                 score_max = max(score_max, size)
                 moved = min(np.longdouble(1), UNIT * (q.shape[1] + 8) * size)
                 spread = _norm(v[j].max(axis=0) - v[j].min(axis=0))
+                if sink != -np.inf:  # one more key, of value 0
+                    spread = max(spread, 2 * _norm(abs(v[j]).max(axis=0)))
                 slack[i] = 4 * moved * spread + UNIT * (len(j) + 16) * _norm(abs(v[j]).max(0))
     any_row = visible.any(axis=0)
     return Head(

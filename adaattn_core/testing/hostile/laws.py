@@ -83,9 +83,13 @@ def exact_heads(problem: HostileProblem, arrays: HostileArrays) -> Iterator[Loca
     facts = MaskFacts.of(mask)
     group = query.shape[1] // key.shape[1]
     scale = 1 / math.sqrt(query.shape[3]) if problem.scale is None else problem.scale
+    sinks = problem.sinks_of_heads()
     for i, span in enumerate(spans(facts, query.shape[0], query.shape[2], key.shape[2])):
         for head in range(query.shape[1]):
-            exact = attention_of_head(query, key, value, scale, facts, span, head, group)
+            exact = attention_of_head(
+                query, key, value, scale, facts, span, head, group, problem.softcap,
+                -math.inf if sinks is None else float(sinks[head]),
+            )  # fmt: skip
             yield Located((i, head), span, exact)
 
 
@@ -180,9 +184,9 @@ def judge_rows(
 
 
 def _blind_rows(exact: Head, rows: NDArray[Any], lse: NDArray[Any], where: str) -> None:
-    """Rows that see nothing give 0 and -inf, whatever anything else holds."""
+    """Rows that see nothing give 0 and -inf, or their sink, whatever anything else holds."""
     blind = ~exact.sees
-    if (rows[blind] != 0).any() or not (lse[blind] == -np.inf).all():
+    if (rows[blind] != 0).any() or not (lse[blind] == exact.lse[blind]).all():
         raise Lie(f"{where}: rows that see nothing gave {rows[blind]} and {lse[blind]}")
 
 

@@ -32,6 +32,14 @@ from adaattn_core.testing.hostile.values import (
     overwrite_hidden,
 )
 
+SINKS = {
+    "": (),
+    "usual": (0.5, -2.0, 3.0),
+    "none": (-np.inf,),
+    "mixed": (-np.inf, 0.0, 30.0),
+    "wide": (80.0, -80.0, -1e4, 700.0),
+}
+"""Sinks of the heads, in turn; none for the empty name."""
 POISONS = ("query", "key", "value", "bias")
 """Which array holds one NaN or Inf that may be seen; a bias only where there is one."""
 
@@ -87,6 +95,9 @@ class HostileProblem:
     poison : tuple of (str, str) or None
         One of `POISONS`, and "nan", "inf" or "-inf".
     scale : float or None
+    softcap : float or None
+    sinks : str
+        A name in `SINKS`.
     mask : HostileMask
     layout : {"bhsd", "bshd"}
     seed : int
@@ -106,6 +117,8 @@ class HostileProblem:
     hidden: str = "same"
     poison: tuple[str, str] | None = None
     scale: float | None = None
+    softcap: float | None = None
+    sinks: str = ""
     mask: HostileMask = field(default_factory=HostileMask)
     layout: str = "bhsd"
     seed: int = 0
@@ -114,6 +127,11 @@ class HostileProblem:
     def heads_q(self) -> int:
         """Query heads."""
         return self.heads_kv * self.group
+
+    def sinks_of_heads(self) -> NDArray[np.float32] | None:
+        """Return the sinks, shape (heads_q,), or None."""
+        values = SINKS[self.sinks]
+        return np.resize(np.array(values, np.float32), self.heads_q) if values else None
 
     def build(self) -> HostileArrays:
         """Build the arrays; always the same for the same spec."""
@@ -256,6 +274,10 @@ def hostile_masks(draw: st.DrawFn) -> HostileMask:
 
 LENGTHS = (*range(1, 13), *range(1, 13), *range(41))
 _SCALES = (1e-300, 5e-324, 1e-40, 1e-20, 1e-4, 10.0, 1e4, 1e10, 1e18, 1e30, 1e38, 1e300)
+_RULES = choices(
+    softcap=mostly(None, (50.0, 1.0, 0.01, 1e-30, 1e30), 4),
+    sinks=mostly("", tuple(name for name in SINKS if name), 4),
+)
 _DIMS = (4, 8, 1, 2, 3, 7, 16)
 _HEADS = choices(
     batch=(1, 1, 1, 2, 2, 3, 0),
@@ -312,6 +334,7 @@ def hostile_problems(
         return HostileProblem(
             **chosen,
             **draw(_HEADS),
+            **draw(_RULES),
             query=draw(fill),
             key=draw(fill),
             value=draw(fill),

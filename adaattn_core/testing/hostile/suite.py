@@ -22,6 +22,7 @@ from adaattn_core.backend import Backend
 from adaattn_core.errors import AdaAttnError, UnsupportedError
 from adaattn_core.files import atomic_write_text
 from adaattn_core.result import AttentionResult
+from adaattn_core.scores import SINKS, SOFTCAP
 from adaattn_core.testing.homes import ArrayHome
 from adaattn_core.testing.hostile.calls import HostileCall, hostile_calls, out_of
 from adaattn_core.testing.hostile.laws import (
@@ -132,6 +133,8 @@ class Run:
     bitwise : bool
         Whether what nobody sees may not change a bit. Else both answers are judged: a row that
         was repaired because of a hidden NaN is computed in another order.
+    rules : tuple of str
+        Score rules that the backend knows; it may refuse others.
     """
 
     law: str
@@ -140,12 +143,19 @@ class Run:
     home: ArrayHome = field(default_factory=ArrayHome)
     offered: tuple[str, ...] = ("f16", "bf16", "f32", "f64")
     bitwise: bool = True
+    rules: tuple[str, ...] = (SOFTCAP, SINKS)
 
     def takes(self, problem: HostileProblem) -> bool:
-        """Whether the backend claims the dtypes of a problem, of its mask, and its scale."""
+        """Whether the backend claims a problem's dtypes, its mask's, its rules and scales."""
         used = {problem.dtype} | ({problem.mask.bias_dtype} if problem.mask.bias else set())
         ordinary = problem.scale is None or 1e-36 < abs(problem.scale) < 1e36
-        return used <= set(self.offered) and (ordinary or "f64" in self.offered)
+        if problem.softcap is not None:
+            scale = problem.dim_qk**-0.5 if problem.scale is None else problem.scale
+            ordinary &= 1e-36 < scale / problem.softcap < 1e36
+        asked = {SOFTCAP} if problem.softcap is not None else set()
+        asked |= {SINKS} if problem.sinks else set()
+        known = asked <= set(self.rules)
+        return known and used <= set(self.offered) and (ordinary or "f64" in self.offered)
 
     def call(
         self, case: Case, arrays: HostileArrays, **replaced: Any
