@@ -46,6 +46,8 @@ class Capabilities:
     rules : tuple of (str, tuple of str)
         Score rules it knows ("softcap", "sinks"; `adaattn_core.scores`), each with the
         structure kinds that it runs under it. A problem with another rule is refused.
+    rule_formats : tuple of str or None
+        Operand formats that it runs under score rules; None: all of them.
     sizes : tuple of Structure
         Structures with the sizes (tiles, groups, bands, ...) that it prefers to run; policies
         change what they leave out. Kinds that are not named come in the policy's own sizes.
@@ -68,6 +70,7 @@ class Capabilities:
         "additive",
     )
     rules: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    rule_formats: tuple[str, ...] | None = None
     sizes: tuple[Structure, ...] = ()
     paged: bool = False
 

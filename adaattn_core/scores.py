@@ -100,14 +100,25 @@ def under_rules(problem: Any, capabilities: Capabilities, backend: str) -> Capab
         kinds = tuple(kind for kind in capabilities.structures if kind in known[rule])
         sizes = tuple(sized for sized in capabilities.sizes if sized.kind in kinds)
         capabilities = replace(capabilities, structures=kinds, sizes=sizes)
+    formats = capabilities.rule_formats
+    if formats is not None and rules_of(problem):
+        capabilities = replace(
+            capabilities,
+            qk_formats=tuple(name for name in capabilities.qk_formats if name in formats),
+            pv_formats=tuple(name for name in capabilities.pv_formats if name in formats),
+        )
     return capabilities
 
 
 def left_out(problem: Any, capabilities: Capabilities) -> str:
-    """Say which structures the rules of a problem leave out; nothing where none is."""
+    """Say which structures and formats the rules of a problem leave out, if any."""
     known = dict(capabilities.rules)
     lost = {
         rule: [kind for kind in capabilities.structures if kind not in known.get(rule, ())]
         for rule in rules_of(problem)
     }
+    if capabilities.rule_formats is not None:
+        both = {*capabilities.qk_formats, *capabilities.pv_formats}
+        without = sorted(both - set(capabilities.rule_formats))
+        lost = {rule: [*kinds, *without] for rule, kinds in lost.items()}
     return "; ".join(f"{rule}: no {', '.join(kinds)}" for rule, kinds in lost.items() if kinds)

@@ -79,6 +79,7 @@ class CudaBackend:
             array_devices=("cuda",),
             target="sm90" if hopper else "sm80",
             rules=(("softcap", ("dense",)), ("sinks", ("dense",))),
+            rule_formats=sm80.OPERAND_FORMATS,
         )
 
     def decides(self) -> Capabilities:

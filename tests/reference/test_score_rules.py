@@ -202,6 +202,22 @@ def test_scores_that_overflow_float32_are_capped() -> None:
     assert row_errors(found.out, exact_attention(problem).out).max() <= 1e-5
 
 
+def test_formats_that_a_backend_has_not_under_rules_are_not_planned() -> None:
+    class Narrow(NumpyBackend):
+        name = "narrow"
+
+        def capabilities(self) -> Any:
+            return replace(super().capabilities(), rule_formats=("f32", "f16"))
+
+    three = arrays(length=64, size=0.1)
+    budget = ErrorBudget(rel=0.5, guarantee="worst_case")
+    plain = attention(*three, backend=Narrow(), budget=budget, target="sm90")
+    assert {head.qk for head in plain.plan.heads.values()} == {"i8"}
+    ruled = attention(*three, backend=Narrow(), budget=budget, target="sm90", softcap=50.0)
+    assert {head.qk for head in ruled.plan.heads.values()} <= {"f32", "f16"}
+    assert "i8" in ruled.plan[0, 0].reason
+
+
 def test_a_backend_that_does_not_know_a_rule_is_never_asked() -> None:
     class Plain(NumpyBackend):
         name = "plain"
