@@ -66,6 +66,22 @@ def exact(few: bool) -> int:
             for operand in (name, "bf16"):
                 plan = Plan.uniform(problem, HeadPlan(qk=operand, pv=operand))
                 heads += len(dict(backend.run(problem, plan).facts))
+    return heads + eight_bit(few)
+
+
+def eight_bit(few: bool) -> int:
+    """Run what the 8-bit kernel takes: interval masks and head dims in eights, up to 128."""
+    backend, heads = CudaBackend(), 0
+    if torch.cuda.get_device_capability() != (9, 0):
+        return heads
+    for name in ("bf16",) if few else ("bf16", "f16"):
+        for problem in problems(DTYPES[name], few=False):
+            dims = problem.dim_qk, problem.dim_v
+            if not problem.mask.is_structural or max(dims) > 128 or any(d % 8 for d in dims):
+                continue
+            for qk, pv in (("i8", "e4m3"), ("i8", name), (name, "e4m3")):
+                plan = Plan.uniform(problem, HeadPlan(qk=qk, pv=pv))
+                heads += len(dict(backend.run(problem, plan).facts))
     return heads
 
 
