@@ -170,8 +170,8 @@ COST_MODELS: dict[str, CostModel] = {
                 "tf32": 1.17e14,
                 "f16": 6.2e14,
                 "bf16": 6.2e14,
-                "i8": 7.0e14,
-                "e4m3": 7.0e14,
+                "i8": 5.7e14,
+                "e4m3": 5.7e14,
             },
             softmax_rate=3.7e12,
             overlap=True,
@@ -186,10 +186,10 @@ COST_MODELS: dict[str, CostModel] = {
             key_seconds=1e-9,
             call_seconds=2.5e-4,
             rows_format="bf16",
-            source="H100: f32, tf32 and 16-bit as measured with this project's kernels, head"
-            " dim 128, 4,096 keys; 8-bit head dim 128 between 4,096 and 16,384 keys, with its"
-            " quantisation; landmarks and planning fitted to stages of heads of dim 64, 8k to"
-            " 128k; softmax_rate and the other efficiencies assumed",
+            source="H100, as measured with this project's kernels: all formats at head dim 128,"
+            " 4,096 keys, 8-bit ones with their quantisation; landmarks and planning fitted to"
+            " stages of heads of dim 64, 8k to 128k; softmax_rate and the other efficiencies"
+            " assumed",
         ),
         CostModel(
             name="sm80",

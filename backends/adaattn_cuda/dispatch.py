@@ -142,8 +142,8 @@ def make_launch(
     if task.softcap:
         _check_softcap(task)
     arch = driver.device_facts(task.query.device).arch
-    if eight_bit.is_asked(task) and task.key.shape[2] == 0:
-        # Without a key there is no product, in whatever format.
+    if eight_bit.is_asked(task) and 0 in (*task.query.shape[:3], task.key.shape[2]):
+        # Without a query or a key there is no product, in whatever format.
         plain = Recipe(problem.dtype, problem.dtype)
         return sm80.Sm80Launch(Task.of(problem, arrays, plain, heads, sinks), stream)
     if eight_bit.is_asked(task):

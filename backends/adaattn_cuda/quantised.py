@@ -3,7 +3,8 @@
 Every bound follows from the largest step of a head's operands. With n numbers in a vector, i8
 codes are off by half a step and what is lost on the way to them: 0.501 step sqrt(n). A centred
 key is no longer than 127.01 step sqrt(n), 127 steps being the largest number of its group. e4m3
-values are off by 2^-4 of themselves, or, below the normal numbers, by 2^-10 of a step.
+values are off by 2^-4 of themselves, or, below the normal numbers, by 2^-10 of a step; never by
+more than themselves, since 0 is a number of the format.
 """
 
 from __future__ import annotations
@@ -135,4 +136,5 @@ def value_residual(
     step: NDArray[np.float64], norm: NDArray[np.float64], dim: int
 ) -> NDArray[np.float64]:
     """Bound what rounding to e4m3 takes from a vector of this norm."""
-    return np.asarray((2.0**-4 * norm + 2.0**-10 * math.sqrt(dim) * step) * (1 + 2.0**-16))
+    rounded = (2.0**-4 * norm + 2.0**-10 * math.sqrt(dim) * step) * (1 + 2.0**-16)
+    return np.asarray(np.minimum(rounded, norm))

@@ -310,3 +310,15 @@ def test_many_heads_share_the_time_of_a_call() -> None:
     many = replace(alone, shapes={(0, head): shape for head in range(27)})
     assert not BudgetPolicy().compile(alone).candidates  # type: ignore[union-attr]
     assert BudgetPolicy().compile(many).candidates  # type: ignore[union-attr]
+
+
+def test_8_bits_are_not_tried_where_nothing_is_measured() -> None:
+    """Of a head that nobody looked at, no theorem says that 8 bits will do."""
+    for measures in (True, False):
+        here = context(4096)
+        can = replace(here.capabilities, qk_formats=("bf16", "i8"), pv_formats=("bf16", "e4m3"))
+        fast = replace(here.costs, flops={**here.costs.flops, "i8": 1e16, "e4m3": 1e16})
+        there = replace(here, capabilities=can, costs=fast, measures=measures)
+        pairs = set(BudgetPolicy()._pairs(there))
+        narrow = {pair for pair in pairs if {"i8", "e4m3"} & set(pair)}
+        assert bool(narrow) == measures

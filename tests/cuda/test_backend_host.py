@@ -329,6 +329,43 @@ def test_hopper_takes_heads_in_the_inputs_own_format(
     assert backend.provenance()["kernels"] == "hopper's; kernel of f32/f32"
 
 
+def test_hopper_takes_8_bits_by_name_and_nothing_by_halves(
+    backend: CudaBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads of one way run together; a problem without rows asks for no product."""
+    taken: list[Task] = []
+
+    def launch(task: Task, stream: int) -> Any:
+        taken.append(task)
+        return SimpleNamespace(
+            name="eight bits",
+            workspace_bytes=0,
+            step_keys=128,
+            scratch_bytes=(64, 32),
+            start=lambda *where: Recorder.started.append(where),
+        )
+
+    monkeypatch.setattr(driver, "device_facts", lambda device: HOPPER)
+    monkeypatch.setattr(dispatch.eight_bit, "launch", launch)
+    p = problem(ml_dtypes.bfloat16, heads=3)
+    one, other = HeadPlan(qk="i8", pv="e4m3"), HeadPlan(qk="i8", pv="e4m3", smooth_k=False)
+    backend.run(p, Plan({(0, 0): one, (0, 1): other, (0, 2): one}))
+    ways = [(task.heads, task.smooth_k) for task in taken]
+    assert ways == [(((0, 0), (0, 2)), True), (((0, 1),), False)]
+    assert len(Recorder.started[0][0]) == 9  # seven arrays, two pieces of scratch memory
+    fields: dict[str, Any] = {"scales": "token", "rounding": "stochastic", "flush_keys": 64}
+    for name, value in fields.items():
+        refused = HeadPlan(**{"qk": "i8", "pv": "e4m3", name: value})
+        with pytest.raises(UnsupportedError, match=name):
+            backend.run(p, Plan.uniform(p, refused))
+    single = problem(np.float32)
+    with pytest.raises(UnsupportedError, match="f32"):
+        backend.run(single, Plan.uniform(single, one))
+    empty = problem(ml_dtypes.bfloat16, len_q=0)
+    backend.run(empty, Plan.uniform(empty, one))
+    assert [(task.qk, task.pv) for task in Recorder.made] == [("bf16", "bf16")]
+
+
 # --- facts ---
 @pytest.mark.parametrize(("step_keys", "keys"), [(16, 16), (64, 32), (176, 32)])
 def test_the_kernels_state_their_arithmetic(

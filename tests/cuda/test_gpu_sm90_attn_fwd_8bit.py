@@ -259,9 +259,11 @@ def test_hostile_values(name: str, dim: int) -> None:
     for head in range(2):
         error = (result.out[0, head].double() - truth[0, head]).norm(dim=-1).max()
         rms = result.out[0, head].double().norm(dim=-1).square().mean().sqrt()
-        assert (
-            float(error) <= result.certificate[0, head].upper * float(rms) * (1 + 1e-6) + 1e-40
-        )
+        upper = result.certificate[0, head].upper
+        if upper < math.inf:  # what is all below the smallest scale has no bound
+            assert float(error) <= upper * float(rms) * (1 + 1e-6) + 1e-40
+    if name == "zeros":
+        assert all(result.certificate[0, head].upper == 0 for head in range(2))
     if name in ("outliers", "common mean", "zero and constant channels"):
         assert relative(result.out.double(), truth) < 0.06
 
