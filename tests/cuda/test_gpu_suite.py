@@ -42,7 +42,11 @@ def run(command: list[str], environment: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("tool", "launches"),
     [("memcheck", "exact"), ("racecheck", "few"), ("synccheck", "exact")]
-    + [(tool, what) for what in ("adaptive", "backward", "rules") for tool in TOOLS],
+    + [
+        (tool, what)
+        for what in ("adaptive", "backward", "rules", "eight_bit")
+        for tool in TOOLS
+    ],
 )
 def test_sanitizer(tool: str, launches: str, environment: dict[str, str]) -> None:
     """Of the kernels alone: the array library may ask the driver in vain."""
