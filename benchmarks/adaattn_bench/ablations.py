@@ -52,11 +52,12 @@ class Layer:
     def run(
         self, budget: ErrorBudget, policy: Any, *, target: str | None, seed: int | None
     ) -> AttentionResult:
-        """Compute it within a budget."""
+        """Compute it within a budget, on the backend that has every part."""
         problem = self.problem
         return attention(
             problem.query, problem.key, problem.value, mask=problem.mask, scale=problem.scale,
             budget=budget, policy=policy, target=target, seed=seed, layer=self.name,
+            backend="numpy",
         )  # fmt: skip
 
     def rows(self, result: AttentionResult) -> list[HeadRow]:
