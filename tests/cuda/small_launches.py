@@ -5,9 +5,9 @@
 
 "exact": formats, masks, rows on and off the 16-byte grid, packed batches, NaN and Inf; "few" of
 them: every mask and every head dim, not each with each, for the tools that take a second a
-launch; "rules": softcaps and sinks; "eight_bit": operands of 8 bits; "backward": gradients, in any
-order and in one; "adaptive": what plans, runs and certifies a budget on the device. The figures of
-certificates are read. Nothing is compared here. Needs torch with CUDA.
+launch; "rules": softcaps and sinks; "eight_bit": operands of 8 bits; "backward": gradients, in
+any order and in one; "adaptive": what plans, runs and certifies a budget on the device. The
+figures of certificates are read. Nothing is compared here. Needs torch with CUDA.
 """
 
 from __future__ import annotations
