@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from adaattn_core.errors import UnsupportedError
 from adaattn_torch.call import Call
 from adaattn_torch.forward import Computed, run
 from adaattn_torch.gradient import attention_tangent, rule_gradient
@@ -30,8 +31,20 @@ def with_rules(call: Call, softcap: float | None, sinks: torch.Tensor | None) ->
 
 
 def attend_ruled(call: Call, want_info: bool) -> Computed:
-    """Compute a call with a rule that was checked already and that nobody records."""
+    """Compute a call with a rule that was checked already.
+
+    Raises
+    ------
+    UnsupportedError
+        If somebody records it: no operator carries rules.
+    """
     query, key, value, allowed, bias = call[:5]
+    if is_recorded(query, key, value):
+        raise UnsupportedError(
+            got="a softcap or sinks in a recorded call",
+            needed="an eager call",
+            do="use adaattn_torch.scaled_dot_product_attention: it writes such calls out",
+        )
     given = [x for x in (query, key, value, bias, call.sinks) if x is not None]
     if in_forward_mode() or (torch.is_grad_enabled() and any(x.requires_grad for x in given)):
         seen: list[AttentionInfo | None] = []

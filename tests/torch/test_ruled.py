@@ -11,6 +11,7 @@ import torch
 import adaattn_torch
 from adaattn_core.errors import ShapeError, UnsupportedError
 from adaattn_core.mask import Mask
+from adaattn_torch import compat
 from adaattn_torch import info as infos
 from adaattn_torch import scaled_dot_product_attention as sdpa
 from adaattn_torch.bridge import attend
@@ -161,3 +162,21 @@ def test_sinks_of_another_shape_are_refused() -> None:
         sdpa(q, k, v, enable_gqa=True, sinks=torch.zeros(1, 4), strict=True)
     with pytest.raises(UnsupportedError, match="sinks of shape"):
         sdpa(q, k, v, enable_gqa=True, sinks=torch.zeros(3), strict=True)
+
+
+def test_flash_attentions_signature_takes_a_softcap() -> None:
+    """Packed or not, with its window; 0 is none."""
+    q, k, v = (x.detach().transpose(1, 2) for x in tensors(9)[:3])
+    lead = q.shape[0]
+    asked: Any = {"causal": True, "window_size": (3, 0)}
+    out = compat.flash_attn_func(q, k, v, softcap=1.5, **asked)
+    near = torch.ones(9, 9, dtype=torch.bool).tril().triu(-3)
+    three = [x.transpose(1, 2) for x in (q, k, v)]
+    plain = plain_attention(*three, near, 0.0, False, None, 1.5, None)
+    torch.testing.assert_close(out, plain.transpose(1, 2), rtol=1e-12, atol=1e-12)
+    packed = [x.reshape(lead * 9, *x.shape[2:]) for x in (q, k, v)]
+    edges = [9 * i for i in range(lead + 1)]
+    ragged = compat.flash_attn_varlen_func(*packed, edges, edges, 9, 9, softcap=1.5, **asked)
+    torch.testing.assert_close(ragged.reshape(out.shape), out)
+    none = compat.flash_attn_func(q, k, v, softcap=0.0, **asked)
+    torch.testing.assert_close(none, compat.flash_attn_func(q, k, v, **asked))

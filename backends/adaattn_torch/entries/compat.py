@@ -40,6 +40,8 @@ def flash_attn_func(
         Default 1/sqrt(dim).
     window_size : (int, int)
         Keys to the left and right of the aligned position; -1 is unlimited.
+    softcap : float
+        Scores become ``softcap * tanh(score / softcap)``; 0 for none.
     deterministic : bool
         Always honoured: forward and backward add in a fixed order.
     budget : ErrorBudget or float, optional
@@ -48,12 +50,12 @@ def flash_attn_func(
     Raises
     ------
     UnsupportedError
-        For dropout, softcap, ALiBi and returned probabilities.
+        For dropout, ALiBi and returned probabilities.
     """
-    _refuse(dropout_p=dropout_p, softcap=softcap, alibi_slopes=alibi_slopes,
+    _refuse(dropout_p=dropout_p, alibi_slopes=alibi_slopes,
             return_attn_probs=return_attn_probs)  # fmt: skip
     mask = _window(causal, window_size)
-    return _bshd(q, k, v, mask, softmax_scale, budget)[0]
+    return _bshd(q, k, v, mask, softmax_scale, budget, softcap)[0]
 
 
 def flash_attn_varlen_func(
@@ -96,7 +98,7 @@ def flash_attn_varlen_func(
     ArgumentError
         If a sequence is longer than its stated maximum.
     """
-    _refuse(dropout_p=dropout_p, softcap=softcap, alibi_slopes=alibi_slopes,
+    _refuse(dropout_p=dropout_p, alibi_slopes=alibi_slopes,
             return_attn_probs=return_attn_probs, block_table=block_table)  # fmt: skip
     cu_q, cu_k = _host(cu_seqlens_q), _host(cu_seqlens_k)
     for name, cu, most in (("q", cu_q, max_seqlen_q), ("k", cu_k, max_seqlen_k)):
@@ -108,7 +110,7 @@ def flash_attn_varlen_func(
                 do=f"pass max_seqlen_{name}={longest}",
             )
     mask = Mask.ragged(cu_q, cu_k) & _window(causal, window_size)
-    return _bshd(q[None], k[None], v[None], mask, softmax_scale, budget)[0][0]
+    return _bshd(q[None], k[None], v[None], mask, softmax_scale, budget, softcap)[0][0]
 
 
 def sageattn(
@@ -161,12 +163,14 @@ def _bshd(
     mask: Mask,
     scale: float | None,
     budget: ErrorBudget | float | None,
+    softcap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     query, key, value = (x.transpose(1, 2) for x in (q, k, v))
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     attended = attend(
-        query, key, value, mask=mask, scale=factor, budget=budget, want_info=False
-    )
+        query, key, value, mask=mask, scale=factor, budget=budget, want_info=False,
+        softcap=None if softcap == 0 else softcap,
+    )  # fmt: skip
     return attended.out.transpose(1, 2), attended.lse
 
 
