@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,6 +55,29 @@ def test_compiles_within_its_budget(compiler: Compiler, spec: KernelSpec) -> Non
     assert budget.terms
     assert budget.violations(built.resources, spec.smem_bytes) == []
     assert built.resources.stack_bytes == 0  # nothing in local memory
+
+
+@pytest.mark.nvrtc
+@pytest.mark.parametrize("dim", [64, 128])
+def test_the_matrix_unit_multiplies_8_bits(
+    compiler: Compiler, tmp_path: Path, dim: int
+) -> None:
+    """Read off the machine code, where the toolkit's disassembler is installed."""
+    disassembler = shutil.which("nvdisasm")
+    if disassembler is None:
+        pytest.skip("no nvdisasm on this machine (it comes with the CUDA toolkit)")
+    cubin = tmp_path / "kernel.cubin"
+    for qk, pv, wanted in (
+        ("i8", "e4m3", {"IGMMA", "QGMMA"}),
+        ("i8", "bf16", {"IGMMA", "HGMMA"}),
+        ("bf16", "e4m3", {"HGMMA", "QGMMA"}),
+    ):
+        cubin.write_bytes(compiler.compile(choose(qk, pv, dim, dim).spec("bf16")).cubin)
+        text = subprocess.run(
+            [disassembler, "-c", str(cubin)], capture_output=True, text=True, check=True
+        ).stdout
+        assert set(re.findall(r"\b[IQH]GMMA", text)) == wanted
+        assert not re.search(r"\b(LDL|STL)\b", text)  # nothing in local memory
 
 
 @pytest.mark.nvrtc
@@ -153,9 +181,7 @@ def test_sources_begin_on_whole_tiles_of_their_sequence() -> None:
 
 def test_only_heads_that_are_computed_are_quantised() -> None:
     some = task((SequenceSpan(0, 0, 0, 100, 0, 200),), 100, 200)
-    some = Task(
-        **{**{f: getattr(some, f) for f in some.__dataclass_fields__}, "heads": ((0, 3),)}
-    )
+    some = dataclasses.replace(some, heads=((0, 3),))
     _, keys, queries = quantiser._tables(some, [0])
     assert set(keys["head"].tolist()) == {1}
     assert set(queries["head"].tolist()) == {3}
