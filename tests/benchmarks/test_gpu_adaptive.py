@@ -131,3 +131,13 @@ def test_a_problem_is_measured_and_reported(module):
     assert "| 0.2 | 96 | prose | 6 |" in page
     assert "- not begun: x" in page
     assert report.summary(whole)
+
+
+def test_runs_are_joined_only_where_they_are_parts_of_one(module):
+    joined = module("gpu_adaptive").joined
+    first = {"revision": "a", "device": "H", "budgets": [0.1], "cells": [1], "hard": []}
+    second = {"revision": "a", "device": "H", "budgets": [0.1], "cells": [2], "hard": [3]}
+    whole = joined([dict(first), dict(second)])
+    assert (whole["cells"], whole["hard"], whole["budgets"]) == ([1, 2], [3], [0.1])
+    with pytest.raises(SystemExit, match="revision"):
+        joined([dict(first), second | {"revision": "b"}])
