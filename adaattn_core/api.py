@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from adaattn_core.arrays import in_library_of, move_axis_layout
@@ -188,13 +188,19 @@ def _plans_of(policy: Policy | None) -> list[HeadPlan]:
     return []
 
 
+@cache
+def _default_policy() -> Policy:
+    """Return one policy for all calls: it is checked when made, and knows no call."""
+    return BudgetPolicy()
+
+
 def _policy(
     policy: Any, budget: ErrorBudget | None, plan: Plan | None, paged: bool
 ) -> Policy | None:
     if plan is not None:
         return None
     if policy is None and budget is not None:
-        return PagedPolicy() if paged else BudgetPolicy()
+        return PagedPolicy() if paged else _default_policy()
     if policy is None:
         return ExactPolicy()
     chosen = get_policy(policy) if isinstance(policy, str) else policy
