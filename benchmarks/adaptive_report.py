@@ -269,6 +269,18 @@ def summary(report: Cell) -> str:
     return "\n".join(lines + gaps(report))
 
 
+def _carried(report: Cell) -> str:
+    """Say which peers were measured in another run."""
+    runs = report.get("carried", {})
+    if not runs:
+        return ""
+    told = ", ".join(f"{name} ({run})" for name, run in sorted(runs.items()))
+    return (
+        f" Missing on this machine and taken from an earlier run on the same inputs: {told};"
+        " their times are scaled so that each keeps its ratio to cuDNN's of its own run."
+    )
+
+
 def markdown(report: Cell) -> str:
     """Return the documentation page."""
     versions = ", ".join(
@@ -308,6 +320,7 @@ def markdown(report: Cell) -> str:
         *table(AIM_HEAD, aim_rows(report)),
         "",
         *verdict(report),
+        *(f"- {remark}" for remark in report.get("remarks", ())),
         "",
         "![Speed-up, error, certificates and stages](gpu_adaptive.png)",
         "",
@@ -319,7 +332,8 @@ def markdown(report: Cell) -> str:
         "",
         "## Peers at their measured error",
         "",
-        "All texts together. Milliseconds are medians; the speed-up is that of the total time.",
+        "All texts together. Milliseconds are medians; the speed-up is that of the total time."
+        + _carried(report),
         "",
         *table(
             ["len", "heads", "by", "ms", "speed-up", "Frobenius, mean",

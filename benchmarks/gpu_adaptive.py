@@ -4,6 +4,7 @@
     python benchmarks/gpu_adaptive.py --data DATA --out DIR  writes gpu_adaptive.json
     python benchmarks/gpu_adaptive.py --render FILE.json     table and plots of an earlier run
     python benchmarks/gpu_adaptive.py --join FILE.json ... --out DIR     several runs as one
+                                      [--peers-of FILE.json]  with peers of an earlier one
 
 Everything is inside the timed region: probe, plan, gather, attend, certify, escalate; inputs
 are warm on the device. Contenders take turns in random order; figures are medians of CUDA
@@ -91,7 +92,7 @@ class Run:
                 "driver": subprocess.run(
                     ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
                     capture_output=True, text=True, check=False,
-                ).stdout.strip(),
+                ).stdout.partition("\n")[0].strip(),
                 "cuda": torch.version.cuda,
                 "cudnn": torch.backends.cudnn.version(),
             }  # fmt: skip
@@ -256,6 +257,31 @@ def joined(reports: list[dict[str, Any]]) -> dict[str, Any]:
     return report
 
 
+def carry_peers(report: dict[str, Any], earlier: dict[str, Any]) -> None:
+    """Add peers that this machine lacked, from an earlier run on the same inputs.
+
+    Their times are scaled so that each keeps its ratio to cuDNN's of its own run; the report
+    names them under ``carried``.
+    """
+
+    def known_by(cell: dict[str, Any]) -> tuple[Any, ...]:
+        return cell["text"], cell["len"], tuple(cell["layers"])
+
+    known = {known_by(cell): cell["contenders"] for cell in earlier["cells"]}
+    carried: dict[str, str] = {}
+    for cell in report["cells"]:
+        then, now = known.get(known_by(cell), {}), cell["contenders"]
+        if CUDNN not in then or CUDNN not in now:
+            continue
+        factor = now[CUDNN]["ms"]["median"] / then[CUDNN]["ms"]["median"]
+        for name in MAKERS.keys() & then.keys() - now.keys():
+            ms = {key: factor * value for key, value in then[name]["ms"].items()}
+            now[name] = {"errors": then[name]["errors"], "ms": ms}
+            cell["absent"].pop(name, None)
+            carried[name] = f"{earlier['revision']}, {earlier['date']}"
+    report["carried"] = carried
+
+
 def main() -> None:
     """Measure, or render an earlier measurement."""
     parser = argparse.ArgumentParser(
@@ -265,6 +291,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path())
     parser.add_argument("--render", type=Path, metavar="FILE")
     parser.add_argument("--join", type=Path, nargs="+", metavar="FILE")
+    parser.add_argument("--peers-of", type=Path, metavar="FILE")
     parser.add_argument("--revision", default="unknown", help="of this repository")
     parser.add_argument("--texts", nargs="+", default=["prose", "code"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32_768, 131_072])
@@ -285,6 +312,8 @@ def main() -> None:
         return
     if options.join:
         report = joined([json.loads(path.read_text()) for path in options.join])
+        if options.peers_of:
+            carry_peers(report, json.loads(options.peers_of.read_text()))
         (options.out / "gpu_adaptive.json").write_text(json.dumps(report))
         return
     if options.data is None:

@@ -141,3 +141,23 @@ def test_runs_are_joined_only_where_they_are_parts_of_one(module):
     assert (whole["cells"], whole["hard"], whole["budgets"]) == ([1, 2], [3], [0.1])
     with pytest.raises(SystemExit, match="revision"):
         joined([dict(first), second | {"revision": "b"}])
+
+
+def test_peers_of_an_earlier_run_keep_their_ratio_to_cudnn(module):
+    def cell(cudnn, **others):
+        times = {"cuDNN": cudnn} | others
+        contenders = {n: {"ms": {"median": t}, "errors": {}} for n, t in times.items()}
+        return {
+            "text": "a", "len": 8, "layers": [1], "contenders": contenders,
+            "absent": {"FA3": "missing"},
+        }  # fmt: skip
+
+    now = {"cells": [cell(4.0, **{"budget 0.1": 1.0})]}
+    then = {"cells": [cell(2.0, FA3=3.0, **{"budget 0.1": 9.0})]}
+    then |= {"revision": "r", "date": "d"}
+    module("gpu_adaptive").carry_peers(now, then)
+    (found,) = now["cells"]
+    assert found["contenders"]["FA3"]["ms"]["median"] == 6.0
+    assert found["contenders"]["budget 0.1"]["ms"]["median"] == 1.0
+    assert found["absent"] == {}
+    assert now["carried"] == {"FA3": "r, d"}
