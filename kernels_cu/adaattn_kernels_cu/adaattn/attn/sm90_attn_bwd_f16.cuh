@@ -52,6 +52,7 @@
 #include "adaattn/attn/sm90_bwd_epilogue.cuh"
 #include "adaattn/attn/sm90_bwd_params.cuh"
 #include "adaattn/attn/sm90_bwd_producer.cuh"
+#include "adaattn/attn/sm90_bwd_turns.cuh"
 #include "adaattn/common/format.cuh"
 #include "adaattn/mask/sm90_mask.cuh"
 #include "adaattn/ptx/mbarrier.cuh"
@@ -217,39 +218,6 @@ struct Consumer {
         }
     }
 
-    struct Place {
-        int tile, head;
-    };
-    ADAATTN_DEVICE Place after(const Place& place) const {
-        const bool wraps = place.tile + 1 == work().end;
-        return {wraps ? work().begin : place.tile + 1, place.head + wraps};
-    }
-    ADAATTN_DEVICE Place before(const Place& place) const {
-        const bool wraps = place.tile == work().begin;
-        return {wraps ? work().end - 1 : place.tile - 1, place.head - wraps};
-    }
-
-    ADAATTN_DEVICE u32* turn(const Place& place) const {
-        const i64 plane =
-            (static_cast<i64>(work().item.batch) * params.heads_q + place.head) * 2 + warpgroup;
-        return params.turns + plane * params.len_q + work().source.first_key +
-               place.tile * T::kTileM;
-    }
-    // Waits until the blocks of all later keys that see any of these queries have added: those up
-    // to the last whose first visible query comes before the tile's (or the sequence's) end.
-    ADAATTN_DEVICE void wait_turn(const Place& place) const {
-        const int past = smaller((place.tile + 1) * T::kTileM, work().source.keys);
-        const int room = past - 1 - work().item.start_offset;
-        const int later = room < 0 ? 0 : smaller(room / T::kTileN, work().tiles_after);
-        while (ptx::load_acquire(turn(place)) != static_cast<u32>(later)) {
-        }
-    }
-    // This warpgroup's last addition has landed: the next block may add to that tile.
-    ADAATTN_DEVICE void pass_turn(const Place& place) const {
-        ptx::bulk_wait();
-        ptx::add_release(turn(place), 1);
-    }
-
     // Adds this warpgroup's half of dq to memory: registers, shared memory, copy engine.
     ADAATTN_DEVICE void add_query_gradient(const float (&acc)[T::kSlabs][T::kHalf / 2],
                                            const Place& place,
@@ -260,7 +228,7 @@ struct Consumer {
         const u32 barrier = kDqOfFirstConsumer + warpgroup;
         if (starter) {
             if constexpr (T::kInOrder) {
-                if (has_before) pass_turn(before(place));
+                if (has_before) pass_turn<T>(params, work(), before(work(), place), warpgroup);
             } else {
                 ptx::bulk_wait_read();
             }
@@ -287,7 +255,7 @@ struct Consumer {
                 (static_cast<i64>(work().item.batch) * params.heads_q + head) * 2 + warpgroup;
             float* to = params.d_query + (plane * params.len_q + array_row) * T::kHalf;
             const int rows = smaller(work().source.keys - first_query, T::kTileM);
-            if constexpr (T::kInOrder) wait_turn(place);
+            if constexpr (T::kInOrder) wait_turn<T>(params, work(), place, warpgroup);
             ptx::bulk_reduce_add(to, staged, static_cast<u32>(rows) * T::kHalf * 4);
             ptx::bulk_commit();
         }
@@ -360,7 +328,7 @@ struct Consumer {
         if constexpr (!kFirst) {
             ptx::wgmma_wait<2>();
             pin_slabs(d_query);
-            add_query_gradient(d_query, before(here), i > 1);
+            add_query_gradient(d_query, before(work(), here), i > 1);
         }
         ptx::wgmma_wait<1>();
         ptx::pin(d_scores);
@@ -408,7 +376,7 @@ struct Consumer {
             step<true>(0, here, scores, d_key, d_value);
 #pragma unroll 1
             for (int i = 1; i < work().count; ++i) {
-                here = after(here);
+                here = after(work(), here);
                 step<false>(i, here, scores, d_key, d_value);
             }
             const int last = work().count - 1;
@@ -418,7 +386,9 @@ struct Consumer {
             ptx::wgmma_wait<0>();
             pin_slabs(d_query);
             add_query_gradient(d_query, here, last > 0);
-            if (T::kInOrder && threadIdx.x % kWarpgroupThreads == 0) pass_turn(here);
+            if (T::kInOrder && threadIdx.x % kWarpgroupThreads == 0) {
+                pass_turn<T>(params, work(), here, warpgroup);
+            }
         }
         write_gradient<T::kFormat, T::kDimQk>(params, params.d_key, params.dim_qk, work(), d_key,
                                               params.scale, row(), lane());
