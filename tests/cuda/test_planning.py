@@ -153,11 +153,3 @@ def test_records_have_the_size_of_their_twins() -> None:
     assert (GROUP.itemsize, SLOT.itemsize) == (16, 16)
     assert (DECISION.itemsize, CERTIFICATE.itemsize) == (128, 32)
     assert ctypes.sizeof(params.Sizes) == 88
-
-
-def test_items_are_dealt_only_where_one_order_of_lengths_serves_all_heads() -> None:
-    assert geometry().one_section
-    assert geometry(len_q=32_768, len_kv=32_768, heads_q=9, heads_kv=3).one_section
-    long = geometry(len_q=32_768, len_kv=32_768, heads_q=8, heads_kv=8, dim_qk=128, dim_v=128)
-    assert not long.one_section
-    assert long.section_heads == 2

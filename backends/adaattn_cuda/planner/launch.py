@@ -97,9 +97,6 @@ class FarLaunch:
         self.kept = kept_layout(g)
         self.dense = dense_tile(padded_dim(g.dim_qk), padded_dim(g.dim_v))
         self.exact_tiles = -(-g.len_q // self.dense.tile_m)
-        # Dealt in turn, items of one falling order of lengths make even loads; those of several
-        # sections, each of which begins with its longest, do not: blocks then queue for them.
-        self.dealt = self.blocks if g.one_section else 0
         self.scratch = scratch_layout(
             g, self.tables, self.levels, self.landmark_rows, self.exact_tiles, self.blocks
         )

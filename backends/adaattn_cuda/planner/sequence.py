@@ -217,7 +217,7 @@ class Packer:
 
     def _exact_list(self) -> p.List:
         own = self.launch
-        return self._work_list("exact", own.dense, own.exact_tiles, own.dealt)
+        return self._work_list("exact", own.dense, own.exact_tiles, own.blocks)
 
     def _work(self, kernel: str, slots: str, pool_first: str) -> int:
         g = self.launch.geometry
@@ -317,11 +317,11 @@ class Packer:
         return self._add(name, "attend_exact", block, self.launch.blocks, lane, *after)
 
     def _take_from(self, block: sm90.Params, stem: str) -> None:
-        """Have an attention take the items of a list, dealt or from a queue."""
+        """Have an attention take the items of a list: landmark heads' from a queue."""
         g = self.launch.geometry
         block.items, block.sources = self.at[f"{stem}_items"], self.at[f"{stem}_sources"]
-        if stem == "landmark" or (self.launch.levels and not self.launch.dealt):
-            block.queue = self.at[f"{stem}_queue"]
+        if stem == "landmark":
+            block.queue = self.at["landmark_queue"]
         block.squares = self.at["squares"]
         block.squares_head = square_stride(g)
         block.squares_batch = g.heads_q * block.squares_head

@@ -133,11 +133,6 @@ class FarGeometry:
         return max(1, L2_SECTION_BYTES // head_bytes)
 
     @property
-    def one_section(self) -> bool:
-        """Whether L2 holds the keys and values of all heads."""
-        return self.batch * self.heads_kv <= self.section_heads
-
-    @property
     def code_stride(self) -> int:
         """Bytes from one group's codes to the next."""
         return -(-self.len_kv // TILE) * TILE
