@@ -51,8 +51,9 @@ class Capabilities:
     sizes : tuple of Structure
         Structures with the sizes (tiles, groups, bands, ...) that it prefers to run; policies
         change what they leave out. Kinds that are not named come in the policy's own sizes.
-    paged : bool
-        Whether keys and values may come as pages (`adaattn_core.paged.PagedKV`).
+    paged : tuple of str
+        Structure kinds it runs where keys and values come as pages
+        (`adaattn_core.paged.PagedKV`); empty where it takes no pages.
     """
 
     qk_formats: tuple[str, ...]
@@ -72,7 +73,7 @@ class Capabilities:
     rules: tuple[tuple[str, tuple[str, ...]], ...] = ()
     rule_formats: tuple[str, ...] | None = None
     sizes: tuple[Structure, ...] = ()
-    paged: bool = False
+    paged: tuple[str, ...] = ()
 
 
 @runtime_checkable

@@ -62,6 +62,8 @@ def run_pipeline(
             needed="a backend whose capabilities say paged",
             do='use backend="numpy", or PagedKV.gather() and pass the arrays',
         )
+    if problem.paged is not None:  # what else it runs is for arrays
+        capabilities = replace(capabilities, structures=capabilities.paged)
     ruled = bool(rules_of(problem))
     if ruled:
         lost = left_out(problem, capabilities)

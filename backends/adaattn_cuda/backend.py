@@ -17,6 +17,7 @@ from typing import Any, cast
 from adaattn_core.backend import Capabilities, Gradients
 from adaattn_core.budget import ErrorBudget
 from adaattn_core.deciding import Adapted
+from adaattn_core.decoding import DevicePages
 from adaattn_core.errors import UnsupportedError
 from adaattn_core.facts import RawResult, RunFacts
 from adaattn_core.formats import get_format
@@ -24,6 +25,7 @@ from adaattn_core.mask import Mask
 from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.policies.table import DecisionTable
 from adaattn_core.problem import AttentionProblem, HeadIndex
+from adaattn_cuda import paged
 from adaattn_cuda.adaptive import SIZES, AdaptiveCalls
 from adaattn_cuda.backward import attention_backward
 from adaattn_cuda.device import driver
@@ -63,6 +65,7 @@ class CudaBackend:
         self._groups: Recent[tuple[Plan, Groups]] = Recent(_PLANS_REMEMBERED)
         self._last = threading.local()
         self._adaptive = AdaptiveCalls()
+        self._paged = paged.PagedRuns()
 
     def capabilities(self) -> Capabilities:
         """Dense; nothing is measured or sampled on the host's behalf.
@@ -80,6 +83,7 @@ class CudaBackend:
             target="sm90" if hopper else "sm80",
             rules=(("softcap", ("dense",)), ("sinks", ("dense",))),
             rule_formats=sm80.OPERAND_FORMATS,
+            paged=paged.STRUCTURES,
         )
 
     def decides(self) -> Capabilities:
@@ -150,6 +154,12 @@ class CudaBackend:
                 needed="none: this backend measures nothing",
                 do="pass the workspace to the backend that made it",
             )
+        if problem.paged is not None:
+            raw, decodes = self._paged.run(problem, plan, heads, into)
+            self._last.launches = tuple(decodes)
+            self._last.device = view(problem.query).device
+            self._last.workspace_bytes = sum(decode.workspace_bytes for decode in decodes)
+            return raw
         query, key, value = input_views(problem)
         library = library_of(problem.query)
         rows, dim_v = query.shape[:3], value.shape[3]
@@ -291,6 +301,19 @@ class CudaBackend:
             query, key, value, grad_out, out=out, lse=lse, grad_lse=grad_lse, mask=mask,
             scale=scale, need_bias=need_bias, deterministic=deterministic,
         )  # fmt: skip
+
+    def decode(
+        self,
+        query: Any,
+        pages: DevicePages,
+        *,
+        scale: float,
+        causal: bool = True,
+        left: int = -1,
+        lam: float = 0.0,
+    ) -> tuple[Any, Any, Any]:
+        """Attend over a growing cache; see `adaattn_core.decoding.Decodes.decode`."""
+        return self._paged.decode(query, pages, scale=scale, causal=causal, left=left, lam=lam)
 
     def provenance(self) -> dict[str, str]:
         """Device, compiler, and kernels and workspace of this thread's last run.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from adaattn_torch import compat
     from adaattn_torch.bridge import Attended, attend
-    from adaattn_torch.cache import AdaptiveCache
+    from adaattn_torch.cache.cache import AdaptiveCache
     from adaattn_torch.entries.flash import register_flash_attention
     from adaattn_torch.entries.mode import enable
     from adaattn_torch.entries.modules import AdaptiveAttention, convert
@@ -43,7 +43,7 @@ __all__ = [
 
 _LATE = {
     "AdaptiveAttention": "entries.modules",
-    "AdaptiveCache": "cache",
+    "AdaptiveCache": "cache.cache",
     "Attended": "bridge",
     "AttentionInfo": "info",
     "FallbackWarning": "info",

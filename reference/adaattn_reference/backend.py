@@ -38,6 +38,7 @@ from adaattn_reference.view import HeadView, KeyValues, ProblemViews
 
 Float = NDArray[np.floating[Any]]
 
+STRUCTURES = ("dense", "score_skip", "low_rank", "block_sparse", "landmark")
 FORMATS_RUN = ("f64", "f32", "tf32", "f16", "bf16", "i8", "e4m3")
 """Operand formats that plans may name here."""
 ORACLE_SHARE = 0.2
@@ -65,7 +66,7 @@ class NumpyBackend:
         return Capabilities(
             qk_formats=FORMATS_RUN,
             pv_formats=FORMATS_RUN,
-            structures=("dense", "score_skip", "low_rank", "block_sparse", "landmark"),
+            structures=STRUCTURES,
             array_devices=("cpu",),
             target="cpu",
             emulated_formats=("tf32", "f16", "bf16", "i8", "e4m3"),
@@ -74,6 +75,7 @@ class NumpyBackend:
                 ("sinks", ("dense", "score_skip", "low_rank", "block_sparse", "landmark")),
             ),
             paged=True,
+            paged=STRUCTURES,
         )
 
     def measure(

@@ -10,13 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaattn_core.errors import AdaAttnError, ArgumentError, ShapeError
+import adaattn_torch
+from adaattn_core import Mask, PagedKV, Pages, attention
+from adaattn_core.decoding import DevicePages
+from adaattn_core.errors import AdaAttnError, ArgumentError, ShapeError, UnsupportedError
 from adaattn_core.pages import dequantise as dequantise_core
 from adaattn_core.pages import quantise_pages
 
 transformers = pytest.importorskip("transformers")
 
 from adaattn_torch import AdaptiveCache  # noqa: E402
+from adaattn_torch.cache import attending  # noqa: E402
 from adaattn_torch.cache.layer import PagedLayer  # noqa: E402
 from adaattn_torch.cache.rounding import dequantise, quantise  # noqa: E402
 
@@ -291,3 +295,98 @@ def test_any_history_reads_as_a_plain_cache(data: st.DataObject) -> None:
             plain = [x[:, :, :length] for x in plain]
         assert layer.length == plain[0].shape[2]
         assert all(torch.equal(x, y) for x, y in zip(layer.dense(), plain, strict=True))
+
+
+class Reader:
+    """A backend that `Decodes` on the CPU: what the pages say, through `PagedKV`."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def decode(
+        self, query: torch.Tensor, pages: DevicePages, *, scale: float, causal: bool = True,
+        left: int = -1, lam: float = 0.0,
+    ) -> tuple[Any, Any, Any]:  # fmt: skip
+        self.calls += 1
+        arrays = [x.float().numpy() for x in (pages.key, pages.value)]
+        narrow: list[Any] = [None, None]
+        if pages.key_narrow is not None and pages.value_narrow is not None:
+            for side, parts in enumerate((pages.key_narrow, pages.value_narrow)):
+                data, unit, centre, reach = (x.numpy() for x in parts)
+                narrow[side] = Pages(
+                    data, pages.format, unit, centre, reach, np.zeros_like(unit)
+                )
+        kv = PagedKV.from_pages(
+            *(Pages.wide(x) for x in arrays), table=pages.table.numpy(),
+            lengths=pages.lengths.numpy(), starts=pages.starts.numpy(), key_narrow=narrow[0],
+            value_narrow=narrow[1],
+        )  # fmt: skip
+        mask = Mask.causal("bottom_right")
+        if left >= 0:
+            mask = Mask.sliding_window(left, 0, "bottom_right")
+        asked = query.float().numpy()
+        result = attention(asked, kv, mask=mask, scale=scale, backend="numpy")
+        out = torch.from_numpy(result.out).to(query.dtype)
+        return out, torch.from_numpy(result.lse), torch.zeros(out.shape[:3])
+
+
+@pytest.fixture
+def reader(monkeypatch: pytest.MonkeyPatch) -> Reader:
+    adaattn_torch.register_transformers()
+    made = Reader()
+    monkeypatch.setattr(attending, "backend_for", lambda name, kind: made)
+    monkeypatch.setattr(attending, "DIMS", (8,))
+    return made
+
+
+@pytest.mark.parametrize("padding", [0, 37])
+@pytest.mark.parametrize("format", ["exact", "i8"])
+def test_steps_over_pages_agree_with_steps_over_tensors(
+    reader: Reader, format: str, padding: int
+) -> None:
+    model = tiny().bfloat16()
+    ids = tokens(2, 130)
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    found = {}
+    for name in ("sdpa", "adaattn"):
+        model.set_attn_implementation(name)
+        cache = AdaptiveCache(
+            model.config, format=format, page_len=PAGE, certify=True, budget=1.0
+        )
+        out = run(model, ids, cache, attention_mask=mask, max_new_tokens=4)
+        found[name] = logits(out)[:, :, :], cache
+    (near, _), (steps, cache) = found["sdpa"], found["adaattn"]
+    assert reader.calls == 2 * 3, "every step of both layers"
+    same = (near.argmax(-1) == steps.argmax(-1)).float().mean()
+    assert same >= 0.75
+    assert float((near[1] - steps[1]).norm() / near[1].norm()) < 0.05
+    heads = cache.report().heads
+    assert {head.steps for head in heads} == {3}
+    uppers = [head.upper for head in heads]
+    assert all(x == 0 for x in uppers) if format == "exact" else all(x > 0 for x in uppers)
+
+
+def test_what_stands_for_the_keys_is_nan_to_anybody_else(reader: Reader) -> None:
+    model = tiny().bfloat16()
+    model.set_attn_implementation("adaattn")
+    cache = AdaptiveCache(model.config, page_len=PAGE)
+    key, value = torch.randn(2, 1, 2, 70, 8).bfloat16()
+    cache.update(key, value, 0)
+    key, value = cache.update(key[:, :, :1], value[:, :, :1], 0)
+    assert key.shape == value.shape == (1, 2, 71, 8)
+    query = torch.randn(1, 4, 1, 8).bfloat16()
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    assert out.isnan().all()
+
+
+def test_masks_that_pages_cannot_have_are_refused(reader: Reader) -> None:
+    model = tiny().bfloat16()
+    model.set_attn_implementation("adaattn")
+    cache = AdaptiveCache(model.config, page_len=PAGE)
+    with torch.no_grad():
+        model(tokens(1, 70), past_key_values=cache)
+        mask = torch.ones(1, 1, 1, 71, dtype=torch.bool)
+        mask[..., 30] = False
+        with pytest.raises(UnsupportedError, match="more than padding"):
+            model(tokens(1, 1), past_key_values=cache, attention_mask=mask)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import adaattn_kernels_cu as kernels
 from adaattn_cuda.jit.resources import Budget, parse_budget
 from adaattn_cuda.jit.spec import KernelSpec
+from adaattn_cuda.kernels import smxx_attn_decode as attn_decode
 from adaattn_cuda.kernels import smxx_mask_seen as mask_seen
 from adaattn_cuda.kernels import smxx_operand_norms as operand_norms
 from adaattn_cuda.kernels import smxx_quantize as quantiser
@@ -29,8 +30,8 @@ def specs(arch: str) -> list[KernelSpec]:
     if arch == "sm_90a":
         own = sm90.shipped() + quantiser.shipped() + eight_bit.shipped()
         own += sm90_backward.shipped()
-    norms = operand_norms.shipped(arch) + mask_seen.shipped(arch)
-    return sm80.shipped(arch) + own + sm80_backward.shipped(arch) + norms
+    shared = operand_norms.shipped(arch) + mask_seen.shipped(arch) + attn_decode.shipped(arch)
+    return sm80.shipped(arch) + own + sm80_backward.shipped(arch) + shared
 
 
 def budget(spec: KernelSpec) -> Budget:

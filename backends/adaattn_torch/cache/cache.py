@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from adaattn_core.checks import real, shown, whole, word
+from adaattn_core.checks import real, shown, truth, whole, word
 from adaattn_core.errors import ArgumentError, BackendUnavailableError, ShapeError
+from adaattn_torch.cache.attending import PagedSteps
 from adaattn_torch.cache.layer import PagedLayer
 
 try:
@@ -40,6 +41,12 @@ class HeadReport:
         rounded, NaN before a page is full.
     key_residual_upper, value_residual_upper : float
         Largest norm that rounding took from a key, and from a value, of any sequence.
+    steps : int
+        Steps that attended over the pages.
+    upper : float
+        With ``certify``: largest bound (theorem 11) of what rounding and unread values can have
+        moved a step's rows by, relative to their rms, over the head's group and all steps; the
+        attention's own arithmetic is not in it. NaN where no step was certified.
     """
 
     layer: int
@@ -49,6 +56,8 @@ class HeadReport:
     value_error_estimate: float
     key_residual_upper: float
     value_residual_upper: float
+    steps: int = 0
+    upper: float = float("nan")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +76,10 @@ class CacheReport:
         )
 
     def __str__(self) -> str:
-        lines = [f"{'layer':>5} {'head':>4} {'format':<7} {'key':>8} {'value':>8}"]
+        lines = [f"{'layer':>5} {'head':>4} {'format':<7} {'key':>8} {'value':>8} {'upper':>8}"]
         lines += [
             f"{h.layer:>5} {h.head:>4} {h.format:<7} {h.key_error_estimate:>8.5f}"
-            f" {h.value_error_estimate:>8.5f}"
+            f" {h.value_error_estimate:>8.5f} {h.upper:>8.3g}"
             for h in self.heads
         ]
         return "\n".join(lines)
@@ -96,6 +105,17 @@ class AdaptiveCache(Cache):
         Keys of a page, a multiple of 64.
     max_length : int, optional
         Make room for so many tokens at once, and refuse more; default: grow as needed.
+    lam : float
+        Attention over the pages: weight below which a run of 64 values need not be read; 0
+        reads all.
+    certify : bool
+        Attention over the pages: work out every step's bound, for `report`. Costs some small
+        kernels a step and layer.
+
+    Notes
+    -----
+    With ``model.set_attn_implementation("adaattn")`` (`register_transformers`) on a GPU, in
+    bf16 or f16, steps of up to 64 rows attend over the pages themselves: nothing is copied.
 
     Examples
     --------
@@ -111,9 +131,13 @@ class AdaptiveCache(Cache):
         budget: float = 0.05,
         page_len: int = 128,
         max_length: int | None = None,
+        lam: float = 0.0,
+        certify: bool = False,
     ) -> None:
         word("format", format, FORMATS)
         real("budget", budget, 0.0)
+        real("lam", lam, 0.0, 0.5)
+        truth("certify", certify)
         whole("page_len", page_len, 64)
         if page_len % 64:
             raise ArgumentError(
@@ -133,16 +157,10 @@ class AdaptiveCache(Cache):
                 layers.append(DynamicSlidingWindowLayer(sliding_window=window))
             else:
                 pages = PagedLayer(page_len, stored, budget, room)
-                layers.append(AdaptiveLayer(pages, max_length))
+                pages.watch_norms = certify
+                layers.append(AdaptiveLayer(pages, max_length, text, lam, certify))
         super().__init__(layers=layers)
         self.format, self.budget, self.page_len = format, budget, page_len
-
-    def _paged(self) -> list[tuple[int, PagedLayer]]:
-        return [
-            (i, layer.pages)
-            for i, layer in enumerate(self.layers)
-            if isinstance(layer, AdaptiveLayer)
-        ]
 
     def footprint(self) -> dict[str, float]:
         """Bytes of pages and tables in use, of the same keys in 16 bits, and their ratio.
@@ -162,7 +180,11 @@ class AdaptiveCache(Cache):
     def report(self) -> CacheReport:
         """Tell what was chosen for every head, and what rounding took away."""
         heads = []
-        for number, pages in self._paged():
+        for number, layer in enumerate(self.layers):
+            if not isinstance(layer, AdaptiveLayer):
+                continue
+            pages, steps = layer.pages, layer.steps
+            uppers = steps.uppers()
             residuals = pages.residuals().max(axis=0, initial=0.0)
             for head in range(pages.table.shape[1]):
                 narrow = pages.narrow is not None and bool(pages.narrow[head])
@@ -171,16 +193,26 @@ class AdaptiveCache(Cache):
                     errors = tuple(pages.errors[head].tolist())
                 kind = pages.format if narrow else "16-bit"
                 lost = residuals[head].tolist()
-                heads.append(HeadReport(number, head, kind, *errors, *lost))
+                upper = uppers[head] if uppers else float("nan")
+                heads.append(
+                    HeadReport(
+                        number, head, kind, errors[0], errors[1], lost[0], lost[1], steps.steps,
+                        upper,
+                    )
+                )  # fmt: skip
         return CacheReport(tuple(heads))
 
 
 class AdaptiveLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """transformers' view of a `PagedLayer`."""
 
-    def __init__(self, pages: PagedLayer, max_length: int | None) -> None:
+    def __init__(
+        self, pages: PagedLayer, max_length: int | None, config: Any, lam: float, certify: bool
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.pages, self.max_length = pages, max_length
+        self.steps = PagedSteps(pages, lam, certify)
+        self._config = config
 
     def lazy_initialization(self, key_states: Any, value_states: Any) -> None:
         """Make room for a batch like these."""
@@ -199,6 +231,12 @@ class AdaptiveLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         if pages.length == 0:
             pages.append(key_states, value_states)
             return key_states, value_states
+        ours = getattr(self._config, "_attn_implementation", None) == "adaattn"
+        if ours and self.steps.serves(key_states):
+            pages.append(key_states, value_states)
+            states = (key_states, value_states)
+            key, value = (self.steps.stand_in(x, int(x.shape[3])) for x in states)
+            return key, value
         # What was there is read before a page that these fill is rounded.
         key, value = pages.dense()
         pages.append(key_states, value_states)
@@ -239,6 +277,8 @@ class AdaptiveLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Forget everything, formats included."""
         old = self.pages
         self.pages = PagedLayer(old.page_len, old.format, old.budget, old.room)
+        self.pages.watch_norms = old.watch_norms
+        self.steps = PagedSteps(self.pages, self.steps.lam, self.steps.certify)
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:

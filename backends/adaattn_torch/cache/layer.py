@@ -38,6 +38,10 @@ class PagedLayer:
         Heads whose full pages are narrow; None until the first page is full.
     errors : ndarray, shape (heads_kv, 2), or None
         Relative error of keys and values that it was chosen by.
+    tail_pages : ndarray of int64, shape (batch, heads_kv)
+        Wide pages of the newest keys.
+    version : int
+        Counts changes of the table.
     """
 
     def __init__(self, page_len: int, format: str, budget: float, room: int) -> None:
@@ -49,17 +53,18 @@ class PagedLayer:
         self._wide: Pool | None = None
         self._codes: Pool | None = None
         self._tail = torch.empty(0)
-        self._dtype, self._device = torch.float32, torch.device("cpu")
+        self._dtype, self.device = torch.float32, torch.device("cpu")
+        self._value_norm: torch.Tensor | None = None
         self._dims = (0, 0)
         self.version = 0
-        """Counts changes of the table."""
+        self.watch_norms = False
 
     # -- growing ------------------------------------------------------------------------------
     def begin(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Make room for a batch like these."""
         batch, heads = key.shape[:2]
         self._dims = int(key.shape[3]), int(value.shape[3])
-        self._dtype, self._device = key.dtype, key.device
+        self._dtype, self.device = key.dtype, key.device
         # One open page for each row; full ones are wide only where codes do not serve.
         full = -(-self.room // self.page_len) * batch * heads
         wide = batch * heads + (full if self.format == "wide" else 0)
@@ -72,7 +77,7 @@ class PagedLayer:
     def _make_wide(self, pages: int) -> tuple[torch.Tensor, ...]:
         shape = (pages, self.page_len)
         return tuple(
-            torch.zeros((*shape, dim), dtype=self._dtype, device=self._device)
+            torch.zeros((*shape, dim), dtype=self._dtype, device=self.device)
             for dim in self._dims
         )
 
@@ -85,7 +90,7 @@ class PagedLayer:
                 ((pages, dim), torch.float16), ((pages, dim), torch.float16),
                 ((pages,), torch.float32),
             ):  # fmt: skip
-                parts.append(torch.zeros(shape, dtype=kind, device=self._device))
+                parts.append(torch.zeros(shape, dtype=kind, device=self.device))
         return tuple(parts)
 
     def _open_page(self) -> None:
@@ -96,14 +101,16 @@ class PagedLayer:
         self._set_tail(pages)
 
     def _set_tail(self, pages: NDArray[np.int64]) -> None:
-        self._tail_pages = pages
-        self._tail = torch.from_numpy(pages).to(self._device)
+        self.tail_pages = pages
+        self._tail = torch.from_numpy(pages).to(self.device)
         self.version += 1
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Add keys and values behind the last ones; pages that become full are rounded."""
         if self._wide is None:
             self.begin(key, value)
+        if self.watch_norms:
+            self._watch(value)
         done, total = 0, int(key.shape[2])
         while done < total:
             used = self.length % self.page_len
@@ -172,8 +179,8 @@ class PagedLayer:
     def _store_codes(self, codes: list[Codes], chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
         assert self._codes is not None
         pages = self._codes.take(int(chosen.sum()))
-        to, of = torch.from_numpy(pages).to(self._device), torch.from_numpy(chosen)
-        of = of.to(self._device)
+        to, of = torch.from_numpy(pages).to(self.device), torch.from_numpy(chosen)
+        of = of.to(self.device)
         parts = [x[of] for coded in codes for x in coded[:5]]
         for pool, x in zip(self._codes.parts, parts, strict=True):
             pool[to] = x
@@ -184,8 +191,8 @@ class PagedLayer:
     ) -> NDArray[np.int64]:
         assert self._wide is not None
         pages = self._wide.take(int(chosen.sum()))
-        to, of = torch.from_numpy(pages).to(self._device), torch.from_numpy(chosen)
-        of = of.to(self._device)
+        to, of = torch.from_numpy(pages).to(self.device), torch.from_numpy(chosen)
+        of = of.to(self.device)
         for pool, x in zip(self._wide.parts, (key, value), strict=True):
             pool[to] = x[of]
         return np.asarray(wide_entry(pages))
@@ -197,12 +204,12 @@ class PagedLayer:
         full = self.table.shape[2]
         used = self.length - full * self.page_len
         out = []
-        where = torch.from_numpy(self.table).to(self._device)
+        where = torch.from_numpy(self.table).to(self.device)
         narrow = where >= 0
         for side in (0, 1):
             wide, dim = self._wide.parts[side], self._dims[side]
             shape = (*self.table.shape[:2], self.length, dim)
-            x = torch.empty(shape, dtype=self._dtype, device=self._device)
+            x = torch.empty(shape, dtype=self._dtype, device=self.device)
             if full:
                 pages = wide[torch.where(narrow, 0, wide_entry(where))]
                 if self._codes is not None and bool(narrow.any()):
@@ -224,7 +231,9 @@ class PagedLayer:
         if self._wide is None:
             return
         self.table = self.table[rows]
-        old = self._tail[torch.from_numpy(rows).to(self._device)]
+        if self._value_norm is not None:
+            self._value_norm = self._value_norm[torch.from_numpy(rows).to(self.device)]
+        old = self._tail[torch.from_numpy(rows).to(self.device)]
         kept = [pool[old] for pool in self._wide.parts]
         self._give_back(open_too=False)
         self._open_page()
@@ -238,7 +247,7 @@ class PagedLayer:
         full = length // self.page_len
         if full < self.table.shape[2]:
             entries = np.ascontiguousarray(self.table[:, :, full])
-            cut = torch.from_numpy(entries).to(self._device)
+            cut = torch.from_numpy(entries).to(self.device)
             narrow = cut >= 0
             for side, pool in enumerate(self._wide.parts):
                 page = pool[torch.where(narrow, 0, wide_entry(cut))]
@@ -254,11 +263,17 @@ class PagedLayer:
         """Give back pages that no entry names any more."""
         assert self._wide is not None
         wide = wide_entry(self.table[self.table < 0])
-        held = [wide, self._tail_pages.ravel()] if open_too else [wide]
+        held = [wide, self.tail_pages.ravel()] if open_too else [wide]
         self._wide.keep(np.concatenate(held))
         if self._codes is not None:
             self._codes.keep(self.table[self.table >= 0])
         self.version += 1
+
+    def _watch(self, value: torch.Tensor) -> None:
+        """Keep the largest norm of a value, by sequence and head."""
+        norm = value.double().norm(dim=-1).amax(-1) * (1 + 2.0**-40)
+        known = self._value_norm
+        self._value_norm = norm if known is None else torch.maximum(known, norm)
 
     # -- telling ------------------------------------------------------------------------------
     def footprint(self) -> tuple[float, float]:
@@ -270,6 +285,16 @@ class PagedLayer:
             used += self._codes.used * self._codes.page_bytes()
         batch, heads = self.table.shape[:2]
         return float(used), 2.0 * batch * heads * self.length * sum(self._dims)
+
+    def pools(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...] | None]:
+        """Return the parts of the wide pages, and of narrow ones if there are any."""
+        assert self._wide is not None
+        return self._wide.parts, None if self._codes is None else self._codes.parts
+
+    def value_norm_upper(self) -> torch.Tensor:
+        """Return the largest norm of a value so far, shape (batch, heads)."""
+        assert self._value_norm is not None
+        return self._value_norm
 
     def residuals(self) -> NDArray[np.float64]:
         """Largest residuals of keys and values, shape (batch, heads, 2)."""

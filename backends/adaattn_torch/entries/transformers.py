@@ -24,6 +24,7 @@ from adaattn_core.budget import ErrorBudget
 from adaattn_core.errors import BackendUnavailableError, UnsupportedError
 from adaattn_core.mask import Mask
 from adaattn_core.policies.base import Policy
+from adaattn_torch.cache.attending import SIGN, PagedSteps
 from adaattn_torch.entries.recomputation import checkpoints
 from adaattn_torch.masks.compact import CompactMask, written_out
 from adaattn_torch.rules import Rule, Rules
@@ -211,6 +212,13 @@ def attention_forward(
             needed="a call without attention weights: they are never formed as a whole",
             do='use model.set_attn_implementation("eager") to look at weights',
         )
+    steps = getattr(key, SIGN, None)
+    if steps is not None:
+        out = _over_pages(
+            steps, query, attention_mask, scaling, sliding_window, dropout,
+            {"softcap": softcap, "attention sinks": s_aux, "position_bias": position_bias},
+        )  # fmt: skip
+        return out.transpose(1, 2).contiguous(), None
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
     len_q, len_kv = query.shape[2], key.shape[2]
@@ -246,6 +254,39 @@ def attention_forward(
         into=None,
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _over_pages(
+    steps: PagedSteps,
+    query: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    sliding_window: int | None,
+    dropout: float,
+    others: dict[str, Any],
+) -> torch.Tensor:
+    """Attend over the pages of an `AdaptiveCache`, which keys and values stand for."""
+    odd = [name for name, x in others.items() if x is not None]
+    odd += ["dropout"] if dropout else []
+    if odd:
+        raise UnsupportedError(
+            got=f"{' and '.join(odd)} over an AdaptiveCache",
+            needed="plain attention over pages",
+            do='use another attention implementation (model.set_attn_implementation("sdpa"))',
+        )
+    if isinstance(mask, CompactMask):
+        mask = None if _is_causal(mask, query) else mask.dense()
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    left = -1 if sliding_window is None else sliding_window - 1
+    return steps.attend(query, mask, scale, left)
+
+
+def _is_causal(mask: CompactMask, query: torch.Tensor) -> bool:
+    """Whether the rows are those of the newest keys, and see all keys up to their own."""
+    pattern = mask.pattern
+    if pattern is None or pattern.lengths is not None or pattern.left is not None:
+        return False
+    return pattern.right == 0 and pattern.alignment == "bottom_right"
 
 
 def _window(size: int, is_causal: bool, query: torch.Tensor, len_kv: int) -> torch.Tensor:

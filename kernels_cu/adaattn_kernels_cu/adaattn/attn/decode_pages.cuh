@@ -1,0 +1,325 @@
+// decode_pages.cuh -- fragments of keys and values straight from their pages, 4 KiB at a time.
+// SPDX-License-Identifier: Apache-2.0
+//
+// No lane needs what another loads: a product over channels does not mind their order, so each
+// lane loads runs of 16 bytes and calls them the channels that mma gives it; queries are loaded in
+// the same order. Products over keys mind which key is which, not which channel a row is: a lane
+// loads channels 64 i + 8 (lane / 4) .. + 7 of its four keys, and owns these channels of the output.
+// A warp's loads cover whole sectors: 64 or 128 consecutive bytes of several keys.
+#pragma once
+
+#include "adaattn/attn/decode_params.cuh"
+#include "adaattn/ptx/packed.cuh"
+#include "adaattn/ptx/sm80.cuh"
+#include "adaattn/quant/convert.cuh"
+
+namespace adaattn::smxx_attn_decode {
+
+constexpr int kStepKeys = 16;
+constexpr int kChunkKeys = 64;
+constexpr int kChunkSteps = kChunkKeys / kStepKeys;
+constexpr int kColumns = 8;  // packed query rows of a tile: the N of mma.m16n8k16
+
+// Four codes as two pairs of f16: for i8 the code itself, for e4m3 2^-8 times its number.
+template <Code kCode>
+ADAATTN_DEVICE void widen_codes(u32 word, u32& low, u32& high) {
+    if constexpr (kCode == Code::i8) {
+        // 0x6400 + u is 1024 + u, exactly, for bytes u = code + 128.
+        const u32 biased = word ^ 0x80808080u;
+        low = ptx::sub_f16x2(ptx::pick_bytes<0x4140>(biased, 0x64646464u), 0x64806480u);
+        high = ptx::sub_f16x2(ptx::pick_bytes<0x4342>(biased, 0x64646464u), 0x64806480u);
+    } else {
+        // Sign, then exponent and fraction one place down: f16 with the exponent's bias 8 too low.
+        const u32 first = ptx::pick_bytes<0x1404>(word, 0u);
+        const u32 second = ptx::pick_bytes<0x3424>(word, 0u);
+        low = (first & 0x80008000u) | ((first & 0x7f007f00u) >> 1);
+        high = (second & 0x80008000u) | ((second & 0x7f007f00u) >> 1);
+    }
+}
+
+// code_f16 times this is code / code_unit (adaattn_core.pages.CODE_UNIT).
+template <Code kCode>
+constexpr float kCodeScale = kCode == Code::i8 ? 1.0f / 128 : 1.0f / 2;
+
+template <Format kFormat>
+ADAATTN_DEVICE void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    if constexpr (kFormat == Format::bf16) {
+        ptx::mma_bf16(d, a, b0, b1);
+    } else {
+        ptx::mma_f16(d, a, b0, b1);
+    }
+}
+
+// First of the two channels of a query word, for the lane's place in its quad.
+ADAATTN_DEVICE int wide_channel(int word, int place) {
+    return 32 * (word / 4) + 8 * place + 2 * (word % 4);
+}
+ADAATTN_DEVICE int narrow_channel(int word, int place) {
+    return 64 * (word / 8) + 16 * place + 2 * (word % 8);
+}
+
+// --- slices -----------------------------------------------------------------------------------
+// A chunk of 64 keys is read in slices of 4 KiB a warp, keys before values:
+//   wide keys, values    32 keys x 64, 16 keys x 128, or 16 keys x half of 256 channels
+//   narrow keys          64 keys x 64, 32 keys x 128, or 16 keys x 256 channels
+//   narrow values        64 keys x 64 channels
+// Slices are copied to a ring of the warp's own in shared memory, a few ahead (cp.async).
+constexpr int kSliceWords = 32;
+constexpr int kSliceBytes = kSliceWords * 128;
+using Slice = u32[kSliceWords];
+
+template <class T>
+struct Slices {
+    static constexpr int kWide = T::kDim / 32, kNarrow = T::kDim / 64;  // of a chunk, K or V
+    static constexpr int kWideSteps = T::kDim == 64 ? 2 : 1;            // of 16 keys in a slice
+    static constexpr int kParts = T::kDim == 256 ? 2 : 1;               // slices of the same keys
+    static constexpr int kNarrowSteps = 256 / T::kDim;
+    static constexpr int kWideWidth = T::kDim < 128 ? T::kDim : 128;  // channels of a slice
+};
+
+// 64 keys on one page: where they begin, and where this lane reads values by itself, at key 2 (lane %
+// 4) and its 16 (narrow: 8) bytes.
+struct Chunk {
+    int number;  // of the sequence's; its first key over 64
+    bool narrow;
+    i64 page;
+    const char* keys;
+    const char* all_values;
+    const char* values;
+};
+
+// Bytes from there to load `l` of a slice.
+template <class T>
+ADAATTN_DEVICE int wide_value_at(int slice, int l) {
+    constexpr int kLoads = Slices<T>::kWideWidth / 64;
+    const int key = slice / Slices<T>::kParts * Slices<T>::kWideSteps * kStepKeys +
+                    l / (4 * kLoads) * kStepKeys + l % 2 + l / 2 % 2 * 8;
+    return key * 2 * T::kDim + slice % Slices<T>::kParts * 256 + l / 4 % kLoads * 128;
+}
+template <class T>
+ADAATTN_DEVICE int narrow_value_at(int slice, int l) {  // 16 loads of 8 bytes
+    const int key = l / 4 * kStepKeys + l % 2 + l / 2 % 2 * 8;
+    return key * T::kDim + 64 * slice;
+}
+
+// Slices are whole lines of memory, copied as they lie, 512 bytes of a warp at a time; only wide values
+// are copied by the lane that reads them (lines are whole there as well). Chunks of 16 bytes are
+// permuted within 128, by the key, so that no bank is asked twice when fragments are read.
+ADAATTN_DEVICE int key_place(int byte, int pitch) {
+    return pitch < 128 ? byte : byte ^ (byte / pitch % 2 * 64);
+}
+ADAATTN_DEVICE int value_place(int byte, int pitch) { return byte ^ (byte / pitch / 2 % 4 * 32); }
+
+// Starts the copy of slice `i` of a chunk, keys first, to `slot` in shared memory.
+template <class T>
+ADAATTN_DEVICE void start_slice(const Chunk& chunk, int i, u32 slot, int lane) {
+    constexpr int kWideBytes = 2 * Slices<T>::kWideWidth;  // of a key in a slice
+    if (!chunk.narrow) {
+        if (i < Slices<T>::kWide) {
+            constexpr int kKeys = kSliceBytes / kWideBytes;
+            const char* from = chunk.keys +
+                               static_cast<i64>(i / Slices<T>::kParts) * kKeys * 2 * T::kDim +
+                               i % Slices<T>::kParts * kWideBytes;
+#pragma unroll
+            for (int l = 0; l < 8; ++l) {
+                const int byte = 512 * l + 16 * lane;
+                const int at = byte / kWideBytes * 2 * T::kDim + byte % kWideBytes;
+                ptx::copy_async_16(slot + key_place(byte, kWideBytes), from + at, true);
+            }
+        } else {
+#pragma unroll
+            for (int l = 0; l < 8; ++l) {
+                const int at = wide_value_at<T>(i - Slices<T>::kWide, l);
+                ptx::copy_async_16(slot + 512 * l + 16 * lane, chunk.values + at, true);
+            }
+        }
+    } else {
+        const bool keys = i < Slices<T>::kNarrow;
+        const char* from = keys ? chunk.keys + i * kSliceBytes
+                                : chunk.all_values + (i - Slices<T>::kNarrow) * kSliceBytes;
+#pragma unroll
+        for (int l = 0; l < 8; ++l) {
+            const int byte = 512 * l + 16 * lane;
+            const int place = keys ? key_place(byte, T::kDim) : value_place(byte, T::kDim);
+            ptx::copy_async_16(slot + place, from + byte, true);
+        }
+    }
+}
+
+// Keys of a slice: a lane's keys are lane / 4 and + 8 of every 16, its chunks lane % 4 of every four.
+template <class T, bool kNarrow>
+ADAATTN_DEVICE void read_keys(Slice& x, u32 slot, int lane) {
+    constexpr int kPitch = kNarrow ? T::kDim : 2 * Slices<T>::kWideWidth;
+    constexpr int kLoads = kPitch / 64;
+#pragma unroll
+    for (int l = 0; l < 8; ++l) {
+        const int key = l / (2 * kLoads) * kStepKeys + l % 2 * 8 + lane / 4;
+        const int byte = key * kPitch + l / 2 % kLoads * 64 + lane % 4 * 16;
+        u32 four[4];
+        ptx::load_shared_128(four, slot + key_place(byte, kPitch));
+#pragma unroll
+        for (int w = 0; w < 4; ++w) x[4 * l + w] = four[w];
+    }
+}
+
+template <class T>
+ADAATTN_DEVICE void read_wide_values(Slice& x, u32 slot, int lane) {
+#pragma unroll
+    for (int l = 0; l < 8; ++l) {
+        u32 four[4];
+        ptx::load_shared_128(four, slot + 512 * l + 16 * lane);
+#pragma unroll
+        for (int w = 0; w < 4; ++w) x[4 * l + w] = four[w];
+    }
+}
+
+// 64 channels of all 64 keys, which lie in kNarrow slices.
+template <class T>
+ADAATTN_DEVICE void read_narrow_values(Slice& x, const u32 (&slots)[Slices<T>::kNarrow], int block,
+                                       int lane) {
+    constexpr int kKeys = kSliceBytes / T::kDim;
+#pragma unroll
+    for (int l = 0; l < 16; ++l) {
+        const int key = l / 4 * kStepKeys + l % 2 + l / 2 % 2 * 8;  // and 2 (lane % 4) more
+        const int byte = (key % kKeys + lane % 4 * 2) * T::kDim + 64 * block + lane / 4 * 8;
+        ptx::load_shared_64(x[2 * l], x[2 * l + 1],
+                            slots[key / kKeys] + value_place(byte, T::kDim));
+    }
+}
+
+// Values of a slice straight to registers, for chunks whose values are rarely read.
+template <class T>
+ADAATTN_DEVICE void load_values(Slice& x, const Chunk& chunk, int slice) {
+    if (!chunk.narrow) {
+#pragma unroll
+        for (int l = 0; l < 8; ++l) {
+            u32 four[4];
+            ptx::load_stream_128(four, chunk.values + wide_value_at<T>(slice, l));
+#pragma unroll
+            for (int w = 0; w < 4; ++w) x[4 * l + w] = four[w];
+        }
+    } else {
+#pragma unroll
+        for (int l = 0; l < 16; ++l) {
+            u32 two[2];
+            ptx::load_stream_64(two, chunk.values + narrow_value_at<T>(slice, l));
+            x[2 * l] = two[0];
+            x[2 * l + 1] = two[1];
+        }
+    }
+}
+
+// --- products ---------------------------------------------------------------------------------
+// S = K Q^T; words of `query` are in the order of `wide_channel`.
+template <class T>
+ADAATTN_DEVICE void use_wide_keys(float (&s)[kChunkSteps][T::kTiles][4], const Slice& x, int slice,
+                                  const u32 (&query)[T::kTiles][T::kWords]) {
+    constexpr int kLoads = Slices<T>::kWideWidth / 32;
+    const int first = slice / Slices<T>::kParts * Slices<T>::kWideSteps;
+    const int word = slice % Slices<T>::kParts * 16;
+#pragma unroll
+    for (int step = 0; step < Slices<T>::kWideSteps; ++step) {
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) {
+            const int at = (step * kLoads + i) * 8;
+#pragma unroll
+            for (int w = 0; w < 4; w += 2) {
+                const u32 a[4] = {x[at + w], x[at + 4 + w], x[at + w + 1], x[at + 5 + w]};
+#pragma unroll
+                for (int tile = 0; tile < T::kTiles; ++tile) {
+                    mma<T::kInput>(s[first + step][tile], a, query[tile][word + 4 * i + w],
+                                   query[tile][word + 4 * i + w + 1]);
+                }
+            }
+        }
+    }
+}
+
+// The same of codes; words of `query` are in the order of `narrow_channel`.
+template <class T>
+ADAATTN_DEVICE void use_narrow_keys(float (&s)[kChunkSteps][T::kTiles][4], const Slice& x,
+                                    int slice, const u32 (&query)[T::kTiles][T::kWords]) {
+    constexpr int kLoads = T::kDim / 64, kSteps = Slices<T>::kNarrowSteps;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) {
+            const int at = (step * kLoads + i) * 8;
+#pragma unroll
+            for (int w = 0; w < 4; ++w) {
+                u32 a[4];
+                widen_codes<T::kKeyCode>(x[at + w], a[0], a[2]);
+                widen_codes<T::kKeyCode>(x[at + 4 + w], a[1], a[3]);
+#pragma unroll
+                for (int tile = 0; tile < T::kTiles; ++tile) {
+                    mma<Format::f16>(s[slice * kSteps + step][tile], a, query[tile][8 * i + 2 * w],
+                                     query[tile][8 * i + 2 * w + 1]);
+                }
+            }
+        }
+    }
+}
+
+// O^T += V^T P^T; keys for which `sees` has no bit (4 to a step) are read as 0: nobody sees them.
+template <class T>
+ADAATTN_DEVICE void use_wide_values(float (&o)[T::kTiles][T::kOutTiles][4], const Slice& x,
+                                    int slice, const u32 (&weights)[kChunkSteps][T::kTiles][2],
+                                    u32 sees) {
+    constexpr int kLoads = Slices<T>::kWideWidth / 64;
+    const int first = slice / Slices<T>::kParts * Slices<T>::kWideSteps;
+    const int part = slice % Slices<T>::kParts * 8;
+#pragma unroll
+    for (int step = 0; step < Slices<T>::kWideSteps; ++step) {
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                u32 w[4];
+#pragma unroll
+                for (int k = 0; k < 4; ++k) {
+                    const bool seen = sees >> (4 * (first + step) + k) & 1u;
+                    w[k] = seen ? x[((step * kLoads + i) * 4 + k) * 4 + j] : 0u;
+                }
+                const u32 a[4] = {
+                    ptx::pick_bytes<0x5410>(w[0], w[1]), ptx::pick_bytes<0x7632>(w[0], w[1]),
+                    ptx::pick_bytes<0x5410>(w[2], w[3]), ptx::pick_bytes<0x7632>(w[2], w[3])};
+#pragma unroll
+                for (int tile = 0; tile < T::kTiles; ++tile) {
+                    mma<T::kInput>(o[tile][part + 4 * i + j], a, weights[first + step][tile][0],
+                                   weights[first + step][tile][1]);
+                }
+            }
+        }
+    }
+}
+
+// Unscaled sums of the 64 channels. Codes are always finite: unseen ones need no care.
+template <class T>
+ADAATTN_DEVICE void use_narrow_values(float (&o)[T::kTiles][4][4], const Slice& x,
+                                      const u32 (&weights)[kChunkSteps][T::kTiles][2]) {
+#pragma unroll
+    for (int step = 0; step < kChunkSteps; ++step) {
+#pragma unroll
+        for (int w = 0; w < 2; ++w) {
+            u32 a[2][4];  // channels 4 w + {0, 1}, and {2, 3}
+#pragma unroll
+            for (int k = 0; k < 4; k += 2) {
+                const u32 here = x[(step * 4 + k) * 2 + w], next = x[(step * 4 + k + 1) * 2 + w];
+                widen_codes<T::kValueCode>(ptx::pick_bytes<0x5140>(here, next), a[0][k],
+                                           a[0][k + 1]);
+                widen_codes<T::kValueCode>(ptx::pick_bytes<0x7362>(here, next), a[1][k],
+                                           a[1][k + 1]);
+            }
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+#pragma unroll
+                for (int tile = 0; tile < T::kTiles; ++tile) {
+                    mma<Format::f16>(o[tile][2 * w + h], a[h], weights[step][tile][0],
+                                     weights[step][tile][1]);
+                }
+            }
+        }
+    }
+}
+
+}  // namespace adaattn::smxx_attn_decode
