@@ -114,7 +114,8 @@ class PageFacts(MutableMapping[HeadIndex, RunFacts]):
         finite = math.isfinite(size)
         arithmetic = kernel_arithmetic(plan.qk, plan.pv, p.dim_qk, high - low, CHUNK_KEYS)
         return RunFacts(
-            keys_max=int((stop - start).max()),
+            # Merging warps, and splits, are two more steps of the softmax.
+            keys_max=int((stop - start).max()) + 2 * CHUNK_KEYS,
             query_norm_upper=norms[0],
             key_norm_upper=float(add_up(norms[1], residuals[0])),
             value_norm_upper=float(add_up(norms[2], residuals[1])),
