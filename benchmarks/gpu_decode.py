@@ -174,9 +174,9 @@ def markdown(report: dict[str, Any]) -> str:
             "",
             "SmolLM2-135M, 8 layers side by side, 9 query heads over 3 key/value heads of dim"
             " 64 (captured by `benchmarks/gpu_capture.py`); values skipped at the threshold of"
-            f" a budget of {BUDGET} (`lam` = {BUDGET} / keys). Errors are those of a row, median"
-            " and worst of 72 heads, against float64; dropped is the largest share of a row's"
-            " mass whose values were not read.",
+            f" a budget of {BUDGET} (`lam` = {BUDGET} / keys). Errors are those of a row,"
+            " median and worst of 72 heads, against float64; dropped is the largest share of a"
+            " row's mass whose values were not read.",
             "",
             "| cache | cuDNN | FlashAttention-2 | 16-bit | i8 | 16-bit, skipping |"
             " i8, skipping | dropped | error i8 | error i8, skipping |",
