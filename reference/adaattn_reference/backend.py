@@ -74,7 +74,6 @@ class NumpyBackend:
                 ("softcap", ("dense", "score_skip", "low_rank", "block_sparse")),
                 ("sinks", ("dense", "score_skip", "low_rank", "block_sparse", "landmark")),
             ),
-            paged=True,
             paged=STRUCTURES,
         )
 
