@@ -93,9 +93,7 @@ def specialise(
         for warps in (8, 4, 2)
         for stages in range(most, fewest - 1, -1)
         if (
-            made := Specialisation(
-                dtype, key_code, value_code, dim, tiles, warps, stages, skip
-            )
+            made := Specialisation(dtype, key_code, value_code, dim, tiles, warps, stages, skip)
         ).smem_bytes
         <= smem_bytes
     ]
