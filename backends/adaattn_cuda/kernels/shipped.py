@@ -26,12 +26,13 @@ def specs(arch: str) -> list[KernelSpec]:
     UnsupportedError
         If the architecture is older than Ampere or unknown.
     """
+    anywhere = sm80.shipped(arch) + sm80_backward.shipped(arch)  # refuses what it does not know
     own = []
     if arch == "sm_90a":
         own = sm90.shipped() + quantiser.shipped() + eight_bit.shipped()
         own += sm90_backward.shipped()
     shared = operand_norms.shipped(arch) + mask_seen.shipped(arch) + attn_decode.shipped(arch)
-    return sm80.shipped(arch) + own + sm80_backward.shipped(arch) + shared
+    return anywhere + own + shared
 
 
 def budget(spec: KernelSpec) -> Budget:
