@@ -104,11 +104,14 @@ def _one_call(
         q = query.reshape(batch * shared, size, len_q, dim)
         k = key.reshape(batch * shared, 1, len_kv, dim).expand(-1, size, -1, -1)
         v = value.reshape(batch * shared, 1, len_kv, dim_v).expand(-1, size, -1, -1)
+    elif size == 1 and heads > 1 and query.stride(1) > query.stride(2):
+        if _folds(query) and _folds(key) and _folds(value):  # the output comes in that order
+            q, k, v = (x.flatten(0, 1)[:, None] for x in (query, key, value))
     elif size > 1:
         k, v = key.expand(-1, size, -1, -1), value.expand(-1, size, -1, -1)
     out, lse = kernels.fused(q, k, v, scale, causal=causal)
-    edges = [*torch.aminmax(query), *torch.aminmax(key), *torch.aminmax(out)]
-    if query.device.type == "cpu":
+    edges = [*_edges(query), *_edges(key), *_edges(out)]
+    if query.is_cpu:
         numbers = [edge.item() for edge in edges]
     else:
         numbers = torch.stack(edges).tolist()  # waits once
@@ -132,6 +135,12 @@ def _one_call(
 
 
 _NOTHING = Mask.none()
+
+
+def _edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Smallest and largest number; rows outermost where they are so in memory."""
+    low, high = torch.aminmax(x.transpose(1, 2) if x.stride(1) < x.stride(2) else x)
+    return low, high
 
 
 def _folds(x: torch.Tensor) -> bool:
