@@ -111,10 +111,8 @@ def _one_call(
         k, v = key.expand(-1, size, -1, -1), value.expand(-1, size, -1, -1)
     out, lse = kernels.fused(q, k, v, scale, causal=causal)
     edges = [*_edges(query), *_edges(key), *_edges(out)]
-    if query.is_cpu:
-        numbers = [edge.item() for edge in edges]
-    else:
-        numbers = torch.stack(edges).tolist()  # waits once
+    # Elsewhere than on a CPU reading waits for the device: once.
+    numbers = [x.item() for x in edges] if query.is_cpu else torch.stack(edges).tolist()
     of_query, of_key, of_out = (max(-numbers[i], numbers[i + 1]) for i in (0, 2, 4))
     reach = of_query * max(scale, 1.0) * dim
     # NaN compares false. What values hold, and sums that overflow, show in the output.
