@@ -232,8 +232,11 @@ def test_ragged(emulator: Emulator) -> None:
     check(emulator, *problem("bf16", (100, 90), heads=(2, 1), mask=mask))
 
 
-def test_more_sequences_than_one_launch_takes(emulator: Emulator) -> None:
-    cu = list(range(0, 2 * 140 + 1, 2))
+def test_more_sequences_than_one_launch_takes(
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bwd, "MAX_UNITS", 3)
+    cu = [0, 2, 9, 9, 30, 31, 40]
     check(emulator, *problem("bf16", (cu[-1], cu[-1]), (32, 32), mask=Mask.ragged(cu, cu)))
 
 
