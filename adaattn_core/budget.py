@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal, get_args
 
 from adaattn_core.checks import real, word
@@ -89,10 +88,4 @@ def as_budget(budget: Any) -> ErrorBudget | None:
     if budget is None or isinstance(budget, ErrorBudget):
         return budget
     do = "pass an ErrorBudget, a number such as 0.1 (its rel), or None for exact attention"
-    return _of_rel(real("budget", budget, do=do))
-
-
-@lru_cache(maxsize=64)
-def _of_rel(rel: float) -> ErrorBudget:
-    """Return one budget per number: they are checked when made, and calls are many."""
-    return ErrorBudget(rel=rel)
+    return ErrorBudget(rel=real("budget", budget, do=do))

@@ -15,7 +15,7 @@ from adaattn_cuda.device import driver
 LIGHT = """
 import sys
 import adaattn_cuda.plugin as plugin
-plugin.adaattn_register_backends(lambda name, factory, probe: None)
+plugin.adaattn_register_backends(lambda name, factory, probe, priority: None)
 plugin.probe()
 heavy = {"cupy", "torch", "cuda.core", "adaattn_cuda.backend"} & set(sys.modules)
 assert not heavy, heavy
@@ -30,7 +30,10 @@ def test_manifest_registers_the_backend() -> None:
     register = mock.Mock()
     plugin.adaattn_register_backends(register)
     register.assert_called_once_with(
-        "cuda", "adaattn_cuda.backend:CudaBackend", probe=plugin.probe
+        "cuda",
+        "adaattn_cuda.backend:CudaBackend",
+        probe=plugin.probe,
+        priority=plugin.PRIORITY,
     )
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 
 import adaattn_torch
 from adaattn_core import FixedPolicy
-from adaattn_torch import bridge
+from adaattn_torch import backward
 
 LENGTH, BATCH, WIDTH, HEADS, STEPS = 64, 2, 64, 4, 200
 
@@ -106,12 +106,12 @@ def test_budget_follows_the_exact_curve(exact) -> None:
 
 
 def test_wrong_gradient_is_noticed(exact, monkeypatch) -> None:
-    right = bridge.attention_gradient
+    right = backward.attention_gradient
 
     def wrong(*args, **kwargs):
         d_query, d_key, d_value, d_bias = right(*args, **kwargs)
         return -d_query, d_key, -d_value, d_bias
 
-    monkeypatch.setattr(bridge, "attention_gradient", wrong)
+    monkeypatch.setattr(backward, "attention_gradient", wrong)
     steps = STEPS // 4
     assert distance(train(0.05, steps), exact[:steps]) > 0.03 * exact[0]

@@ -178,12 +178,18 @@ def candidates(dim_qk: int, dim_v: int, rule: int = 0) -> tuple[tuple[float, Til
     Pairs of dims that nobody measured get the widest legal tile of two consumers.
     """
     if rule:
-        plain = ((rate, replace(tile, rule=rule)) for rate, tile in candidates(dim_qk, dim_v))
+        plain = ((rate, _ruled(tile, rule)) for rate, tile in candidates(dim_qk, dim_v))
         return tuple(found for found in plain if is_legal(found[1]))
     if (dim_qk, dim_v) in _TUNED:
         return _TUNED[dim_qk, dim_v]
     widest = next(t for n in _TILE_NS if is_legal(t := Tile(dim_qk, dim_v, 2, n)))
     return ((1.00, widest),)
+
+
+def _ruled(tile: Tile, rule: int) -> Tile:
+    """Return a tile under a score rule; a softcap spills where 80 keys fill the registers."""
+    tile_n = 64 if rule & SOFTCAP and tile.tile_n == 80 else tile.tile_n
+    return replace(tile, rule=rule, tile_n=tile_n)
 
 
 def cost(geometry: Geometry, tile: Tile, rate: float, blocks: int) -> float:

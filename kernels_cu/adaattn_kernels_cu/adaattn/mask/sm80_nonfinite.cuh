@@ -81,7 +81,10 @@ ADAATTN_DEVICE void separate_nonfinite(mma::Output<T>& out, u32 value, const Wor
                     tile::shared_element<T::kPv>(value + ValueTile::element_offset(k, column));
                 // A narrow format's Inf is one as a float, and only that is asked here.
                 if (quant::is_nonfinite_operand<Format::tf32>(ptx::float_bits(x))) {
-                    const float added = x + (x > 0.0f ? ptx::infinity() : -ptx::infinity());
+                    float added = x;
+                    if constexpr (!is_narrow(T::kPv)) {
+                        added += x > 0.0f ? ptx::infinity() : -ptx::infinity();
+                    }
 #pragma unroll
                     for (int m = 0; m < T::kRowTiles; ++m) {
                         out[m][n][e] += sees[m][e / 2] ? added : 0.0f;
