@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,12 @@ from adaattn_core.problem import AttentionProblem
 from adaattn_core.testing.hostile.__main__ import main
 from adaattn_core.testing.hostile.calls import HostileCall
 from adaattn_core.testing.hostile.definition import HAS_EXTENDED_RANGE
-from adaattn_core.testing.hostile.laws import Lie, Trial, binomial_excess
+from adaattn_core.testing.hostile.laws import (
+    Lie,
+    Trial,
+    binomial_excess,
+    judge_same_bounds,
+)
 from adaattn_core.testing.hostile.problems import HostileMask, HostileProblem
 from adaattn_core.testing.hostile.suite import LAWS, Ledger, Run
 from adaattn_core.testing.hostile.values import EXPONENTS, Fill
@@ -165,3 +171,16 @@ def test_a_run_goes_on_where_it_was(
         assert main() == 0
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed] == ["20", "40", "60"]
+
+
+def test_bounds_that_hidden_keys_move_are_caught() -> None:
+    """Also where bits may differ: by a rounding of the unit, and no more."""
+
+    def result(upper: float) -> Any:
+        return SimpleNamespace(certificate=SimpleNamespace(upper=np.array([[upper]])))
+
+    judge_same_bounds(result(0.1), result(0.1 * (1 + 2.0**-8)), "a repaired row")
+    judge_same_bounds(result(np.inf), result(np.inf), "no bound")
+    for other in (0.12, 0.0, np.inf):
+        with pytest.raises(Lie, match="hidden"):
+            judge_same_bounds(result(0.1), result(other), "hidden keys")

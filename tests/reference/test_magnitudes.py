@@ -29,15 +29,17 @@ def worst_error(result, problem):
     return row_quantile(result.out[0, 0], exact_attention(problem).out[0, 0], rows=1.0)
 
 
-def test_small_visible_values_beside_large_hidden_ones():
+@pytest.mark.parametrize(("scales", "least"), [("token", 0.005), ("tile", 0.003)])
+def test_small_visible_values_beside_large_hidden_ones(scales, least):
+    """That it rounds at all is seen by the least error: blocks of a tile's shape round less."""
     x = normal(1, 1, 8, 16)
     v = (1e-25 * x).astype(np.float32)
     v[:, :, 4:] = 1
-    mask, policy = Mask.boolean(np.arange(8) < 4), FixedPolicy(qk="i8")
+    mask, policy = Mask.boolean(np.arange(8) < 4), FixedPolicy(qk="i8", scales=scales)
     problem = AttentionProblem.from_arrays(3 * x, x, v, mask=mask)
     report = replace(REPORT, rel=0.01)
     result = attention(3 * x, x, v, mask=mask, budget=report, policy=policy)
-    assert 0.003 < worst_error(result, problem) <= result.certificate[0, 0].upper < 0.5
+    assert least < worst_error(result, problem) <= result.certificate[0, 0].upper < 0.5
     assert not result.certificate.holds(report)
     budget = ErrorBudget(0.01, 1, 1, "worst_case")
     again = attention(3 * x, x, v, mask=mask, budget=budget, policy=policy)

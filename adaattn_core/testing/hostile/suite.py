@@ -35,6 +35,7 @@ from adaattn_core.testing.hostile.laws import (
     judge_refusal,
     judge_rows,
     judge_same,
+    judge_same_bounds,
 )
 from adaattn_core.testing.hostile.problems import (
     HostileArrays,
@@ -131,8 +132,9 @@ class Run:
         Dtypes that the backend takes; calls with others must be refused, whatever they ask.
         One that computes in float32 at most may refuse scales beyond its range besides.
     bitwise : bool
-        Whether what nobody sees may not change a bit. Else both answers are judged: a row that
-        was repaired because of a hidden NaN is computed in another order.
+        Whether what nobody sees may not change a bit. Else both answers are judged, and their
+        bounds compared: a row that was repaired because of a hidden NaN is computed in another
+        order.
     rules : tuple of str
         Score rules that the backend knows; it may refuse others.
     """
@@ -221,12 +223,12 @@ def _hidden_keys(run: Run, case: Case) -> None:
     other = run.call((twin, call), twin.build())
     if other is None:
         raise Lie("refused when hidden keys hold something else")
-    if not run.bitwise:
+    what = f"hidden keys hold {problem.hidden!r} instead of ordinary numbers"
+    if run.bitwise:
+        judge_same(result, other, what)
+    else:
         run.ledger.add(judge(twin, twin.build(), call, other))
-        return
-    judge_same(
-        result, other, f"hidden keys hold {problem.hidden!r} instead of ordinary numbers"
-    )
+        judge_same_bounds(result, other, what)
 
 
 def _causality(run: Run, case: tuple[HostileProblem, HostileCall, int, str]) -> None:
