@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,19 +14,22 @@ from adaattn_core.arrays import (
     array_device,
     dtype_name,
     move_axis_layout,
-    require_array,
 )
-from adaattn_core.checks import real, shown
+from adaattn_core.checks import shown
 from adaattn_core.errors import ArgumentError, DTypeError, ShapeError
 from adaattn_core.mask import Mask
 from adaattn_core.paged import PagedKV
+from adaattn_core.problem_checks import (
+    check_axes,
+    check_mask,
+    check_shapes,
+    checked_mask,
+    checked_scale,
+)
 from adaattn_core.scores import check_sinks, checked_softcap
 
 HeadIndex = tuple[int, int]
 """(sequence, head_q): what a plan, a certificate and an escalation speak about."""
-
-
-NO_SCALE = "leave scale out for 1/sqrt(dim_qk); fold a sign into the queries"
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +146,7 @@ class AttentionProblem:
             return problem._with_rules(softcap, sinks)
         named = (("query", query), ("key", key), ("value", value))
         for name, x in named:
-            _check_axes(name, x)
+            check_axes(name, x)
         dtypes = {name: dtype_name(x) for name, x in named}
         if len(set(dtypes.values())) != 1 or dtypes["query"] not in INPUT_FORMATS:
             raise DTypeError(
@@ -160,10 +162,11 @@ class AttentionProblem:
                 do="move them first: nothing is copied between devices silently",
             )
         query, key, value = (move_axis_layout(x, layout) for x in (query, key, value))
-        _check_shapes(query.shape, key.shape, value.shape)
-        scale, mask = _checked_scale(scale, int(query.shape[3])), _checked_mask(mask)
+        check_shapes(query.shape, key.shape, value.shape)
+        scale, mask = checked_scale(scale, int(query.shape[3])), checked_mask(mask)
         sequences = _sequences(mask, query.shape, key.shape)
-        _check_mask(mask, query.shape, key.shape, sequences)
+        lengths = [(s.len_q, s.len_kv) for s in sequences]
+        check_mask(mask, query.shape, key.shape, lengths)
         problem = cls(
             query, key, value, mask, scale, sequences, dtypes["query"], devices["query"]
         )
@@ -262,7 +265,7 @@ def paged_problem(
             needed="no value: the pages hold it",
             do="pass attention(query, paged)",
         )
-    _check_axes("query", query)
+    check_axes("query", query)
     name, device, query = (
         dtype_name(query),
         array_device(query),
@@ -281,11 +284,11 @@ def paged_problem(
             do="move them first: nothing is copied between devices silently",
         )
     try:
-        _check_shapes(query.shape, paged.key_shape, paged.value_shape)
+        check_shapes(query.shape, paged.key_shape, paged.value_shape)
     except ShapeError as error:
         do = "check that the cache belongs to this model"
         raise ShapeError(got=error.got, needed=error.needed, do=do) from None
-    scale, mask = _checked_scale(scale, int(query.shape[3])), _checked_mask(mask)
+    scale, mask = checked_scale(scale, int(query.shape[3])), checked_mask(mask)
     if mask.lengths is not None or mask.cu_seqlens_q is not None or not mask.is_structural:
         raise ArgumentError(
             got=f"a mask ({mask.describe()}) over pages",
@@ -301,63 +304,6 @@ def paged_problem(
     mask = replace(mask, lengths=paged.visible)
     sequences = _sequences(mask, query.shape, paged.key_shape)
     return cls(query, None, None, mask, scale, sequences, name, device, paged)
-
-
-def _check_axes(name: str, x: Any) -> None:
-    require_array(name, x)
-    if len(x.shape) != 4:
-        raise ShapeError(
-            got=f"{name} of shape {tuple(x.shape)}",
-            needed="four dimensions: batch, heads, len, dim",
-            do="add the missing dimensions, e.g. x[None] for a single batch entry",
-        )
-
-
-def _checked_scale(scale: float | None, dim_qk: int) -> float:
-    if scale is None:
-        return 1.0 / math.sqrt(max(dim_qk, 1))
-    scale = real("scale", scale, do=NO_SCALE)
-    if math.isfinite(scale) and scale > 0:
-        return scale
-    raise ArgumentError(f"scale={scale}", needed="a positive finite number", do=NO_SCALE)
-
-
-def _checked_mask(mask: Mask | None) -> Mask:
-    mask = Mask.none() if mask is None else mask
-    if not isinstance(mask, Mask):
-        raise ArgumentError(
-            got=f"mask of type {type(mask).__name__}",
-            needed="a Mask",
-            do="wrap the array: Mask.boolean(x) (True = may attend) or Mask.additive(x)",
-        )
-    return mask
-
-
-def _check_shapes(q: Any, k: Any, v: Any) -> None:
-    if k[0] != q[0] or v[0] != q[0]:
-        raise ShapeError(
-            got=f"batch {q[0]} in query, {k[0]} in key, {v[0]} in value",
-            needed="one batch size",
-            do="expand the smaller arrays yourself (a broadcast view costs nothing)",
-        )
-    if k[1] != v[1] or k[2] != v[2]:
-        raise ShapeError(
-            got=f"key (heads, len) = {(k[1], k[2])}, value (heads, len) = {(v[1], v[2])}",
-            needed="as many values as keys",
-            do="check that key and value come from the same layer and cache",
-        )
-    if k[3] != q[3] or q[3] < 1 or v[3] < 1:
-        raise ShapeError(
-            got=f"dim {q[3]} in query, {k[3]} in key, {v[3]} in value",
-            needed="query and key vectors of one length of at least 1, values of at least 1",
-            do="check the head dimension of the projections",
-        )
-    if k[1] < 1 or q[1] < 1 or q[1] % k[1]:
-        raise ShapeError(
-            got=f"{q[1]} query heads for {k[1]} key/value heads",
-            needed="heads_q a positive multiple of heads_kv",
-            do="query head h reads key head h // (heads_q / heads_kv); do not repeat keys",
-        )
 
 
 def _sequences(mask: Mask, q: Any, k: Any) -> tuple[SequenceSpan, ...]:
@@ -382,47 +328,3 @@ def _sequences(mask: Mask, q: Any, k: Any) -> tuple[SequenceSpan, ...]:
             do="pass the number of valid keys of every batch entry",
         )
     return tuple(SequenceSpan(b, b, 0, int(q[2]), 0, n) for b, n in enumerate(lengths))
-
-
-def _check_mask(mask: Mask, q: Any, k: Any, sequences: tuple[SequenceSpan, ...]) -> None:
-    if mask.lengths is not None and mask.cu_seqlens_q is not None:
-        raise ArgumentError(
-            got="a mask with both key lengths and cu_seqlens",
-            needed="one of the two",
-            do="state the lengths through cu_seqlens_kv",
-        )
-    if (
-        mask.alignment == "equal"
-        and mask.has_window
-        and any(s.len_q != s.len_kv for s in sequences)
-    ):
-        worst = next(s for s in sequences if s.len_q != s.len_kv)
-        raise ShapeError(
-            got=f"a causal or window mask without alignment for len_q={worst.len_q},"
-            f" len_kv={worst.len_kv}",
-            needed="an alignment when the two lengths differ: nothing is guessed",
-            do='pass alignment="top_left" (PyTorch) or "bottom_right" (FlashAttention)',
-        )
-    full = (q[0], q[1], q[2], k[2])
-    for name, array in (("boolean", mask.allowed), ("additive", mask.bias)):
-        if array is None:
-            continue
-        require_array(f"{'an' if name == 'additive' else 'a'} {name} mask", array)
-        shape = tuple(array.shape)
-        try:
-            fits = np.broadcast_shapes(shape, full) == full
-        except ValueError:
-            fits = False
-        if not fits:
-            raise ShapeError(
-                got=f"a {name} mask of shape {shape}",
-                needed=f"a shape broadcastable to {full} (batch, heads_q, len_q, len_kv)",
-                do="add axes of length 1 where the mask does not vary",
-            )
-        kind = dtype_name(array)
-        if (kind == "bool") != (name == "boolean"):
-            raise DTypeError(
-                got=f"a {name} mask of dtype {kind}",
-                needed="bool for Mask.boolean, floating point for Mask.additive",
-                do="True means may attend; an additive mask is added to the scaled scores",
-            )

@@ -27,6 +27,7 @@ from adaattn_reference.dense import HeadOutput, block_sparse, dense
 from adaattn_reference.exact import errors_against
 from adaattn_reference.farfield import GroupProbe
 from adaattn_reference.gradient import backward
+from adaattn_reference.key_values import KeyValues
 from adaattn_reference.landmark import landmark
 from adaattn_reference.measure import HeadProbe, measure_head
 from adaattn_reference.operands import Operands, prepare_operands
@@ -34,7 +35,7 @@ from adaattn_reference.score_rule import with_sink
 from adaattn_reference.score_skip import score_skip
 from adaattn_reference.svd import score_factors
 from adaattn_reference.threads import map_heads, thread_count
-from adaattn_reference.view import HeadView, KeyValues, ProblemViews
+from adaattn_reference.view import HeadView, ProblemViews
 
 Float = NDArray[np.floating[Any]]
 

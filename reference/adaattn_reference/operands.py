@@ -24,9 +24,10 @@ from adaattn_core.formats import (
 )
 from adaattn_core.plan import HeadPlan
 from adaattn_reference import quantise
+from adaattn_reference.key_values import transposed
 from adaattn_reference.score_rule import cap
 from adaattn_reference.scratch import scratch
-from adaattn_reference.view import HeadView, transposed
+from adaattn_reference.view import HeadView
 
 Float = NDArray[np.floating[Any]]
 

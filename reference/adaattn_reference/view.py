@@ -12,77 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaattn_core.arrays import to_numpy
-from adaattn_core.bounds import largest_norm_upper, row_norms_upper
+from adaattn_core.bounds import row_norms_upper
 from adaattn_core.problem import AttentionProblem, HeadIndex
+from adaattn_reference.key_values import Float, KeyValues, diameter_upper
 from adaattn_reference.masking import HeadMask, MaskScan, WeighedMask
 
-Float = NDArray[np.floating[Any]]
 Picked = slice | NDArray[np.int64]
 
 SCORE_RANGE = {np.dtype(np.float32): 1e37, np.dtype(np.float64): 1e307}
 """Scores, and sums of values, of at most this magnitude neither overflow nor become NaN."""
 SCALE_RANGE = (1e-30, 1e30)
 """Score scales that float32 holds with room to spare on both sides."""
-
-
-@dataclass(eq=False)
-class KeyValues:
-    """Keys and values of one (sequence, head_kv), and facts that its query heads share.
-
-    Attributes
-    ----------
-    key, value : ndarray, shapes (len_kv, dim_qk), (len_kv, dim_v)
-        In the working dtype; keys that no row's interval reaches are cut off.
-    """
-
-    key: Float
-    value: Float
-
-    @cached_property
-    def key_t(self) -> Float:
-        """Transposed keys, see `transposed`."""
-        return transposed(self.key)
-
-    @cached_property
-    def key_norm(self) -> NDArray[np.float64]:
-        """Euclidean norm of every key, rounded up."""
-        return row_norms_upper(self.key)
-
-    @cached_property
-    def value_norm(self) -> NDArray[np.float64]:
-        """Euclidean norm of every value, rounded up."""
-        return row_norms_upper(self.value)
-
-    @cached_property
-    def value_diameter_upper(self) -> float:
-        """Upper bound of the distance between two values, seen or not."""
-        return diameter_upper(self.clean_value)
-
-    @cached_property
-    def bad_values(self) -> NDArray[np.int64]:
-        """Keys whose value vector holds NaN or Inf."""
-        return np.flatnonzero(~np.isfinite(self.value).all(axis=1))
-
-    @cached_property
-    def clean_value(self) -> Float:
-        """Values with non-finite vectors replaced by zeros."""
-        if not len(self.bad_values):
-            return self.value
-        clean = self.value.copy()
-        clean[self.bad_values] = 0
-        return clean
-
-    @cached_property
-    def finite_key(self) -> NDArray[np.bool_]:
-        """Whether each key is finite, shape (len_kv,)."""
-        return np.asarray(np.isfinite(self.key).all(axis=1))
-
-    @cached_property
-    def bad(self) -> NDArray[np.bool_]:
-        """Whether a key or its value holds NaN or Inf, shape (len_kv,)."""
-        bad = ~self.finite_key
-        bad[self.bad_values] = True
-        return bad
 
 
 @dataclass(eq=False)
@@ -425,24 +365,3 @@ def hide(scores: Float, hidden: NDArray[np.bool_], finite: bool) -> None:
         np.minimum(scores, cap, out=scores)
     else:
         np.copyto(scores, -np.inf, where=hidden)
-
-
-def transposed(x: Float) -> Float:
-    """Return a transposed copy for BLAS, which reads it faster than a transposed view.
-
-    Rows are padded: at a distance of a power of two they would share a few cache sets.
-    """
-    out = np.empty((x.shape[1], len(x) + 16), x.dtype)[:, : len(x)]
-    out[:] = x.T
-    return out
-
-
-def diameter_upper(x: Float) -> float:
-    """Upper bound of the distance between two rows: twice the largest from their mean."""
-    if not len(x):
-        return 0.0
-    with np.errstate(over="ignore", invalid="ignore"):
-        centre = x.mean(axis=0)
-        if not np.isfinite(centre).all():
-            centre = np.zeros_like(centre)
-        return 2 * largest_norm_upper(x - centre)
