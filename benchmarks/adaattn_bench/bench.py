@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections import Counter
@@ -16,10 +15,9 @@ import numpy as np
 from adaattn_bench.clock import Timings, kept_when_interrupted, reason, take_turns
 from adaattn_bench.contenders import Contender, Field, Given, gather
 from adaattn_bench.devices import PeakMemory, Rates, Utilization, describe, measure_rates
-from adaattn_bench.problems import DTYPES, Problem, Shape, make_problem
+from adaattn_bench.problems import DTYPES, Shape, make_problem
 from adaattn_bench.statistics import rounded
-from adaattn_core.problem import AttentionProblem
-from adaattn_core.testing.oracles import exact_attention, relative_frobenius, row_quantile
+from adaattn_bench.truth import Truth
 
 Note = Callable[[str], Any]
 """Told what is done next, and when a problem is done ("")."""
@@ -133,7 +131,7 @@ def _cell(
     problem = make_problem(settings.source, shape, settings.dtype, seed=settings.seed)
     given = Given.on(problem, settings.device)
     field = gather(given, settings.budgets, settings.peers)
-    truth = Truth.draw(problem, settings.truth_rows, settings.seed)
+    truth = Truth.draw(given, settings.truth_rows, settings.seed)
     entries = {}
     for name, contender in field.found.items():
         note(f"{shape.len_kv:,} tokens, dim {shape.dim}: {name}")
@@ -152,62 +150,21 @@ def _cell(
         yield _figures(settings, shape, rates, field, entries, timings)
 
 
-@dataclass(frozen=True, slots=True)
-class Truth:
-    """Exact rows of every head, drawn independently of any certificate's.
-
-    Attributes
-    ----------
-    rows : ndarray of int64
-    out : ndarray of float64, shape (batch, heads_q, rows, dim)
-    """
-
-    rows: np.ndarray[Any, Any]
-    out: np.ndarray[Any, Any]
-
-    @classmethod
-    def draw(cls, problem: Problem, count: int, seed: int) -> Truth:
-        """Compute a number of rows in float64."""
-        shape = problem.shape
-        rng = np.random.default_rng(seed + 1)
-        rows = np.sort(rng.permutation(shape.len_q)[:count])
-        checked = AttentionProblem.from_arrays(
-            problem.query, problem.key, problem.value, mask=problem.mask, scale=problem.scale
-        )
-        exact = exact_attention(checked, {index: rows for index in checked.heads()})
-        return cls(rows, exact.out[:, :, rows])
-
-    def errors(self, out: np.ndarray[Any, Any], share: float = 0.95) -> dict[str, list[float]]:
-        """Row quantile, worst row and Frobenius error of every head, on the drawn rows."""
-        heads = [
-            (np.asarray(out[index][self.rows], np.float64), self.out[index])
-            for index in np.ndindex(*self.out.shape[:2])
-        ]
-        return {
-            "rows": [_wrong_if_nan(row_quantile(*pair, share)) for pair in heads],
-            "worst": [_wrong_if_nan(row_quantile(*pair, 1.0)) for pair in heads],
-            "frobenius": [_wrong_if_nan(relative_frobenius(*pair)) for pair in heads],
-        }
-
-
-def _wrong_if_nan(error: float) -> float:
-    """NaN in an output is no small error."""
-    return math.inf if math.isnan(error) else error
-
-
 def _entry(contender: Contender, truth: Truth, settings: Settings) -> dict[str, Any]:
     """Everything of one contender but its times."""
     with PeakMemory(settings.device) as memory:
         result = contender.call()
     entry: dict[str, Any] = {
         "errors": truth.errors(contender.out_of(result)),
-        "peak_bytes": memory.bytes,
+        "peak_bytes": None if contender.own_memory else memory.bytes,
     }
     if hasattr(result, "certificate"):
         entry["facts"] = _facts(result)
-    with Utilization(settings.device) as busy:
-        if settings.device == "cuda":
-            contender.burst(max(3, int(settings.burst_ms / max(contender.cold_ms, 1e-2))))
+    busy = Utilization(settings.device)
+    if settings.device == "cuda":
+        (warm,) = contender.burst(1)[-1:]
+        with busy:
+            contender.burst(max(3, int(1e3 * busy.SECONDS / max(warm, 1e-2))))
     return entry | {"busy_percent": busy.percent, "watts": busy.watts}
 
 

@@ -120,8 +120,11 @@ def kept_when_interrupted(report: dict[str, Any]) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """Say in one line why a contender left the field."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    """Say in one line why a contender left: what is missing, or its error's first sentence."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"{error.name} is not installed"
+    first = " ".join(str(error).split()).partition(". ")[0]
+    return f"{type(error).__name__}: {first}"[:200]
 
 
 def take_turns(

@@ -6,6 +6,8 @@ A peer that cannot be imported, or refuses a problem, is left out, and the repor
 from __future__ import annotations
 
 import importlib
+import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -56,12 +58,15 @@ class Contender:
         Output of shape (batch, heads_q, len_q, dim) on the host.
     cold_ms : float
         Milliseconds of the first call: compiling and loading, where nothing was kept.
+    own_memory : bool
+        Whether its memory is another allocator's than torch's, and so unknown.
     """
 
     call: Call
     burst: Burst
     out_of: Callable[[Any], NDArray[Any]]
     cold_ms: float = float("nan")
+    own_memory: bool = False
 
 
 @dataclass(slots=True)
@@ -104,6 +109,11 @@ class Given:
         """Whether the mask hides anything: a single row sees every key."""
         return self.problem.shape.len_q > 1
 
+    @property
+    def scale(self) -> float:
+        """Factor on the scores, written out."""
+        return self.problem.scale or 1.0 / math.sqrt(self.problem.shape.dim)
+
     def torch_tensors(self) -> tuple[Any, Any, Any]:
         """Return the tensors; peers need torch."""
         if self.tensors is None:
@@ -143,7 +153,10 @@ def _exact(given: Given) -> Contender | Call:
 def _sdpa(backend: str) -> Callable[[Given], Call]:
     def make(given: Given) -> Call:
         torch = torch_module()
-        arrays, options = given.wide(), _torch_mask(given)
+        options = _torch_mask(given)
+        arrays = given.wide() if backend == "EFFICIENT_ATTENTION" else given.torch_tensors()
+        if arrays[0].shape[1] != arrays[1].shape[1]:
+            options["enable_gqa"] = True
         compute = torch.nn.functional.scaled_dot_product_attention
         chosen = importlib.import_module("torch.nn.attention")
         only = getattr(chosen.SDPBackend, backend)
@@ -203,15 +216,17 @@ def _flash3(given: Given) -> Call | Contender:
 
 
 @cache
-def _flash3_compiled() -> tuple[Any, Any]:
+def _flash3_compiled(scale: float) -> tuple[Any, Any]:
     """Return jax and the jitted function, which it compiles once a shape."""
+    # Read by JAX when it first touches the device, of which it would take three quarters.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     jax = importlib.import_module("jax")
     flash = importlib.import_module("flash_attn3_jax").flash_mha
-    return jax, jax.jit(lambda q, k, v: flash(q, k, v, is_causal=True))
+    return jax, jax.jit(lambda q, k, v: flash(q, k, v, softmax_scale=scale, is_causal=True))
 
 
 def _flash3_jax(given: Given) -> Contender:
-    jax, compiled = _flash3_compiled()
+    jax, compiled = _flash3_compiled(given.scale)
     if given.problem.shape.len_q != given.problem.shape.len_kv:
         raise ValueError("measured for whole sequences only")
     arrays = [
@@ -221,6 +236,7 @@ def _flash3_jax(given: Given) -> Contender:
         call=lambda: compiled(*arrays),
         burst=by_host_together(lambda: compiled(*arrays), lambda out: out.block_until_ready()),
         out_of=lambda out: np.asarray(out, np.float32).swapaxes(1, 2),
+        own_memory=True,
     )
 
 
@@ -237,8 +253,8 @@ def _sage(given: Given) -> Call:
 def _sparge(given: Given) -> Call:
     module = importlib.import_module("spas_sage_attn")
     arrays = given.wide()
-    sparse = module.spas_sage2_attn_meansim_topk_cuda
-    return lambda: sparse(*arrays, topk=0.5, is_causal=given.causal)
+    sparse, scale = module.spas_sage2_attn_meansim_topk_cuda, given.problem.scale
+    return lambda: sparse(*arrays, topk=0.5, is_causal=given.causal, scale=scale)
 
 
 def _xformers(given: Given) -> Call:

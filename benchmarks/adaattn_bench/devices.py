@@ -198,15 +198,20 @@ class _Utilization(ctypes.Structure):
 class Utilization:
     """Samples how busy the GPU is, by NVML, while a `with` block runs.
 
-    NVML's figure is the share of the last sampling period (about 20 ms or more) in which some
-    kernel ran: it shows a device that waits for its host, not how well kernels use it.
+    NVML's figure is the share of its last sampling period (up to a sixth of a second) in which
+    some kernel ran: it shows a device that waits for its host, not how well kernels use it.
+    Samples before `LEAD_SECONDS` still speak of what ran before, and are left out. Power is the
+    energy counter's difference over the block, since NVML's own power is a mean over a second.
 
     Attributes
     ----------
     percent, watts : float or None
-        Means over the samples; None without NVML, or where the block was too short for one.
+        Means over the block; None without NVML, or where the block was too short.
     """
 
+    SECONDS = 0.35
+    """How long a block should be."""
+    LEAD_SECONDS = 0.18
     PERIOD_SECONDS = 0.02
 
     def __init__(self, device: str) -> None:
@@ -215,10 +220,11 @@ class Utilization:
         none: tuple[Any, Any] = (None, None)
         self._library, self._handle = _nvml() if device == "cuda" else none
         self._stop = threading.Event()
-        self._samples: list[tuple[int, int]] = []
+        self._samples: list[int] = []
 
     def __enter__(self) -> Utilization:
         if self._library is not None:
+            self._energy, self._started = self._millijoules(), time.perf_counter()
             self._thread = threading.Thread(target=self._watch, daemon=True)
             self._thread.start()
         return self
@@ -226,22 +232,32 @@ class Utilization:
     def __exit__(self, *_: object) -> None:
         if self._library is None:
             return
+        seconds, energy = time.perf_counter() - self._started, self._millijoules()
         self._stop.set()
         self._thread.join()
         if self._samples:
-            busy, power = zip(*self._samples, strict=True)
-            self.percent = sum(busy) / len(busy)
-            self.watts = sum(power) / len(power) / 1e3
+            self.percent = sum(self._samples) / len(self._samples)
+        if self._energy is not None and energy is not None and seconds > self.LEAD_SECONDS:
+            self.watts = (energy - self._energy) / 1e3 / seconds
 
     def _watch(self) -> None:
-        found, power = _Utilization(), ctypes.c_uint()
+        found = _Utilization()
+        if self._stop.wait(self.LEAD_SECONDS):
+            return
         while not self._stop.wait(self.PERIOD_SECONDS):
             failed = self._library.nvmlDeviceGetUtilizationRates(
                 self._handle, ctypes.byref(found)
             )
-            failed |= self._library.nvmlDeviceGetPowerUsage(self._handle, ctypes.byref(power))
             if not failed:
-                self._samples.append((found.gpu, power.value))
+                self._samples.append(found.gpu)
+
+    def _millijoules(self) -> int | None:
+        """Energy since the driver was loaded."""
+        found = ctypes.c_ulonglong()
+        failed = self._library.nvmlDeviceGetTotalEnergyConsumption(
+            self._handle, ctypes.byref(found)
+        )
+        return None if failed else found.value
 
 
 @cache

@@ -17,13 +17,15 @@ import pytest
 import typer
 
 from adaattn_bench import bench as benching
-from adaattn_bench import clock, contenders
-from adaattn_bench.bench import Settings, Truth, sweep
+from adaattn_bench import clock, contenders, devices, truth
+from adaattn_bench.bench import Settings, sweep
 from adaattn_bench.bench_figures import markdown, page
 from adaattn_bench.clock import take_turns
-from adaattn_bench.devices import PeakMemory, measure_rates
+from adaattn_bench.contenders import Given
+from adaattn_bench.devices import PeakMemory, Utilization, measure_rates
 from adaattn_bench.problems import DTYPES, Shape, make_problem
 from adaattn_bench.statistics import Summary, rounded
+from adaattn_bench.truth import Truth
 from adaattn_core.cli.app import build_app
 from adaattn_core.errors import ArgumentError
 
@@ -196,10 +198,10 @@ def test_who_fails_leaves_the_field(small: Settings, monkeypatch: pytest.MonkeyP
 
 def test_a_wrong_output_is_a_large_error(small: Settings) -> None:
     problem = make_problem("local", small.shapes()[0], "float32")
-    truth = Truth.draw(problem, 16, 0)
-    assert max(truth.errors(truth_out(problem))["worst"]) < 1e-6
-    assert min(truth.errors(2 * truth_out(problem))["rows"]) > 0.2
-    assert truth.errors(np.full_like(truth_out(problem), np.nan))["worst"][0] == math.inf
+    drawn = Truth.draw(Given.on(problem, "cpu"), 16, 0)
+    assert max(drawn.errors(truth_out(problem))["worst"]) < 1e-6
+    assert min(drawn.errors(2 * truth_out(problem))["rows"]) > 0.2
+    assert drawn.errors(np.full_like(truth_out(problem), np.nan))["worst"][0] == math.inf
 
 
 def truth_out(problem: Any) -> Any:
@@ -223,8 +225,8 @@ def test_counts_are_those_of_the_mask(len_q: int) -> None:
     assert shape.cache_bytes(2) == 2 * (2 * 2 * 16 * 8) * 2
     problem = make_problem("normal", shape, "float32")
     assert problem.shape == shape
-    truth = Truth.draw(problem, len_q, 0)
-    assert max(truth.errors(truth_out(problem))["worst"]) < 1e-6
+    drawn = Truth.draw(Given.on(problem, "cpu"), len_q, 0)
+    assert max(drawn.errors(truth_out(problem))["worst"]) < 1e-6
 
 
 @pytest.mark.parametrize("source", ["local", "normal", "sink"])
@@ -304,3 +306,48 @@ def test_rates_are_plausible(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = measure_rates("cpu", "float32")
     assert 1e7 < rates.matmul < 1e14
     assert 1e7 < rates.copy < 1e13
+
+
+def test_both_ways_to_the_truth_agree() -> None:
+    pytest.importorskip("torch")
+    problem = make_problem("local", Shape(2, 4, 2, 24, 40, 16), "bfloat16", seed=2)
+    given, rows = Given.on(problem, "cpu"), np.array([0, 5, 23])
+    assert np.abs(truth._on_gpu(given, rows) - truth._here(given, rows)).max() < 1e-12
+
+
+def test_errors_are_relative_to_the_whole_output(small: Settings) -> None:
+    """Certificates speak of the rms row of all rows, not of those drawn."""
+    problem = make_problem("local", small.shapes()[0], "float32")
+    exact = truth_out(problem)
+    some = Truth.draw(Given.on(problem, "cpu"), 4, 0)
+    rows = np.setdiff1d(np.arange(64), some.rows)
+    louder = exact.copy()
+    louder[:, :, rows] *= 1000
+    louder[:, :, some.rows] *= 1.5
+    assert max(some.errors(louder)["worst"]) < 0.01
+
+
+class FakeNvml:
+    """Half busy, 300 watts."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+
+    def nvmlDeviceGetUtilizationRates(self, handle: Any, found: Any) -> int:  # noqa: N802
+        found._obj.gpu = 50
+        return 0
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: Any, found: Any) -> int:  # noqa: N802
+        found._obj.value = int(1e3 * 300 * (time.perf_counter() - self.started))
+        return 0
+
+
+def test_utilisation_is_what_nvml_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "_nvml", lambda: (FakeNvml(), None))
+    with Utilization("cuda") as busy:
+        time.sleep(Utilization.SECONDS)
+    assert busy.percent == 50
+    assert busy.watts == pytest.approx(300, rel=0.2)
+    with Utilization("cuda") as brief:
+        pass
+    assert (brief.percent, brief.watts) == (None, None)
