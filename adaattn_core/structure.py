@@ -208,6 +208,9 @@ class Landmark(Structure):
         `clusters`).
     pool : int
         Keys per pooled column; 0 drops the remainder.
+    fitted : bool
+        Whether a pool's bias is fitted, so that the sampled rows give it the mass that its keys
+        have; else it is the logarithm of how many keys it stands for.
     tile : int
         Query rows that share one near field (a multiple of `pool`).
     screen_rank : int
@@ -226,6 +229,7 @@ class Landmark(Structure):
     clusters: int = 1
     samples: int = 32
     pool: int = 64
+    fitted: bool = True
     tile: int = 64
     screen_rank: int = 16
     screen_theta: float = 0.02
@@ -236,6 +240,7 @@ class Landmark(Structure):
         self._share("screen_theta")
         self._sizes(1, "group", "clusters", "samples", "tile")
         self._sizes(0, "band", "pool", "screen_rank", "tail")
+        _require(isinstance(self.fitted, bool), f"fitted={shown(self.fitted)}", "True or False")
         _require(self.pool <= POOL_MAX, f"pool={self.pool}", f"at most {POOL_MAX} keys a pool")
         step = self.pool or 1
         _require(

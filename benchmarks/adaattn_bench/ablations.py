@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adaattn_bench.policies import PARTS, Without, unfitted
+from adaattn_bench.policies import PARTS, Without
 from adaattn_core.api import attention
 from adaattn_core.budget import ErrorBudget
 from adaattn_core.errors import AdaAttnError
@@ -115,10 +115,9 @@ def _measure(
     heads: list[HeadRow] = []
     seconds, alone, whole, dense, escalated = 0.0, 0.0, 0.0, 0.0, 0
     for layer in layers:
-        with unfitted(part):
-            started = time.perf_counter()
-            result = layer.run(budget, Without(part), target=target, seed=seed)
-            seconds += time.perf_counter() - started
+        started = time.perf_counter()
+        result = layer.run(budget, Without(part), target=target, seed=seed)
+        seconds += time.perf_counter() - started
         heads += layer.rows(result)
         escalated += len(result.provenance.get("escalated", ()))
         found = predict(layer.problem, result, target, as_planned=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,11 +19,16 @@ PARTS = {
     "landmarks": "no near field with landmarks and pools",
     "skip rule": "no score-then-skip",
     "pools": "keys beyond the landmarks are dropped, not pooled",
-    "fitted bias": "pools count their keys, nothing is fitted (NumPy backend)",
+    "fitted bias": "pools count their keys, nothing is fitted",
     "smoothing": "8-bit keys keep their mean",
     "escalation": "heads that miss the budget stay as they are",
 }
 """Adaptive parts that can be switched off one at a time, and what is left then."""
+STRUCTURE_WITHOUT: dict[str, dict[str, Any]] = {
+    "pools": {"pool": 0},
+    "fitted bias": {"fitted": False},
+}
+"""What landmarks are without a part of theirs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +56,11 @@ class Without:
     def request(self, context: PolicyContext) -> MeasureRequest | None:
         """Ask for what is left."""
         request = self.base.request(self._seen(context))
-        if request is None or self.part != "pools":
-            return request
-        return replace(request, structures=tuple(map(_poolless, request.structures)))
+        if request is None:
+            return None
+        return replace(
+            request, structures=tuple(_less(s, self.part) for s in request.structures)
+        )
 
     def decide(
         self, stats: Mapping[HeadIndex, HeadStats], context: PolicyContext
@@ -89,9 +94,7 @@ class Without:
     def _changed(self, plan: HeadPlan) -> HeadPlan:
         if self.part == "smoothing":
             plan = replace(plan, smooth_k=False)
-        if self.part == "pools":
-            plan = replace(plan, structure=_poolless(plan.structure))
-        return plan
+        return replace(plan, structure=_less(plan.structure, self.part))
 
 
 def unhurried() -> Without:
@@ -99,24 +102,6 @@ def unhurried() -> Without:
     return Without()
 
 
-def _poolless(structure: Structure) -> Structure:
-    return replace(structure, pool=0) if isinstance(structure, Landmark) else structure
-
-
-@contextmanager
-def unfitted(part: str) -> Iterator[None]:
-    """Leave the pools' bias as the logarithm of their keys, where `part` is the fitted bias.
-
-    No plan says so, because nobody should run that way: the NumPy backend's function is put
-    aside for the experiment.
-    """
-    if part != "fitted bias":
-        yield
-        return
-    module: Any = importlib.import_module("adaattn_reference.farfield")
-    kept = module._fitted_bias
-    module._fitted_bias = lambda *arguments: 0.0 * arguments[-1]
-    try:
-        yield
-    finally:
-        module._fitted_bias = kept
+def _less(structure: Structure, part: str) -> Structure:
+    changes = STRUCTURE_WITHOUT.get(part, {})
+    return replace(structure, **changes) if isinstance(structure, Landmark) else structure

@@ -206,7 +206,8 @@ def _build(operands: Operands, geometry: Geometry, probe: GroupProbe, tau: float
     pool_value = _block_averages(operands.value[:keys], shares)
     with np.errstate(divide="ignore"):
         bias = np.log(counts)
-    bias += _fitted_bias(operands, geometry, probe, block_mass, pool_key, bias)
+    if geometry.structure.fitted:
+        bias += _fitted_bias(operands, geometry, probe, block_mass, pool_key, bias)
     return FarField(landmarks, pool_key, pool_value, bias)
 
 

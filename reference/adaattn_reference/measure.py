@@ -60,7 +60,7 @@ class HeadProbe:
         if self.geometry is None or not isinstance(structure, Landmark):
             return False
         mine = self.geometry.structure
-        names = ("group", "clusters", "samples", "band", "tile", "pool")
+        names = ("group", "clusters", "samples", "band", "tile", "pool", "fitted")
         return all(getattr(mine, name) == getattr(structure, name) for name in names)
 
 

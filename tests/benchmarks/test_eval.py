@@ -15,7 +15,7 @@ import typer
 from adaattn_bench import ablations, evaluation, tasks, texts
 from adaattn_bench.ablations import Layer, ablate
 from adaattn_bench.models import EXACT, TORCH, Setting, load
-from adaattn_bench.policies import PARTS, Without, unfitted, unhurried
+from adaattn_bench.policies import PARTS, Without, unhurried
 from adaattn_core.budget import ErrorBudget
 from adaattn_core.cli.app import build_app
 from adaattn_core.structure import Landmark
@@ -236,8 +236,7 @@ def test_each_part_is_really_off(layer: Layer) -> None:
     budget = ErrorBudget(rel=0.1)
 
     def plans(part: str) -> list[Any]:
-        with unfitted(part):
-            result = layer.run(budget, Without(part), target="sm90", seed=0)
+        result = layer.run(budget, Without(part), target="sm90", seed=0)
         return [result.plan[index] for index in result.plan]
 
     whole = plans("")
@@ -249,27 +248,8 @@ def test_each_part_is_really_off(layer: Layer) -> None:
     assert not any(p.smooth_k for p in plans("smoothing"))
     dropped = [p.structure for p in plans("pools") if isinstance(p.structure, Landmark)]
     assert all(structure.pool == 0 for structure in dropped)
-
-
-def test_the_fitted_bias_is_put_back(layer: Layer) -> None:
-    import adaattn_reference.farfield as farfield  # noqa: PLC0415 -- what is put aside
-
-    kept = farfield._fitted_bias
-
-    def out(part: str) -> Any:
-        policy = Without(part)
-        with unfitted(part):
-            return layer.run(ErrorBudget(rel=0.2), policy, target=None, seed=0).out
-
-    def interrupted() -> None:
-        with unfitted("fitted bias"):
-            assert farfield._fitted_bias is not kept
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert farfield._fitted_bias is kept
-    assert not np.array_equal(out(""), out("fitted bias"))
+    counted = [p.structure for p in plans("fitted bias")]
+    assert not any(isinstance(s, Landmark) and s.fitted for s in counted)
 
 
 def test_without_escalation_misses_are_reported(layer: Layer) -> None:

@@ -262,6 +262,7 @@ def test_formats_have_one_spelling(fields: dict[str, str]) -> None:
         ("landmark", {"group": 1000}),
         ("landmark", {"screen_theta": 0.0}),
         ("landmark", {"samples": 0}),
+        ("landmark", {"fitted": 1}),
     ],
 )
 def test_structures_check_their_ranges(kind: str, fields: dict[str, Any]) -> None:

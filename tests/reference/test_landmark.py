@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaattn_core import AttentionProblem, HeadPlan, Landmark, Mask, Plan
+from adaattn_core.stats import MeasureRequest
 from adaattn_core.testing.oracles import exact_attention, relative_frobenius
 from adaattn_reference.backend import NumpyBackend
 from adaattn_reference.farfield import GroupProbe, far_mass
@@ -60,17 +63,34 @@ def test_all_keys_as_landmarks_is_dense(len_q, len_kv, mask, screen_rank):
 
 
 @pytest.mark.parametrize(("len_q", "len_kv", "mask"), SHAPES)
-def test_every_key_is_counted_once(len_q, len_kv, mask):
+@pytest.mark.parametrize("fitted", [True, False])
+def test_every_key_is_counted_once(len_q, len_kv, mask, fitted):
     """With equal scores every pool is exact, so one doubled or lost key would show."""
     p = problem(len_q, len_kv, mask)
     p.query[...] = 0
-    raw = run(p, tau=0.5, band=64)
+    raw = run(p, tau=0.5, band=64, fitted=fitted)
     exact, lse = whole(p)
     seen = np.isfinite(lse)
     rounding = 64 * np.finfo(np.float32).eps * np.abs(lse[seen]).max()
     np.testing.assert_allclose(raw.lse[seen], lse[seen], rtol=0, atol=rounding)
     assert relative_frobenius(raw.out, exact) < 0.2
     assert raw.facts[0, 0].share < 0.9 or len_q <= 640
+
+
+def test_probes_of_a_fitted_structure_serve_no_other():
+    """A run after measuring gives what a run alone gives, whatever was measured."""
+    p = problem(900, 1100, Mask.none())
+    measured = Landmark(group=512, tau=0.5, band=64)
+    counted = dataclasses.replace(measured, fitted=False)
+    request = MeasureRequest(
+        rows=0.95, structures=(measured,), enough_error=0.0, formats=(), spectrum=False, seed=3
+    )
+    _, workspace = BACKEND.measure(p, request)
+    plans = [Plan.uniform(p, HeadPlan(structure=s), seed=3) for s in (measured, counted)]
+    fitted, after = (BACKEND.run(p, plan, workspace=workspace).out for plan in plans)
+    alone = BACKEND.run(p, plans[1]).out
+    assert np.array_equal(after, alone)
+    assert not np.array_equal(after, fitted)
 
 
 def test_pools_beat_dropping_and_more_landmarks_beat_fewer():

@@ -159,14 +159,15 @@ def _clustered(seed: int, len_q: int = 1024) -> tuple[np.ndarray, np.ndarray, np
 
 
 @pytest.mark.parametrize("mask", [Mask.causal(), Mask.none()], ids=["causal", "full"])
-@pytest.mark.parametrize("screen_rank", [0, 8])
-def test_numpy_and_torch_agree(mask: Mask, screen_rank: int) -> None:
+@pytest.mark.parametrize(("screen_rank", "fitted"), [(0, True), (8, True), (0, False)], ids=str)
+def test_numpy_and_torch_agree(mask: Mask, screen_rank: int, fitted: bool) -> None:
     """The same plan and seed: both certificates hold, and the outputs lie within both."""
     q, k, v = _clustered(1)
     problem = AttentionProblem.from_arrays(q, k, v, mask=mask)
     structure = Landmark(
-        tau=0.1, band=64, group=256, clusters=4, samples=32, tail=64, screen_rank=screen_rank
-    )
+        tau=0.1, band=64, group=256, clusters=4, samples=32, tail=64,
+        screen_rank=screen_rank, fitted=fitted,
+    )  # fmt: skip
     plan = Plan.uniform(problem, HeadPlan(structure=structure), seed=3)
     budget = ErrorBudget(1.0, rows=0.95, on_violation="report")
     mine, theirs = (

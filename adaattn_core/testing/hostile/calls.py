@@ -184,6 +184,7 @@ _STRUCTURES: dict[str, st.SearchStrategy[Fields]] = {
     "landmark": choices(
         tau=(0.05, 0.0, 0.3, 0.9),
         pool=(0, 1, 2, 4, 8),
+        fitted=(True, False),
         tile=(1, 2, 4),
         band=(0, 1, 2, 8),
         group=(1, 2, 4, 64),

@@ -117,7 +117,8 @@ def far_field(
         for x in (prober.key_blocks, prober.value_blocks)
     )
     bias = torch.where(filled > 0, filled.clamp_min(1).log(), HIDDEN)
-    bias = bias + _fitted(prober, probe, pick, block_mass, pool_key, bias)
+    if prober.geometry.structure.fitted:
+        bias = bias + _fitted(prober, probe, pick, block_mass, pool_key, bias)
     return FarField(counts, landmarks, pool_key, pool_value, bias)
 
 

@@ -90,5 +90,5 @@ class Geometry:
         """Whether a structure splits the fields and draws the rows that this one does."""
         if not isinstance(other, Landmark):
             return False
-        names = ("group", "clusters", "samples", "band", "tile", "pool", "tail")
+        names = ("group", "clusters", "samples", "band", "tile", "pool", "fitted", "tail")
         return all(getattr(self.structure, n) == getattr(other, n) for n in names)
