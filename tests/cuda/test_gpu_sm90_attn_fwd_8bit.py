@@ -201,6 +201,36 @@ def test_packed_sequences(dim: int) -> None:
         assert relative(out, truth) < 0.045
 
 
+BLIND = {
+    "tiles of rows before the first key": ((400, 100), Mask.causal("bottom_right")),
+    "rows behind the last key": ((96, 20), Mask.sliding_window(3, 0, alignment="top_left")),
+    "an entry without keys": ((96, 90), Mask.key_lengths([0, 90])),
+    "no entry with keys": ((96, 90), Mask.key_lengths([0, 0])),
+    "a sequence without keys": ((96, 90), Mask.ragged([0, 40, 96], [0, 0, 90])),
+    "a later one, at an odd key": ((96, 50), Mask.ragged([0, 40, 96], [0, 50, 50])),
+}
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(("lengths", "mask"), BLIND.values(), ids=BLIND)
+@pytest.mark.parametrize("pair", PAIRS, ids="/".join)
+def test_rows_that_see_no_key(
+    pair: tuple[str, str], lengths: tuple[int, int], mask: Mask, dim: int
+) -> None:
+    """Tiles of them lie outside every array, far outside: nothing is read there."""
+    batch = 2 if mask.lengths is not None else 1
+    query = randn(batch, 4, lengths[0], dim)
+    key, value = (randn(batch, 2, lengths[1], dim, seed=i) for i in (1, 2))
+    problem = AttentionProblem.from_arrays(query, key, value, mask=mask)
+    out, lse, _ = run(problem, *pair)
+    truth, exact_lse = oracle(problem)
+    blind = exact_lse == -math.inf
+    assert blind.any()
+    assert (lse[blind] == -math.inf).all()
+    assert (out[blind] == 0).all()
+    assert (out - truth)[~blind].norm() <= 0.05 * truth[~blind].norm()
+
+
 @pytest.mark.parametrize("dim", [64, 128])
 def test_a_poisoned_future_reaches_nobody(dim: int) -> None:
     query, key, value = (randn(1, 2, 600, dim, seed=i) for i in range(3))

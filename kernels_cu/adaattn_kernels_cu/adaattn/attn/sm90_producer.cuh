@@ -85,7 +85,10 @@ struct Producer {
         ptx::mbarrier_wait(empty, empty_parity);
         ptx::mbarrier_arrive_expect(full, kPanels * kPanelBytes + extra_bytes);
         if (extra_bytes != 0) ptx::bulk_load(extra_place, extra, extra_bytes, full);
-        const int row = cursor.first_key() + (kCodes ? cursor.item().code_shift : 0);
+        int row = cursor.first_key() + (kCodes ? cursor.item().code_shift : 0);
+        // A tile that no row sees lies far outside. Where keys are the innermost dimension it is
+        // moved to the end, on a multiple of 16 bytes: elsewhere the copy would be illegal.
+        if constexpr (kTransposed) row = smaller(row, params.rows_kv);
         for (int panel = 0; panel < kPanels; ++panel) {
             const int column = panel * kColumns;
             ptx::tma_load(destination + panel * kPanelBytes, &maps[source.tensor], full,
