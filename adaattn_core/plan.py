@@ -145,7 +145,7 @@ def _require_fields(fields: Mapping[str, Any], names: tuple[str, ...], what: str
         )
 
 
-def _block_lengths(problem: AttentionProblem, span: SequenceSpan) -> tuple[int, int]:
+def block_lengths(problem: AttentionProblem, span: SequenceSpan) -> tuple[int, int]:
     """Rows and keys that a sequence's block mask speaks of, padding included."""
     padded = problem.mask.cu_seqlens_kv is None
     return span.len_q, problem.len_kv if padded else span.len_kv
@@ -251,7 +251,7 @@ class Plan:
         tile_q, tile_kv = whole("tile_q", tile_q, 1), whole("tile_kv", tile_kv, 1)
         sizes = [
             (-(-len_q // tile_q), -(-len_kv // tile_kv))
-            for len_q, len_kv in (_block_lengths(problem, span) for span in problem.sequences)
+            for len_q, len_kv in (block_lengths(problem, span) for span in problem.sequences)
         ]
         longest = max((t for t, _ in sizes), default=0), max((b for _, b in sizes), default=0)
         array = np.asarray(blocks)
@@ -296,7 +296,7 @@ class Plan:
             )
         for (sequence, _), head in self.heads.items():
             if isinstance(head.structure, BlockSparse) and head.structure.blocks is not None:
-                lengths = _block_lengths(problem, problem.sequences[sequence])
+                lengths = block_lengths(problem, problem.sequences[sequence])
                 head.structure.check_fits(*lengths)
 
     def explain(self) -> str:

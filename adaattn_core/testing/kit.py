@@ -20,6 +20,7 @@ from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.plugins.registry import get_backend
 from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_core.result import AttentionResult
+from adaattn_core.structure import Landmark, Structure
 from adaattn_core.testing.homes import ArrayHome
 from adaattn_core.testing.oracles import (
     ExactAttention,
@@ -120,6 +121,19 @@ class Kit:
         if not isinstance(backend, Measures):
             pytest.skip(f"backend {self.name} measures nothing")
         return backend
+
+    def sized(self, structure: Structure) -> Structure:
+        """Return a structure as far as the backend runs it.
+
+        A backend whose `Capabilities.sizes` name landmarks says with them whether it splits
+        queries into clusters, and which screens it has.
+        """
+        offered = next((s for s in self.capabilities.sizes if s.kind == structure.kind), None)
+        if isinstance(structure, Landmark) and isinstance(offered, Landmark):
+            return replace(
+                structure, clusters=offered.clusters, screen_rank=offered.screen_rank
+            )
+        return structure
 
     def head(self, qk: str | None = None, pv: str | None = None, **fields: Any) -> HeadPlan:
         """Return a head plan, a format left open filled in with a companion.

@@ -10,7 +10,7 @@ on the caller's stream, and returns. It neither waits for the device nor copies 
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Hashable
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -25,6 +25,7 @@ from adaattn_core.mask import Mask
 from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.policies.table import DecisionTable
 from adaattn_core.problem import AttentionProblem, HeadIndex
+from adaattn_core.structure import BlockSparse, Landmark
 from adaattn_cuda import paged
 from adaattn_cuda.adaptive import SIZES, AdaptiveCalls
 from adaattn_cuda.backward import attention_backward
@@ -32,23 +33,35 @@ from adaattn_cuda.device import driver
 from adaattn_cuda.device.launch import Launch
 from adaattn_cuda.device.library import library_of
 from adaattn_cuda.device.views import ArrayView, contiguous, view
-from adaattn_cuda.dispatch import input_views, make_launch, mask_key, mask_views, sink_view
+from adaattn_cuda.dispatch import (
+    input_views,
+    make_launch,
+    make_task,
+    mask_key,
+    mask_views,
+    sink_view,
+)
 from adaattn_cuda.facts import LazyFacts
 from adaattn_cuda.forward import attention_forward
 from adaattn_cuda.jit.toolchain import nvrtc_version
 from adaattn_cuda.kernels import sm80_attn_fwd as sm80
+from adaattn_cuda.kernels.listed import Kept, ListedLaunch
 from adaattn_cuda.kernels.sm90_attn_fwd_8bit import EightBitLaunch
 from adaattn_cuda.kernels.smxx_operand_norms import FactsPlan, RowFacts
-from adaattn_cuda.kernels.task import Arrays, Recipe, addresses
+from adaattn_cuda.kernels.task import Arrays, BlockHeads, Recipe, addresses
 from adaattn_cuda.quantised import QuantisedRun
 from adaattn_cuda.recent import Recent
+from adaattn_cuda.sampled import FarRun, chosen_blocks, run_landmarks
 
 __all__ = ["CudaBackend"]
 
 _LAYOUTS_REMEMBERED = 256
 _PLANS_REMEMBERED = 32
+STRUCTURES = ("dense", "block_sparse", "landmark")
 Groups = dict[Recipe, tuple[HeadIndex, ...] | None]
 """How -> the heads that run so; None stands for all of them."""
+Started = tuple[Launch | FarRun, QuantisedRun | None, tuple[HeadIndex, ...] | None]
+"""A launch, the scales of 8-bit operands, and its heads; None stands for all of them."""
 FLUSH_KEYS = 128
 """Keys after which 8-bit kernels add partial sums of P V to float32."""
 
@@ -63,12 +76,13 @@ class CudaBackend:
         self._launches: Recent[Launch] = Recent(_LAYOUTS_REMEMBERED)
         self._facts: Recent[FactsPlan] = Recent(_LAYOUTS_REMEMBERED)
         self._groups: Recent[tuple[Plan, Groups]] = Recent(_PLANS_REMEMBERED)
+        self._blocks: Recent[BlockHeads] = Recent(_PLANS_REMEMBERED)
         self._last = threading.local()
         self._adaptive = AdaptiveCalls()
         self._paged = paged.PagedRuns()
 
     def capabilities(self) -> Capabilities:
-        """Dense; nothing is measured or sampled on the host's behalf.
+        """Dense, block-sparse and landmarks; nothing is measured for policies or certificates.
 
         In four formats anywhere; on Hopper also with queries and keys in i8 and with P V in
         e4m3, of bf16 and f16 arrays.
@@ -78,10 +92,11 @@ class CudaBackend:
         return Capabilities(
             qk_formats=sm80.OPERAND_FORMATS + (("i8",) if hopper else ()),
             pv_formats=sm80.OPERAND_FORMATS + (("e4m3",) if hopper else ()),
-            structures=("dense",),
+            structures=STRUCTURES,
             array_devices=("cuda",),
             target="sm90" if hopper else "sm80",
             rules=(("softcap", ("dense",)), ("sinks", ("dense",))),
+            sizes=SIZES,
             rule_formats=sm80.OPERAND_FORMATS,
             paged=paged.STRUCTURES,
         )
@@ -96,7 +111,6 @@ class CudaBackend:
             qk_formats=sm80.OPERAND_FORMATS,
             pv_formats=sm80.OPERAND_FORMATS,
             structures=("dense", "landmark"),
-            sizes=SIZES,
         )
 
     def adapt(
@@ -110,7 +124,7 @@ class CudaBackend:
     ) -> Adapted | str:
         """Plan, run and certify on the device; see `adaattn_core.deciding.Decides.adapt`."""
         found = self._adaptive.adapt(problem, table, budget, seed=seed, profile=profile)
-        self._last.launches = ()
+        self._last.launches = self._last.names = ()
         return found
 
     def repeat(
@@ -125,7 +139,7 @@ class CudaBackend:
         if self.decides().target != "sm90":
             return "the planning kernels are Hopper's"
         found = self._adaptive.repeat(problem, plan, budget, profile=profile)
-        self._last.launches = ()
+        self._last.launches = self._last.names = ()
         return found
 
     def run(
@@ -157,6 +171,7 @@ class CudaBackend:
         if problem.paged is not None:
             raw, decodes = self._paged.run(problem, plan, heads, into)
             self._last.launches = tuple(decodes)
+            self._last.names = [decode.name for decode in decodes]
             self._last.device = view(problem.query).device
             self._last.workspace_bytes = sum(decode.workspace_bytes for decode in decodes)
             return raw
@@ -168,10 +183,10 @@ class CudaBackend:
             out, lse, written = library.outputs((*rows, dim_v), problem.dtype, problem.query)
             out_view = contiguous(written[0], (*rows, dim_v), query.dtype, device)
             lse_view = contiguous(written[1], rows, "f32", device)
-            groups = self._groups_of(plan) if heads is None else _group(plan, heads)
+            groups = self._groups_of(plan) if heads is None else self._group(plan, heads)
         else:
             out_view, lse_view = view(into.out), view(into.lse)
-            groups = _group(plan, plan.heads if heads is None else heads)
+            groups = self._group(plan, plan.heads if heads is None else heads)
         masks = mask_views(problem.mask, (*rows, problem.len_kv), query.device)
         sinks = sink_view(problem)
         arrays = (query, key, value, out_view, lse_view, *masks)
@@ -182,12 +197,21 @@ class CudaBackend:
             (query.pointer | key.pointer | value.pointer | out_view.pointer) & 15,
             mask_key(problem.mask),
         )
-        started = [
-            self._start(problem, arrays, sinks, layout, recipe, chosen, stream)
-            for recipe, chosen in groups.items()
-        ]
-        launches = [launch for launch, _ in started]
-        self._last.launches, self._last.device = launches, query.device
+        started: list[Started] = []
+        ran_dense: set[HeadIndex] = set()
+        for recipe, own in groups.items():
+            if recipe.sampled:
+                found, odd = self._look(problem, plan, arrays, sinks, recipe, own, stream)
+                started += found
+                ran_dense |= odd
+                if not odd:
+                    continue
+                recipe, own = recipe._replace(sampled=False), tuple(sorted(odd))
+            one = self._start(problem, arrays, sinks, layout, recipe, own, stream)
+            started.append((*one, own))
+        launches = [launch for launch, _, _ in started]
+        self._last.launches = [launch for launch in launches if not isinstance(launch, FarRun)]
+        self._last.names, self._last.device = [x.name for x in launches], query.device
         inputs = (query, key, value, out_view)
         known_by = layout, *(None if mask is None else mask[1:] for mask in masks)
         figures = self._facts.get(known_by)
@@ -202,16 +226,20 @@ class CudaBackend:
         self._last.workspace_bytes = kept
         step_keys = min((launch.step_keys for launch in launches), default=1)
         chosen = plan.heads if heads is None else {index: plan[index] for index in heads}
-        quantised = {
-            index: run
-            for (_, run), heads_run in zip(started, groups.values(), strict=True)
-            if run is not None
-            for index in (chosen if heads_run is None else heads_run)
-        }
+        quantised: dict[HeadIndex, QuantisedRun] = {}
+        partial: dict[HeadIndex, Callable[[HeadIndex], Kept]] = {}
+        for launch, run, heads_run in started:
+            for index in chosen if heads_run is None else heads_run:
+                if run is not None:
+                    quantised[index] = run
+                if isinstance(launch, ListedLaunch | FarRun):
+                    partial[index] = launch.kept
         if into is None:
-            facts = LazyFacts(problem, records, chosen, step_keys, quantised)
-            return RawResult(out, lse, cast("dict[HeadIndex, RunFacts]", facts))
-        cast(LazyFacts, into.facts).replan(records, chosen, step_keys, quantised)
+            facts = LazyFacts(problem, records, chosen, step_keys, quantised, partial)
+            told = cast("dict[HeadIndex, RunFacts]", facts)
+            return RawResult(out, lse, told, ran_dense)
+        into.ran_dense |= ran_dense
+        cast(LazyFacts, into.facts).replan(records, chosen, step_keys, quantised, partial)
         return into
 
     def forward(
@@ -327,7 +355,7 @@ class CudaBackend:
             "device": facts.name,
             "arch": facts.arch,
             "nvrtc": nvrtc_version(),
-            "kernels": "; ".join(launch.name for launch in self.last_launches()),
+            "kernels": "; ".join(getattr(self._last, "names", ())),
             "workspace_bytes": str(getattr(self._last, "workspace_bytes", 0)),
         }
 
@@ -370,32 +398,92 @@ class CudaBackend:
             return launch, launch.quantised(scratch[-1], places[-1])
         return launch, None
 
+    def _look(
+        self,
+        problem: AttentionProblem,
+        plan: Plan,
+        arrays: Arrays,
+        sinks: ArrayView | None,
+        recipe: Recipe,
+        heads: tuple[HeadIndex, ...] | None,
+        stream: int,
+    ) -> tuple[list[Started], set[HeadIndex]]:
+        """Run heads whose structures are chosen from sampled rows; also return odd ones.
+
+        Odd are heads whose sampled rows saw NaN or Inf: nothing of them has run.
+        """
+        library = library_of(problem.query)
+        index = tuple(plan.heads if heads is None else heads)
+        plain = recipe._replace(sampled=False)
+        task = make_task(problem, arrays, plain, index, sinks)
+
+        def allocate(size_bytes: int) -> tuple[Any, int]:
+            made = library.empty((max(-(-size_bytes // 4), 4),), "f32", problem.query)
+            return made, library.pointer(made)
+
+        blocks, far = {}, {}
+        for i in index:
+            structure = plan[i].structure
+            if isinstance(structure, BlockSparse):
+                blocks[i] = structure
+            elif isinstance(structure, Landmark):
+                far[i] = structure
+        started: list[Started] = []
+        given, odd = chosen_blocks(task, blocks, plan.seed, allocate, stream)
+        if given:
+            recipe = plain._replace(blocks=BlockHeads(given))
+            launch = make_launch(problem, arrays, recipe, tuple(given), stream, sinks)
+            launch.start(addresses(arrays, sinks), task.query.device, stream)
+            started.append((launch, None, tuple(given)))
+        runs, lost = run_landmarks(task, far, plan.seed, allocate, stream)
+        started += [(run, None, run.heads()) for run in runs]
+        return started, odd | lost
+
     def _groups_of(self, plan: Plan) -> Groups:
         """Return the groups of a plan, remembered for as long as the plan is used again."""
         known = self._groups.get(id(plan))
         if known is not None and known[0] is plan:
             return known[1]
-        groups = _group(plan, plan.heads)
-        if len(groups) == 1:
+        groups = self._group(plan, plan.heads)
+        if len(groups) == 1 and not any(r.blocks or r.sampled for r in groups):
             groups = dict.fromkeys(groups)
         self._groups.put(id(plan), (plan, groups))
         return groups
 
+    def _group(self, plan: Plan, heads: Collection[HeadIndex]) -> Groups:
+        """Heads by how they run; raises for what is not done here."""
+        groups: dict[Recipe, list[HeadIndex]] = {}
+        given: dict[Recipe, dict[HeadIndex, BlockSparse]] = {}
+        for index in heads:
+            head: HeadPlan = plan[index]
+            structure = head.structure
+            if isinstance(structure, BlockSparse) and structure.blocks is not None:
+                given.setdefault(_recipe(head), {})[index] = structure
+            elif structure.kind in STRUCTURES:
+                recipe = _recipe(head)._replace(sampled=structure.kind != "dense")
+                groups.setdefault(recipe, []).append(index)
+            else:
+                raise UnsupportedError(
+                    got=f"structure {structure.kind} for sequence {index[0]}, head {index[1]}",
+                    needed=f"one of {', '.join(STRUCTURES)} on the GPU",
+                    do='plan with FixedPolicy(Dense(), ...), or use backend="numpy"',
+                    structure=structure.kind,
+                )
+        found: Groups = {recipe: tuple(chosen) for recipe, chosen in groups.items()}
+        for recipe, of in given.items():
+            found[recipe._replace(blocks=self._same_blocks(of))] = tuple(of)
+        return found
 
-def _group(plan: Plan, heads: Collection[HeadIndex]) -> Groups:
-    """Heads by how they run; raises for what is not done here."""
-    groups: dict[Recipe, list[HeadIndex]] = {}
-    for index in heads:
-        head: HeadPlan = plan[index]
-        if head.structure.kind != "dense":
-            raise UnsupportedError(
-                got=f"structure {head.structure.kind} for sequence {index[0]}, head {index[1]}",
-                needed="dense: the only structure of this backend",
-                do='plan with FixedPolicy(Dense(), ...), or use backend="numpy"',
-                structure=head.structure.kind,
-            )
-        groups.setdefault(_recipe(head), []).append(index)
-    return {recipe: tuple(found) for recipe, found in groups.items()}
+    def _same_blocks(self, of: dict[HeadIndex, BlockSparse]) -> BlockHeads:
+        """Return blocks as one object, the same for equal ones while it is remembered."""
+        number = {id(structure): n for n, structure in enumerate(of.values())}
+        unique = {number[id(structure)]: structure for structure in of.values()}
+        key = (tuple(unique.items()), tuple((i, number[id(s)]) for i, s in of.items()))
+        known = self._blocks.get(key)
+        if known is None:
+            known = BlockHeads(of)
+            self._blocks.put(key, known)
+        return known
 
 
 def _recipe(head: HeadPlan) -> Recipe:

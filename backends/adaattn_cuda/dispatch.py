@@ -6,22 +6,25 @@ from collections.abc import Hashable
 
 from adaattn_core.errors import ShapeError, UnsupportedError
 from adaattn_core.mask import Mask
+from adaattn_core.plan import block_lengths
 from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_cuda.device import driver
 from adaattn_cuda.device.launch import BackwardLaunch, Launch
 from adaattn_cuda.device.views import ArrayView, broadcast, view
+from adaattn_cuda.kernels import listed
 from adaattn_cuda.kernels import sm80_attn_fwd as sm80
 from adaattn_cuda.kernels import sm90_attn_bwd_f16 as sm90_backward
 from adaattn_cuda.kernels import sm90_attn_fwd_8bit as eight_bit
 from adaattn_cuda.kernels import sm90_attn_fwd_f16 as sm90
 from adaattn_cuda.kernels.backward_task import BackwardTask
 from adaattn_cuda.kernels.sm80_attn_bwd import Sm80Backward
-from adaattn_cuda.kernels.task import Arrays, Recipe, Task
+from adaattn_cuda.kernels.task import Arrays, BlockHeads, Recipe, Task
 
 __all__ = [
     "input_views",
     "make_backward",
     "make_launch",
+    "make_task",
     "mask_key",
     "mask_views",
     "sink_view",
@@ -136,11 +139,10 @@ def make_launch(
     KernelCompileError
         If the kernel does not compile.
     """
-    _check_strides(arrays[:3])
-    _check_scale(problem.scale)
-    task = Task.of(problem, arrays, recipe, heads, sinks)
-    if task.softcap:
-        _check_softcap(task)
+    task = make_task(problem, arrays, recipe, heads, sinks)
+    if isinstance(recipe, Recipe) and recipe.blocks is not None:
+        _check_blocks(problem, recipe.blocks)
+        return listed.launch(task, recipe.blocks, stream)
     arch = driver.device_facts(task.query.device).arch
     if eight_bit.is_asked(task) and 0 in (*task.query.shape[:3], task.key.shape[2]):
         # Without a query or a key there is no product, in whatever format.
@@ -161,6 +163,37 @@ def make_launch(
     if sm90.refusal(task, arch) is None:
         return sm90.launch(task, stream)
     return sm80.Sm80Launch(task, stream)
+
+
+def make_task(
+    problem: AttentionProblem,
+    arrays: Arrays,
+    recipe: Recipe | tuple[str, str],
+    heads: tuple[HeadIndex, ...] | None,
+    sinks: ArrayView | None = None,
+) -> Task:
+    """Describe what kernels are to do.
+
+    Raises
+    ------
+    UnsupportedError
+        If the last axis of an input is not contiguous, or scale or softcap is out of range.
+    """
+    _check_strides(arrays[:3])
+    _check_scale(problem.scale)
+    task = Task.of(problem, arrays, recipe, heads, sinks)
+    if task.softcap:
+        _check_softcap(task)
+    return task
+
+
+def _check_blocks(problem: AttentionProblem, blocks: BlockHeads) -> None:
+    """Raise PlanError where given blocks speak of other rows or keys than there are."""
+    seen = set()
+    for (sequence, _), structure in blocks.of.items():
+        if (id(structure), sequence) not in seen:
+            seen.add((id(structure), sequence))
+            structure.check_fits(*block_lengths(problem, problem.sequences[sequence]))
 
 
 def make_backward(task: BackwardTask, problem: AttentionProblem, stream: int) -> BackwardLaunch:

@@ -19,7 +19,7 @@ repaired (NaN in a key that it does not see) is computed anew in steps of 32 key
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from adaattn_core.facts import Arithmetic, FactsTable, RunFacts
 from adaattn_core.plan import HeadPlan
 from adaattn_core.problem import AttentionProblem, HeadIndex
+from adaattn_cuda.kernels.listed import Kept
 from adaattn_cuda.kernels.smxx_operand_norms import SLOTS
 from adaattn_cuda.mask_sizes import MaskSizes
 from adaattn_cuda.quantised import QuantisedRun, i8_norm, i8_residual, value_residual
@@ -49,6 +50,9 @@ _SLACK = 1.0 + 2.0**-40
 """Covers the rounding of a float64 sum of 256 squares, of its root, and of what follows."""
 _SUBNORMAL = 2.0**-126
 """Covers what becomes of numbers below the smallest normal one, flushed or rounded."""
+
+
+Partial = Mapping[HeadIndex, Callable[[HeadIndex], Kept]]
 
 
 class Records(Protocol):
@@ -73,6 +77,8 @@ class LazyFacts(MutableMapping[HeadIndex, RunFacts]):
         Fewest keys of a step of the streaming softmax, of all launches.
     quantised : mapping of (sequence, head) to QuantisedRun
         Where the steps of heads with 8-bit operands are.
+    partial : mapping of (sequence, head) to callable
+        Of heads that are not dense: what returns what was left of each.
     """
 
     def __init__(
@@ -82,9 +88,11 @@ class LazyFacts(MutableMapping[HeadIndex, RunFacts]):
         plans: Mapping[HeadIndex, HeadPlan],
         step_keys: int,
         quantised: Mapping[HeadIndex, QuantisedRun] = MappingProxyType({}),
+        partial: Partial = MappingProxyType({}),
     ) -> None:
         self._plans = plans
         self._quantised = dict(quantised)
+        self._partial = dict(partial)
         self._step_keys = min(step_keys, REPAIR_STEP_KEYS)
         self._records = records
         self._told: dict[HeadIndex, RunFacts] = {}
@@ -106,10 +114,13 @@ class LazyFacts(MutableMapping[HeadIndex, RunFacts]):
         plans: Mapping[HeadIndex, HeadPlan],
         step_keys: int,
         quantised: Mapping[HeadIndex, QuantisedRun] = MappingProxyType({}),
+        partial: Partial = MappingProxyType({}),
     ) -> None:
         """Forget some heads, which were computed again under other plans."""
         kept = {index: run for index, run in self._quantised.items() if index not in plans}
         self._quantised = kept | dict(quantised)
+        left = {index: said for index, said in self._partial.items() if index not in plans}
+        self._partial = left | dict(partial)
         self._step_keys = min(step_keys, self._step_keys)
         self._plans = {**self._plans, **plans}
         self._records, self._figures, self._whole = records, None, None
@@ -191,6 +202,11 @@ class LazyFacts(MutableMapping[HeadIndex, RunFacts]):
             "rank": np.zeros(len(index), np.int64),
             "nonfinite": ~finite & ~nothing,
         }
+        for row, head_index in enumerate(index):
+            if head_index in self._partial and not nothing[row]:
+                left = self._partial[head_index](head_index)
+                columns["share"][row], columns["rank"][row] = left.share, left.rank
+                columns["dropped_mass_upper"][row] = 0.0 if left.complete else math.inf
         arithmetic = tuple(
             kernel_arithmetic(*formats, dim_qk, keys, self._step_keys, self._softcap)
             for *formats, keys in zip(qk, pv, keys_max.tolist(), strict=True)

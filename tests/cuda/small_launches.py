@@ -5,9 +5,10 @@
 
 "exact": formats, masks, rows on and off the 16-byte grid, packed batches, NaN and Inf; "few" of
 them: every mask and every head dim, not each with each, for the tools that take a second a
-launch; "rules": softcaps and sinks; "eight_bit": operands of 8 bits; "backward": gradients, in
-any order and in one; "adaptive": what plans, runs and certifies a budget on the device. The
-figures of certificates are read. Nothing is compared here. Needs torch with CUDA.
+launch; "rules": softcaps and sinks; "eight_bit": operands of 8 bits; "blocks": given block
+masks, chosen ones, landmarks by a plan; "backward": gradients, in any order and in one;
+"adaptive": what plans, runs and certifies a budget on the device. The figures of certificates
+are read. Nothing is compared here. Needs torch with CUDA.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import math
 import sys
 from itertools import accumulate
 
+import numpy as np
 import torch
 
 from adaattn_core.api import attention
@@ -23,6 +25,7 @@ from adaattn_core.mask import Mask
 from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.policies import BudgetPolicy
 from adaattn_core.problem import AttentionProblem
+from adaattn_core.structure import BlockSparse, Landmark
 from adaattn_cuda.adaptive import LEAST_KEYS
 from adaattn_cuda.backend import CudaBackend
 
@@ -81,6 +84,35 @@ def eight_bit() -> int:
             continue
         for qk, pv in (("i8", "e4m3"), ("i8", "bf16"), ("bf16", "e4m3")):
             plan = Plan.uniform(problem, HeadPlan(qk=qk, pv=pv))
+            heads += len(dict(backend.run(problem, plan).facts))
+    return heads
+
+
+def blocks() -> int:
+    """Blocks, given and chosen, and landmarks, in both families; NaN and Inf among values."""
+    backend, heads = CudaBackend(), 0
+    for name, dtype in DTYPES.items():
+        for problem in problems(dtype, few=True):
+            packed = problem.mask.cu_seqlens_q is not None
+            longest = max(LENGTHS) if packed else LEN
+            kept = (
+                np.random.default_rng(heads).random((-(-longest // 64), -(-longest // 32)))
+                < 0.5
+            )
+            kept[0] = False
+            plan = Plan.block_sparse(
+                problem, kept, tile_q=64, tile_kv=32, head=HeadPlan(qk=name, pv=name)
+            )
+            heads += len(dict(backend.run(problem, plan).facts))
+            chosen = BlockSparse(tau=0.2, band=0, tile_q=32, tile_kv=16, group=64, samples=8)
+            plan = Plan.uniform(problem, HeadPlan(structure=chosen, qk=name, pv=name))
+            heads += len(dict(backend.run(problem, plan).facts))
+            far = Landmark(
+                tau=0.2, band=0, tile=64, group=64, samples=8, tail=64, pool=32, screen_rank=0
+            )
+            if not problem.mask.is_structural or problem.mask.left is not None:
+                continue
+            plan = Plan.uniform(problem, HeadPlan(structure=far, qk=name, pv=name))
             heads += len(dict(backend.run(problem, plan).facts))
     return heads
 
@@ -144,7 +176,8 @@ def main() -> None:
     heads = 0
     for what in chosen:
         others = {
-            "adaptive": adaptive, "backward": backward, "rules": rules, "eight_bit": eight_bit
+            "adaptive": adaptive, "backward": backward, "rules": rules, "eight_bit": eight_bit,
+            "blocks": blocks,
         }  # fmt: skip
         heads += others[what]() if what in others else exact(few=what == "few")
     torch.cuda.synchronize()

@@ -18,7 +18,7 @@ from adaattn_core.errors import BudgetInfeasibleError, ShapeError, UnsupportedEr
 from adaattn_core.mask import Mask
 from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.problem import AttentionProblem
-from adaattn_core.structure import Landmark
+from adaattn_core.structure import Landmark, ScoreSkip
 from adaattn_core.testing.oracles import exact_attention, rms_row_norm
 from adaattn_cuda import backend as backend_module
 from adaattn_cuda import dispatch
@@ -144,7 +144,7 @@ def test_it_is_a_backend(backend: CudaBackend) -> None:
     assert isinstance(backend, Forwards)
     assert not isinstance(backend, Measures)
     can = backend.capabilities()
-    assert (can.structures, can.target) == (("dense",), "sm80")
+    assert (can.structures, can.target) == (("dense", "block_sparse", "landmark"), "sm80")
 
 
 def test_one_kernel_on_the_callers_stream(backend: CudaBackend) -> None:
@@ -221,7 +221,9 @@ def test_masks_are_broadcast_by_strides(backend: CudaBackend) -> None:
     ("make", "plan", "text"),
     [
         (lambda: problem(np.float64), HeadPlan(), "f64 arrays"),
-        (problem, HeadPlan(structure=Landmark()), "structure landmark"),
+        (problem, HeadPlan(structure=ScoreSkip()), "structure score_skip"),
+        (problem, HeadPlan(structure=Landmark()), "landmarks with a screen of rank 16"),
+        (problem, HeadPlan(structure=Landmark(clusters=2, screen_rank=0)), "2 clusters"),
     ],
 )
 def test_what_it_does_not_do_is_refused(

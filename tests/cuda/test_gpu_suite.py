@@ -44,7 +44,7 @@ def run(command: list[str], environment: dict[str, str]) -> None:
     [("memcheck", "exact"), ("racecheck", "few"), ("synccheck", "exact")]
     + [
         (tool, what)
-        for what in ("adaptive", "backward", "rules", "eight_bit")
+        for what in ("adaptive", "backward", "rules", "eight_bit", "blocks")
         for tool in TOOLS
     ],
 )

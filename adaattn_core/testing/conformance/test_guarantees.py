@@ -90,7 +90,8 @@ def test_sampled_covers(kit: Kit, values: str, kind: str) -> None:
         plan = kit.head(qk=eight[0]) if eight else kit.narrowest()
     else:
         kit.require(structure="landmark")
-        plan = replace(kit.head(), structure=Landmark(band=64, group=256, samples=16, tau=0.1))
+        far = kit.sized(Landmark(band=64, group=256, samples=16, tau=0.1))
+        plan = replace(kit.head(), structure=far)
     spec = ProblemSpec(
         heads_kv=2,
         len_q=256,

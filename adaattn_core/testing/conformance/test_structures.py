@@ -129,7 +129,7 @@ def test_a_band_over_everything_is_dense(kit: Kit, kind: str, causal: bool) -> N
     )
     host, problem = spec.build(), spec.build(kit.home.send)
     dense = kit.certify(problem, kit.head())
-    other = kit.certify(problem, kit.head(structure=structure))
+    other = kit.certify(problem, kit.head(structure=kit.sized(structure)))
     assert all(f.share == 1 for f in other.facts.values())
     if all(c.upper < np.inf for c in other.certificate.heads.values()):
         assert_same_result(kit, dense, host, other, host)
@@ -159,7 +159,8 @@ def test_no_theorem_is_claimed_for_what_was_left_out(kit: Kit, kind: str, causal
         dtype=kit.dtype(kit.head()),
         mask=mask,
     )
-    result = kit.certify(spec.build(kit.home.send), kit.head(structure=structure))
+    plan = kit.head(structure=kit.sized(structure))
+    result = kit.certify(spec.build(kit.home.send), plan)
     certificate, share = result.certificate[0, 0], result.facts[0, 0].share
     assert certificate.upper == np.inf or share == 1
     assert_certificate_holds(kit, result, spec.build())

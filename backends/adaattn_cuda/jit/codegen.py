@@ -21,6 +21,7 @@ def render(spec: KernelSpec) -> str:
     traits, params = f"{namespace}::Traits<{arguments}>", "Params"
     if spec.rule:
         traits, params = f"adaattn::softmax::Ruled<{traits}, {spec.rule}>", "RuledParams"
+    params = spec.params or params
     return f"""#include "{spec.header}"
 
 using Traits = {traits};

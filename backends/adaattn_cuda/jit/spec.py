@@ -33,6 +33,8 @@ class KernelSpec:
     rule : int
         ``ScoreRule`` of softmax/score_rule.cuh: 0 none, 1 softcap, 2 sinks, 3 both. The kernel
         takes ``RuledParams`` then.
+    params : str
+        Name of its parameter block; empty: ``Params``, or ``RuledParams`` under a rule.
     """
 
     stem: str
@@ -42,6 +44,7 @@ class KernelSpec:
     options: tuple[str, ...] = ()
     folder: str = "attn"
     rule: int = 0
+    params: str = ""
 
     @property
     def header(self) -> str:

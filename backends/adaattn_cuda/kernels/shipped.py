@@ -8,6 +8,7 @@ from adaattn_cuda.jit.spec import KernelSpec
 from adaattn_cuda.kernels import smxx_attn_decode as attn_decode
 from adaattn_cuda.kernels import smxx_mask_seen as mask_seen
 from adaattn_cuda.kernels import smxx_operand_norms as operand_norms
+from adaattn_cuda.kernels import smxx_probe as sampling
 from adaattn_cuda.kernels import smxx_quantize as quantiser
 from adaattn_cuda.tuning import sm80_attn_bwd as sm80_backward
 from adaattn_cuda.tuning import sm80_attn_fwd as sm80
@@ -31,7 +32,12 @@ def specs(arch: str) -> list[KernelSpec]:
     if arch == "sm_90a":
         own = sm90.shipped() + quantiser.shipped() + eight_bit.shipped()
         own += sm90_backward.shipped()
-    shared = operand_norms.shipped(arch) + mask_seen.shipped(arch) + attn_decode.shipped(arch)
+    shared = (
+        sampling.shipped(arch)
+        + operand_norms.shipped(arch)
+        + mask_seen.shipped(arch)
+        + attn_decode.shipped(arch)
+    )
     return anywhere + own + shared
 
 

@@ -18,13 +18,16 @@ from adaattn_cuda.device.views import ArrayView
 from adaattn_cuda.kernels.task import Task
 from adaattn_cuda.tuning import sm80_attn_fwd as tuning
 from adaattn_cuda.work.geometry import UNLIMITED, extent
+from adaattn_cuda.work.records import TENSORS
 
 __all__ = [
+    "ListedParams",
     "Params",
     "RuledParams",
     "Sm80Launch",
     "Unit",
     "launches",
+    "listed_params",
     "place",
     "specialisation",
     "units",
@@ -85,6 +88,24 @@ class Params(ctypes.Structure):
     )
 
 
+class Further(ctypes.Structure):
+    """The twin of ``FurtherRows``."""
+
+    _fields_ = (("key", ctypes.c_void_p), ("value", ctypes.c_void_p))
+
+
+class ListedParams(Params):
+    """The twin of ``ListedParams``: for kernels whose items and sources are in tables."""
+
+    _fields_ = (
+        ("items", ctypes.c_void_p),
+        ("sources", ctypes.c_void_p),
+        ("further", Further * (len(TENSORS) - 1)),
+        ("bias_of_keys", ctypes.c_void_p),
+        ("inverse_scale", ctypes.c_float),
+    )
+
+
 class RuledParams(Params):
     """The twin of ``RuledParams``: for kernels with a score rule."""
 
@@ -101,8 +122,8 @@ def is_vectorised(task: Task) -> bool:
     return True
 
 
-def specialisation(task: Task, arch: str) -> tuning.Specialisation:
-    """Which specialisation computes the task.
+def specialisation(task: Task, arch: str, *, listed: bool = False) -> tuning.Specialisation:
+    """Which specialisation computes the task; `listed` where its items come in tables.
 
     Raises
     ------
@@ -138,6 +159,7 @@ def specialisation(task: Task, arch: str) -> tuning.Specialisation:
         array_mask=task.allowed is not None or task.bias is not None,
         vectorised=is_vectorised(task),
         rule=task.rule,
+        listed=listed,
     )
 
 
@@ -186,8 +208,22 @@ def launches(task: Task, tile_m: int) -> list[tuple[Params, int]]:
     return found
 
 
+def listed_params(task: Task, items: int, sources: int) -> ListedParams:
+    """Pack parameters of a launch whose work is in tables at these addresses."""
+    params = ListedParams()
+    _fill(params, task, 0, [])
+    params.items, params.sources = items, sources
+    params.inverse_scale = 1.0 / task.scale
+    return params
+
+
 def _pack(task: Task, tiles: int, chunk: list[tuple[int, ...]]) -> Params:
     params = RuledParams() if task.rule else Params()
+    _fill(params, task, tiles, chunk)
+    return params
+
+
+def _fill(params: Params, task: Task, tiles: int, chunk: list[tuple[int, ...]]) -> None:
     work = params.work
     work.batch, heads_q, work.len_q, params.dim_qk = task.query.shape
     work.len_kv, params.dim_v = task.value.shape[2:]
@@ -214,7 +250,6 @@ def _pack(task: Task, tiles: int, chunk: list[tuple[int, ...]]) -> Params:
     params.score_scale = task.factor * (1.0 if array_mask else math.log2(math.e))
     if isinstance(params, RuledParams):
         params.softcap_rate = task.softcap_rate
-    return params
 
 
 def place(params: Params, pointers: Sequence[int]) -> None:

@@ -21,7 +21,7 @@ from adaattn_cuda.device.views import ArrayView
 from adaattn_cuda.jit.spec import SINKS
 from adaattn_cuda.kernels.task import Task
 from adaattn_cuda.recent import Recent
-from adaattn_cuda.tuning.sm90_attn_fwd_f16 import ARCH, Tile, choose
+from adaattn_cuda.tuning.sm90_attn_fwd_f16 import ARCH, FROM_TABLE, Tile, choose
 from adaattn_cuda.work.geometry import UNLIMITED
 from adaattn_cuda.work.records import TENSORS, work_list
 
@@ -338,7 +338,7 @@ class Sm90Launch:
         further: Sequence[tuple[DeviceMatrix, DeviceMatrix]] = (),
         softcap_rate: float = 0.0,
     ) -> None:
-        if work.max_sources > tile.max_sources:
+        if tile.max_sources != FROM_TABLE and work.max_sources > tile.max_sources:
             raise ArgumentError(
                 got=f"items of up to {work.max_sources} sources",
                 needed=f"at most {tile.max_sources}, for which the tile has room",

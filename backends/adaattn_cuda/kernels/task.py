@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from adaattn_core.problem import AttentionProblem, HeadIndex, SequenceSpan
+from adaattn_core.structure import BlockSparse
 from adaattn_cuda.device.views import ArrayView
 from adaattn_cuda.jit.spec import PLAIN, SINKS, SOFTCAP
 from adaattn_cuda.work.geometry import Geometry
 
-__all__ = ["Arrays", "Recipe", "Task", "addresses"]
+__all__ = ["Arrays", "BlockHeads", "Recipe", "Task", "addresses"]
 
 Arrays = tuple[
     ArrayView, ArrayView, ArrayView, ArrayView, ArrayView, ArrayView | None, ArrayView | None
@@ -24,6 +26,19 @@ def addresses(arrays: Arrays, sinks: ArrayView | None = None) -> tuple[int, ...]
     return found if sinks is None else (*found, sinks.pointer)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockHeads:
+    """Given blocks of some heads; known by identity, since lists may be long.
+
+    Attributes
+    ----------
+    of : mapping of (sequence, head) to BlockSparse
+        Each with `blocks`.
+    """
+
+    of: Mapping[HeadIndex, BlockSparse]
+
+
 class Recipe(NamedTuple):
     """What a kernel must know of a head's plan.
 
@@ -35,12 +50,18 @@ class Recipe(NamedTuple):
         Whether keys are centred before they are rounded to 8 bits.
     p_scale : float
         Factor on weights in [0, 1] before they are rounded to 8 bits.
+    blocks : BlockHeads or None
+        Blocks of keys that the heads attend to; None: every key.
+    sampled : bool
+        Whether the heads' structures are chosen from sampled rows first.
     """
 
     qk: str
     pv: str
     smooth_k: bool = True
     p_scale: float = 448.0
+    blocks: BlockHeads | None = None
+    sampled: bool = False
 
 
 @dataclass(frozen=True, slots=True)

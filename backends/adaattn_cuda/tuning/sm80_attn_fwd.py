@@ -50,7 +50,10 @@ so a longer one errs more (measured at dim 64: 0.7e-6 with 64 keys, 1.1e-6 with 
 
 @dataclass(frozen=True, slots=True)
 class Specialisation:
-    """Template arguments of ``sm80_attn_fwd::Traits`` in their order, and the score rule."""
+    """Template arguments of ``sm80_attn_fwd::Traits`` in their order, and the score rule.
+
+    `listed`, the last of the arguments, says that items and sources come in tables.
+    """
 
     input: str
     qk: str
@@ -64,6 +67,7 @@ class Specialisation:
     array_mask: bool
     vectorised: bool
     rule: int = 0
+    listed: bool = False
 
     @property
     def smem_bytes(self) -> int:
@@ -117,10 +121,12 @@ class Specialisation:
                 self.stages,
                 self.array_mask,
                 self.vectorised,
+                *((True,) if self.listed else ()),
             ),
             self.smem_bytes,
             arch,
             rule=self.rule,
+            params="ListedParams" if self.listed else "",
         )
 
 
@@ -144,6 +150,7 @@ def specialise(
     array_mask: bool = False,
     vectorised: bool = True,
     rule: int = 0,
+    listed: bool = False,
 ) -> Specialisation:
     """Fastest legal specialisation by the cost below.
 
@@ -164,6 +171,8 @@ def specialise(
     candidates = _candidates(
         input_format, qk, pv, _padded(dim_qk), _padded(dim_v), array_mask, vectorised
     )
+    # Whether items are listed decides what is legal.
+    candidates = (replace(s, listed=listed) for s in candidates)
     legal = [s for s in candidates if _is_legal(s, arch)]
     return replace(min(legal, key=lambda s: _cost(s, arch)), rule=rule)
 
@@ -177,9 +186,15 @@ def _is_legal(s: Specialisation, arch: str) -> bool:
         and s.score_registers <= SCORE_LIMIT
         and s.output_registers <= OUTPUT_LIMIT
         and (narrow or s.tile_n <= WIDE_TILE_N)
+        and (not s.listed or _is_lean(s, narrow))
         and s.smem_bytes <= ARCHITECTURES[arch][0] * 1024
         and s.blocks_per_multiprocessor(arch) >= 1
     )
+
+
+def _is_lean(s: Specialisation, narrow: bool) -> bool:
+    """Whether registers are left for the walk over sources, and runs fill the key tiles."""
+    return s.tile_m // s.warps == 16 and s.tile_n <= (WIDE_TILE_N if narrow else 32)
 
 
 def _candidates(
@@ -233,4 +248,6 @@ def shipped(arch: str) -> list[KernelSpec]:
     for formats in plain:
         chosen.append(specialise(arch, *formats, 128, 128, array_mask=True))
         chosen.append(specialise(arch, *formats, 128, 128, vectorised=False))
+        chosen += [specialise(arch, *formats, dim, dim, listed=True) for dim in SHIPPED_DIMS]
+        chosen.append(specialise(arch, *formats, 128, 128, listed=True, array_mask=True))
     return [s.spec(arch) for s in chosen]

@@ -16,6 +16,7 @@ from adaattn_cuda.work.geometry import Geometry
 from adaattn_cuda.work.records import ITEM, SOURCE
 
 __all__ = [
+    "FROM_TABLE",
     "SMEM_LIMIT_BYTES",
     "STEM",
     "Tile",
@@ -23,6 +24,7 @@ __all__ = [
     "choose",
     "cost",
     "is_legal",
+    "listed",
     "padded_dim",
     "shipped",
 ]
@@ -32,6 +34,9 @@ ARCH = "sm_90a"
 
 SMEM_LIMIT_BYTES = 232_448
 """Dynamic shared memory one block may ask for on compute capability 9.0."""
+
+FROM_TABLE = 0
+"""Room for sources of a kernel that reads them from the table: ``work::kFromTable``."""
 
 _PANEL_COLUMNS = 64
 _ELEMENT_BYTES = 2
@@ -63,7 +68,7 @@ class Tile:
     role : int
         ``Role`` of sm90_params.cuh: 0 dense, 1 work lists of planning kernels, 2 exact rows.
     max_sources : int
-        Most sources of an item.
+        Most sources of an item; `FROM_TABLE`: any number of runs of its head's own keys.
     skip : bool
         Items may ask for score-then-skip.
     rule : int
@@ -95,7 +100,7 @@ class Tile:
     @property
     def record_bytes(self) -> int:
         """Size of an item with its sources in shared memory."""
-        return ITEM.itemsize + SOURCE.itemsize * self.max_sources
+        return ITEM.itemsize + SOURCE.itemsize * max(self.max_sources, 1)
 
     @property
     def smem_bytes(self) -> int:
@@ -154,6 +159,9 @@ _TUNED = {
 _SHIPPED_RULES = ((64, 64, SINKS), (128, 128, SOFTCAP), (256, 256, SOFTCAP))
 _SHIPPED_DIMS = ((64, 64), (128, 128), (192, 192), (192, 128), (256, 256))
 
+_LISTED_RATES = ((1.0, 128), (0.88, 64))
+"""Relative rates of tiles of so many keys, where runs fill them."""
+
 _TILE_NS = (176, 160, 144, 128, 112, 96, 80, 64)
 _ACCUMULATOR_LIMIT = {2: 200, 3: 128, 4: 80}
 """By consumers: accumulator registers that leave enough for the rest without a spill."""
@@ -184,6 +192,16 @@ def candidates(dim_qk: int, dim_v: int, rule: int = 0) -> tuple[tuple[float, Til
         return _TUNED[dim_qk, dim_v]
     widest = next(t for n in _TILE_NS if is_legal(t := Tile(dim_qk, dim_v, 2, n)))
     return ((1.00, widest),)
+
+
+def listed(dim_qk: int, dim_v: int) -> tuple[tuple[float, Tile], ...]:
+    """(relative rate, tile) for runs of keys from the table; short tiles waste less of a run."""
+    stages = 2 if max(dim_qk, dim_v) <= 64 else 1
+    tiles = (
+        (rate, Tile(dim_qk, dim_v, 2, n, query_stages=stages, max_sources=FROM_TABLE))
+        for rate, n in _LISTED_RATES
+    )
+    return tuple(rated for rated in tiles if is_legal(rated[1]))
 
 
 def _ruled(tile: Tile, rule: int) -> Tile:
@@ -236,4 +254,5 @@ def shipped() -> list[KernelSpec]:
     """
     tiles = [tile for dims in _SHIPPED_DIMS for _, tile in candidates(*dims)]
     tiles += [tile for args in _SHIPPED_RULES for _, tile in candidates(*args)]
+    tiles += [tile for dims in _SHIPPED_DIMS for _, tile in listed(*dims)]
     return [tile.spec(dtype) for tile in tiles for dtype in ("bf16", "f16")]

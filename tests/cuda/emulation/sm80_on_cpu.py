@@ -18,7 +18,8 @@ from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_cuda.device.views import ArrayView, broadcast
 from adaattn_cuda.jit.spec import cpp
 from adaattn_cuda.kernels import sm80_attn_fwd as sm80
-from adaattn_cuda.kernels.task import Task, addresses
+from adaattn_cuda.kernels.listed import RunHeads
+from adaattn_cuda.kernels.task import BlockHeads, Task, addresses
 from adaattn_cuda.tuning.sm80_attn_fwd import Specialisation
 
 DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype("f2"), "f32": np.dtype("f4")}
@@ -62,6 +63,7 @@ class Emulator:
         if chosen.rule:
             traits = f"adaattn::softmax::Ruled<{traits}, {chosen.rule}>"
             params = "RuledParams"
+        params = chosen.spec("sm_80").params or params
         unit = _UNIT.format(traits=traits, params=params, smem_bytes=chosen.smem_bytes)
         stem = self._folder / hashlib.sha256(unit.encode()).hexdigest()[:16]
         built = stem.with_suffix(".so")
@@ -95,17 +97,7 @@ class Emulator:
         sinks: NDArray[np.float32] | None = None,
     ) -> tuple[NDArray[Any], NDArray[np.float32], Specialisation]:
         """Outputs (where nothing was written: the poison 7) and the specialisation that ran."""
-        rows = (problem.batch, problem.heads_q, problem.len_q)
-        out = np.full((*rows, problem.dim_v), 7, problem.query.dtype)
-        lse = np.full(rows, 7, np.float32)
-        mask, shape = problem.mask, (*rows, problem.len_kv)
-        task = Task(
-            *(describe(x) for x in (problem.query, problem.key, problem.value, out, lse)),
-            *(x if x is None else broadcast(describe(x), shape)
-              for x in (mask.allowed, mask.bias)),
-            problem.sequences, mask.left, mask.right, mask.alignment == "bottom_right",
-            problem.scale, qk, pv, heads, softcap, None if sinks is None else describe(sinks),
-        )  # fmt: skip
+        task, out, lse = task_of(problem, qk, pv, heads, softcap, sinks)
         chosen = sm80.specialisation(task, arch)
         library = self.library(chosen)
         arrays = (task.query, task.key, task.value, task.out, task.lse, task.allowed, task.bias)
@@ -114,6 +106,51 @@ class Emulator:
             sm80.place(params, addresses(arrays, task.sinks))
             library.run(ctypes.byref(params), blocks)
         return out, lse, chosen
+
+    def run_listed(
+        self,
+        problem: AttentionProblem,
+        blocks: BlockHeads,
+        qk: str,
+        pv: str,
+        *,
+        arch: str = "sm_90a",
+    ) -> tuple[NDArray[Any], NDArray[np.float32], RunHeads]:
+        """Run heads with given blocks from tables of items and sources."""
+        task, out, lse = task_of(problem, qk, pv, tuple(blocks.of))
+        chosen = sm80.specialisation(task, arch, listed=True)
+        library = self.library(chosen)
+        heads = RunHeads(task, blocks, chosen.tile_m)
+        work = heads.work(chosen.tile_n, None)
+        params = sm80.listed_params(task, work.items.ctypes.data, work.sources.ctypes.data)
+        assert library.params_bytes() == ctypes.sizeof(params)
+        arrays = (task.query, task.key, task.value, task.out, task.lse, task.allowed, task.bias)
+        sm80.place(params, addresses(arrays))
+        library.run(ctypes.byref(params), work.grid)
+        return out, lse, heads
+
+
+def task_of(
+    problem: AttentionProblem,
+    qk: str,
+    pv: str,
+    heads: tuple[HeadIndex, ...] | None = None,
+    softcap: float = 0.0,
+    sinks: NDArray[np.float32] | None = None,
+) -> tuple[Task, NDArray[Any], NDArray[np.float32]]:
+    """Return a problem as a task, and its outputs, full of the poison 7."""
+    rows = (problem.batch, problem.heads_q, problem.len_q)
+    out = np.full((*rows, problem.dim_v), 7, problem.query.dtype)
+    lse = np.full(rows, 7, np.float32)
+    mask, shape = problem.mask, (*rows, problem.len_kv)
+    task = Task(
+        *(describe(x) for x in (problem.query, problem.key, problem.value, out, lse)),
+        *(x if x is None else broadcast(describe(x), shape)
+          for x in (mask.allowed, mask.bias)),
+        problem.sequences, mask.left, mask.right, mask.alignment == "bottom_right",
+        problem.scale, qk, pv, heads, softcap, None if sinks is None else describe(sinks),
+    )  # fmt: skip
+    return task, out, lse
 
 
 def describe(x: NDArray[Any]) -> ArrayView:

@@ -35,8 +35,8 @@ ADAATTN_DEVICE bool sees_key(const AttentionParams& params,
     bool sees = false;
 #pragma unroll 1
     for (int index = 0; index < record.item.sources; ++index) {
-        const mask::Interval seen =
-            columns_of<kRole>(params, record.item, record.sources[index], row);
+        const mask::Interval seen = columns_of<kRole>(
+            params, record.item, work::source_of(record, params.sources, index), row);
         sees |= seen.start < seen.stop;
     }
     return sees;
@@ -58,7 +58,7 @@ ADAATTN_DEVICE void repair_row(const AttentionParams& params,
 
 #pragma unroll 1
     for (int index = 0; index < item.sources; ++index) {
-        const work::Source& source = record.sources[index];
+        const work::Source& source = work::source_of(record, params.sources, index);
         const mask::Interval seen = columns_of<kRole>(params, item, source, row);
         sees |= seen.start < seen.stop;
         const u16* keys =

@@ -84,7 +84,7 @@ ADAATTN_DEVICE void store_rows(const mma::Output<T>& out,
             const int row = first_row + 16 * m + 8 * half + lane / 4;
             const bool writes = row < item.rows;
             bool sees = false;
-            if constexpr (T::kArrayMask) {
+            if constexpr (T::kArrayMask || T::kListed) {
                 sees = saw >> (2 * m + half) & 1u;
             } else {
                 const mask::Interval seen = mask::visible(item, row);

@@ -42,4 +42,20 @@ struct RuledParams : Params {
     float softcap_rate;  // scale / cap
 };
 
+// Keys and values that sources other than the caller's arrays read: (rows, dim), contiguous, in the
+// input type.
+struct FurtherRows {
+    const void* key;
+    const void* value;
+};
+
+// For kernels whose items and sources are in tables (work/work_item.cuh): a block takes an item.
+struct ListedParams : Params {
+    const work::WorkItem* items;  // gridDim.x of them
+    const work::Source* sources;
+    FurtherRows further[work::kTensors - 1];  // of kGathered and kPooled
+    const float* bias_of_keys;  // added to scaled scores of sources that name a first one; or null
+    float inverse_scale;        // 1 / scale, to bring biases to the scores' units
+};
+
 }  // namespace adaattn::sm80_attn_fwd

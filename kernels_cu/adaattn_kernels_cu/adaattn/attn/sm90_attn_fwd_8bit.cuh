@@ -366,7 +366,7 @@ struct Consumer : sm90_attn_fwd_f16::Consumer<T> {
                 write_lse(factor);
                 if (!open()) break;
             } else {
-                this->cursor.next();
+                this->cursor.next(this->params.sources);
             }
             RawScore raw[kScores];
             float next_step = 0.0f;

@@ -41,7 +41,8 @@
 //              Phases: count / stages (full), the same flipped (empty); one turn a tile.
 // Limits       dim_qk, dim_v multiples of 8 up to 256, zero-padded to 64, 128, 192 or 256 by the
 //              copy engine; 16-byte aligned rows; scale > 0; lengths up to kUnlimited; every item
-//              has at least one key tile and at most kMaxSources sources, is not partial, and
+//              has at least one key tile and at most kMaxSources sources (kFromTable: any number, read
+//              from the table), is not partial, and
 //              packs no heads. All checked by the host.
 // Ladder       docs/kernels/sm90_attn_fwd_f16.md.
 #pragma once
@@ -178,7 +179,7 @@ struct Consumer {
                            RecordRing::parity(items));
         if (record(items).item.rows == 0) return false;
         ptx::mbarrier_wait(barriers.query_full(QueryRing::index(items)), QueryRing::parity(items));
-        cursor.open(record(items));
+        cursor.open(record(items), params.sources);
         state.reset();
         if constexpr (T::kSkip) skipped_keys = 0;
         if constexpr (T::kRole == kExactRows) {
@@ -348,7 +349,7 @@ struct Consumer {
                     params, *cursor.record, state, row(), lane(), factor);
                 if (!open_item()) break;
             } else {
-                cursor.next();
+                cursor.next(params.sources);
             }
             start_scores(scores);
             start_output(acc, weights, rest);

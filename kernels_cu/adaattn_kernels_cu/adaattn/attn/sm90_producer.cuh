@@ -136,11 +136,11 @@ struct Producer {
 
             // Keys run one tile ahead of values, as the consumers use them.
             Cursor keys;
-            keys.open(record);
+            keys.open(record, params.sources);
             load_keys(keys, tiles++);
             while (!keys.at_last()) {
                 const Cursor values = keys;
-                keys.next();
+                keys.next(params.sources);
                 load_keys(keys, tiles);
                 load_values(values, tiles++ - 1);
             }

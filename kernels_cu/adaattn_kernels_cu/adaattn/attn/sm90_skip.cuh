@@ -44,7 +44,7 @@ ADAATTN_DEVICE void scan(Consumer& consumer, float (&acc)[T::kDimV / 2],
         ptx::mbarrier_wait(consumer.barriers.value_full(stage),
                            Consumer::TileRing::parity(consumer.tiles - 1));
         consumer.release(consumer.barriers.value_empty(stage));
-        consumer.cursor.next();
+        consumer.cursor.next(consumer.params.sources);
         consumer.start_scores(scores);
         consumer.pass_turn();
         ptx::wgmma_wait<0>();

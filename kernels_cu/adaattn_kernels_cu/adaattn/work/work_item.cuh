@@ -70,11 +70,22 @@ struct alignas(16) Queue {
     i32 reserved[2];
 };
 
+// Room for sources in a record: none but the first, the others are read from the table.
+constexpr int kFromTable = 0;
+
 // An item together with its sources, as a kernel keeps it in shared memory.
 template <int kMaxSources>
 struct WorkRecord {
     WorkItem item;
-    Source sources[kMaxSources];
+    Source sources[kMaxSources == kFromTable ? 1 : kMaxSources];
 };
+
+// Source `index` of a record's item; `table` is the launch's.
+template <int kMaxSources>
+ADAATTN_DEVICE const Source& source_of(const WorkRecord<kMaxSources>& record,
+                                       [[maybe_unused]] const Source* table, int index) {
+    if constexpr (kMaxSources == kFromTable) return table[record.item.first_source + index];
+    return record.sources[index];
+}
 
 }  // namespace adaattn::work
