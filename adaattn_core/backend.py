@@ -1,9 +1,10 @@
 """The backend contract: what a plugin provides (what it hands back: adaattn_core.facts).
 
 Every backend is a `Backend`. Further protocols are optional, and a backend has one by having
-its methods: one that `Measures` serves policies that measure and sampled certificates, one that
-`Forwards` computes exact attention without either, and one that `Differentiates` its gradients.
-The fourth, `adaattn_core.deciding.Decides`, is for backends that plan on a device.
+its methods: one that `Samples` serves sampled certificates, one that `Measures` policies that
+measure as well, one that `Forwards` computes exact attention without either, and one that
+`Differentiates` its gradients. The last, `adaattn_core.deciding.Decides`, is for backends that
+plan on a device.
 """
 
 from __future__ import annotations
@@ -119,8 +120,25 @@ BACKEND_PARTS = ("name", "capabilities", "run", "provenance")
 
 
 @runtime_checkable
-class Measures(Protocol):
-    """A backend that looks at heads before a plan is made, and at rows after it has run."""
+class Samples(Protocol):
+    """A backend that looks at rows after a plan has run: sampled certificates need no more."""
+
+    def row_errors(
+        self, problem: AttentionProblem, raw: RawResult, rows: Mapping[HeadIndex, NDArray[Any]]
+    ) -> dict[HeadIndex, RowErrors]:
+        """Compare returned rows with exact attention of the same rows.
+
+        Parameters
+        ----------
+        rows : mapping of (sequence, head) to ndarray of int64
+            Row numbers within the sequence; repeats are allowed.
+        """
+        ...
+
+
+@runtime_checkable
+class Measures(Samples, Protocol):
+    """A backend that looks at heads before a plan is made, too."""
 
     def measure(
         self, problem: AttentionProblem, request: MeasureRequest
@@ -133,18 +151,6 @@ class Measures(Protocol):
         workspace : object
             Opaque; handed back to `run` so that nothing is measured twice. Running without it
             must give the same result.
-        """
-        ...
-
-    def row_errors(
-        self, problem: AttentionProblem, raw: RawResult, rows: Mapping[HeadIndex, NDArray[Any]]
-    ) -> dict[HeadIndex, RowErrors]:
-        """Compare returned rows with exact attention of the same rows.
-
-        Parameters
-        ----------
-        rows : mapping of (sequence, head) to ndarray of int64
-            Row numbers within the sequence; repeats are allowed.
         """
         ...
 

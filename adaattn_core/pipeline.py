@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from adaattn_core.backend import Backend, Capabilities, Measures
+from adaattn_core.backend import Backend, Capabilities, Measures, Samples
 from adaattn_core.budget import ErrorBudget
 from adaattn_core.certificates.certifier import Certifier
 from adaattn_core.certificates.data import Certificate
@@ -98,10 +98,11 @@ def run_pipeline(
     exact = budget is None and (policy is None or type(policy) is ExactPolicy)
     # What 8-bit pages were rounded from is gone: only theorems speak about a cache.
     asks = not exact and problem.paged is None
-    sampler = backend if asks and isinstance(backend, Measures) else None
+    sampler = backend if asks and isinstance(backend, Samples) else None
+    measuring = backend if asks and isinstance(backend, Measures) else None
     context = PolicyContext.of(
         problem, budget, capabilities, costs,
-        seed=seed, layer=layer, measures=sampler is not None,
+        seed=seed, layer=layer, measures=measuring is not None,
     )  # fmt: skip
     stats: ProblemStats | None = None
     workspace = None
@@ -109,11 +110,14 @@ def run_pipeline(
         assert policy is not None
         request = policy.request(context)
         if request is not None:
-            if sampler is None:
+            if measuring is None:
                 raise _measures_nothing(problem, policy, backend)
-            stats, workspace = sampler.measure(problem, request)
+            stats, workspace = measuring.measure(problem, request)
             clock.lap("measure_seconds")
         heads = policy.decide(stats.heads if stats else {}, context)
+        if reason:
+            said = f"not planned on the device: {reason}"
+            heads = {i: replace(h, reason=f"{h.reason}; {said}") for i, h in heads.items()}
         if ruled and lost:
             heads = {i: replace(h, reason=f"{h.reason}; {lost}") for i, h in heads.items()}
         plan = Plan(heads, seed=seed, policy=policy.name, target=costs.name, layer=layer)

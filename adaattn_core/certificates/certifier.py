@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from adaattn_core.backend import Measures
+from adaattn_core.backend import Samples
 from adaattn_core.bounds import minimal_sample_size
 from adaattn_core.budget import ErrorBudget
 from adaattn_core.certificates.charges import Question
@@ -72,13 +72,13 @@ class Certifier:
     """Certificates of a problem's heads; counts the sampling rounds that each head has used.
 
     A theorem is stronger than a sample, so it serves a sampled budget wherever it reaches it;
-    without a `sampler` (the backend, if it `Measures`) it is all there is.
+    without a `sampler` (the backend, if it `Samples`) it is all there is.
     """
 
     def __init__(
         self,
         problem: AttentionProblem,
-        sampler: Measures | None,
+        sampler: Samples | None,
         budget: ErrorBudget | None,
         seed: int,
     ) -> None:

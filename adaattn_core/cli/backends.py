@@ -8,13 +8,14 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from adaattn_core.backend import Capabilities, Differentiates, Forwards, Measures
+from adaattn_core.backend import Capabilities, Differentiates, Forwards, Measures, Samples
 from adaattn_core.deciding import Decides
 from adaattn_core.errors import AdaAttnError
 from adaattn_core.plugins.registry import BackendInfo, get_backend, list_backends
 from adaattn_core.report.tables import console, print_json
 
 PROTOCOLS: dict[str, type] = {
+    "samples": Samples,
     "measures": Measures,
     "forwards": Forwards,
     "differentiates": Differentiates,

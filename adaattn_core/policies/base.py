@@ -40,7 +40,7 @@ class PolicyContext:
     seed : int
     layer : str
     measures : bool
-        Whether the backend `Measures`: where not, there are no stats and no sampled rows.
+        Whether the backend `Measures`: where not, there are no stats.
     softcap : float
         What scores are capped to; 0 for no cap.
     """
@@ -85,6 +85,14 @@ class PolicyContext:
             measures=measures,
             softcap=problem.softcap or 0.0,
         )
+
+    def has_far_field(self, *, everywhere: bool = False) -> bool:
+        """Whether rows of some sequence here (`everywhere`: of every one) see a prefix.
+
+        Where they do not there is no far field, and landmarks stand for nothing.
+        """
+        found = (sequence in self.prefix for sequence, _ in self.shapes)
+        return all(found) if everywhere else any(found)
 
     @property
     def exact_format(self) -> str:

@@ -160,7 +160,7 @@ class BudgetPolicy:
     def _structures(self, context: PolicyContext) -> Iterator[Structure]:
         kinds = context.capabilities.structures
         rel = context.budget.rel if context.budget else 0.0
-        if "landmark" in kinds and context.structural:
+        if "landmark" in kinds and context.has_far_field():
             for tau in self.taus:
                 yield _landmark(tau, context)
         if "score_skip" in kinds:
@@ -320,7 +320,7 @@ class BudgetPolicy:
             if (qk, pv) != (exact, exact)
         ]
         structures: list[Structure] = []
-        if "landmark" in kinds and context.structural:
+        if "landmark" in kinds and context.has_far_field(everywhere=True):
             structures += [_landmark(tau, context) for tau in self.table_taus]
         if "score_skip" in kinds:
             structures += [_score_skip(lam, context) for lam in self.table_lams]

@@ -63,7 +63,7 @@ class EntropyPolicy:
         if context.budget is None or not context.measures:
             return None
         landmarks: tuple[Structure, ...] = ()
-        if "landmark" in context.capabilities.structures and context.structural:
+        if "landmark" in context.capabilities.structures and context.has_far_field():
             landmarks = (self._landmark(context),)
         return MeasureRequest(
             rows=context.budget.rows,
@@ -114,7 +114,7 @@ class EntropyPolicy:
             )
         # Without a curve the backend found no far field here, e.g. under a window.
         share = stats.landmark_curve.get(self.landmark_mass, math.inf)
-        if "landmark" in kinds and context.structural and share <= self.landmark_share:
+        if "landmark" in kinds and share <= self.landmark_share:
             return self._landmark(context), (
                 f"landmarks: {share:.1%} of keys leave {self.landmark_mass:g} of the mass"
             )
@@ -175,7 +175,7 @@ class EntropyPolicy:
         """Yield what `_structure` chooses from, and where."""
         kinds, shape = context.capabilities.structures, compiling.one_shape(context)
         if min(shape.len_q, shape.len_kv) >= self.least_len:
-            if "landmark" in kinds and context.structural:
+            if "landmark" in kinds and context.has_far_field(everywhere=True):
                 structure = self._landmark(context)
                 least = fitting.least_share(structure, shape)
                 yield (

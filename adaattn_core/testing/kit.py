@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from adaattn_core.api import attention
-from adaattn_core.backend import Backend, Capabilities, Measures
+from adaattn_core.backend import Backend, Capabilities, Measures, Samples
 from adaattn_core.budget import ErrorBudget
 from adaattn_core.errors import UnsupportedError
 from adaattn_core.facts import RawResult, RunFacts
@@ -114,6 +114,13 @@ class Kit:
         for what, name, offered in wanted:
             if name is not None and name not in offered:
                 pytest.skip(f"backend {self.name} does not offer {what} {name}")
+
+    def sampling(self) -> Samples:
+        """Return the backend as one that `Samples`; skip the test where it does not."""
+        backend = self.backend
+        if not isinstance(backend, Samples):
+            pytest.skip(f"backend {self.name} compares no rows")
+        return backend
 
     def measuring(self) -> Measures:
         """Return the backend as one that `Measures`; skip the test where it does not."""

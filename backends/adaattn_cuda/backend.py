@@ -10,16 +10,18 @@ on the caller's stream, and returns. It neither waits for the device nor copies 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import replace
 from typing import Any, cast
+
+from numpy.typing import NDArray
 
 from adaattn_core.backend import Capabilities, Gradients
 from adaattn_core.budget import ErrorBudget
 from adaattn_core.deciding import Adapted
 from adaattn_core.decoding import DevicePages
 from adaattn_core.errors import UnsupportedError
-from adaattn_core.facts import RawResult, RunFacts
+from adaattn_core.facts import RawResult, RowErrors, RunFacts
 from adaattn_core.formats import get_format
 from adaattn_core.mask import Mask
 from adaattn_core.plan import HeadPlan, Plan
@@ -47,7 +49,9 @@ from adaattn_cuda.jit.toolchain import nvrtc_version
 from adaattn_cuda.kernels import sm80_attn_fwd as sm80
 from adaattn_cuda.kernels.listed import Kept, ListedLaunch
 from adaattn_cuda.kernels.sm90_attn_fwd_8bit import EightBitLaunch
+from adaattn_cuda.kernels.smxx_exact_rows import oracle_upper, row_figures
 from adaattn_cuda.kernels.smxx_operand_norms import FactsPlan, RowFacts
+from adaattn_cuda.kernels.smxx_probe import Allocate
 from adaattn_cuda.kernels.task import Arrays, BlockHeads, Recipe, addresses
 from adaattn_cuda.quantised import QuantisedRun
 from adaattn_cuda.recent import Recent
@@ -242,6 +246,32 @@ class CudaBackend:
         cast(LazyFacts, into.facts).replan(records, chosen, step_keys, quantised, partial)
         return into
 
+    def row_errors(
+        self, problem: AttentionProblem, raw: RawResult, rows: Mapping[HeadIndex, NDArray[Any]]
+    ) -> dict[HeadIndex, RowErrors]:
+        """Compare returned rows with exact ones in f64; see `adaattn_core.backend.Samples`.
+
+        Waits for the device.
+        """
+        query, key, value = input_views(problem)
+        masks = mask_views(problem.mask, (*query.shape[:3], problem.len_kv), query.device)
+        sinks = sink_view(problem)
+        arrays = (query, key, value, view(raw.out), view(raw.lse), *masks)
+        plain = Recipe(problem.dtype, problem.dtype)
+        task = make_task(problem, arrays, plain, None, sinks)
+        stream = library_of(problem.query).stream(query.device)
+        found = row_figures(task, rows, self._allocator(problem), stream)
+        errors = {}
+        for index, figures in found.items():
+            facts = raw.facts[index]
+            size = problem.scale * facts.query_norm_upper * facts.key_norm_upper
+            upper = oracle_upper(
+                problem.dim_qk, facts.keys_max, size + facts.bias_max_abs + facts.sink_abs,
+                facts.value_norm_upper,
+            )  # fmt: skip
+            errors[index] = RowErrors(figures[:, 0], figures[:, 1], upper)
+        return errors
+
     def forward(
         self,
         query: Any,
@@ -412,15 +442,10 @@ class CudaBackend:
 
         Odd are heads whose sampled rows saw NaN or Inf: nothing of them has run.
         """
-        library = library_of(problem.query)
+        allocate = self._allocator(problem)
         index = tuple(plan.heads if heads is None else heads)
         plain = recipe._replace(sampled=False)
         task = make_task(problem, arrays, plain, index, sinks)
-
-        def allocate(size_bytes: int) -> tuple[Any, int]:
-            made = library.empty((max(-(-size_bytes // 4), 4),), "f32", problem.query)
-            return made, library.pointer(made)
-
         blocks, far = {}, {}
         for i in index:
             structure = plan[i].structure
@@ -438,6 +463,16 @@ class CudaBackend:
         runs, lost = run_landmarks(task, far, plan.seed, allocate, stream)
         started += [(run, None, run.heads()) for run in runs]
         return started, odd | lost
+
+    def _allocator(self, problem: AttentionProblem) -> Allocate:
+        """Return what allocates bytes beside a problem's arrays."""
+        library = library_of(problem.query)
+
+        def allocate(size_bytes: int) -> tuple[Any, int]:
+            made = library.empty((max(-(-size_bytes // 4), 4),), "f32", problem.query)
+            return made, library.pointer(made)
+
+        return allocate
 
     def _groups_of(self, plan: Plan) -> Groups:
         """Return the groups of a plan, remembered for as long as the plan is used again."""

@@ -84,7 +84,7 @@ def chosen_blocks(
             own = slice(number, number + len(groups[index]))
             number = own.stop
             span = task.sequences[index[0]]
-            if np.isnan(found.mass[own, : span.len_kv]).any():
+            if np.isnan(found.lse[own]).any():
                 odd.add(index)
                 continue
             blocks = choose_blocks(
@@ -191,7 +191,7 @@ def run_landmarks(
     odd: set[HeadIndex] = set()
     for part in _parts(structures, task, lambda structure: structure.group):
         # Pools of one size are made together, and as one kind of mask has them.
-        kinds = {i: (structures[i].pool, every[i].causal) for i in part}
+        kinds = {i: (structures[i].pool, structures[i].fitted, every[i].causal) for i in part}
         for kind in sorted(set(kinds.values())):
             own = {i: every[i] for i in part if kinds[i] == kind}
             run, lost = _run_part(task, own, seed, allocate, stream)
@@ -222,7 +222,7 @@ def _run_part(
     for number, (one, index) in enumerate(zip(asked, owner, strict=True)):
         assert masses is not None
         mass = masses.mass[number, : one.keys]
-        if np.isnan(mass).any():
+        if np.isnan(masses.lse[number]).any():
             odd.add(index)
             mass = np.zeros_like(mass)
         fars.append(choose_far(fields[index].structure, mass))
@@ -333,6 +333,7 @@ def _pool(
         taken=int(at[3]), pool_key=to_key, pool_value=to_value, pool_bias=bias[1],
         rows=masses.lse.shape[1], key_stride=stride, pool_keys=any_fields.structure.pool,
         pools_most=int(pools.max()), causal=int(any_fields.causal),
+        fitted=int(any_fields.structure.fitted),
     )  # fmt: skip
     kernels.pool(task, block, count, stream)
     return bias, table

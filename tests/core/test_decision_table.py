@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,6 +63,7 @@ def context(
         {(i, h): shape(n) for i, n in enumerate(lengths) for h in range(3)},
         0.125,
         0,
+        prefix=frozenset(range(len(lengths))),
     )
 
 
@@ -232,6 +234,21 @@ def test_what_cannot_be_compiled_goes_the_host_way() -> None:
             return HeadPlan()
 
     assert compile_policy(Cautious(), context(8192)) is None
+
+
+@pytest.mark.parametrize("policy", [BudgetPolicy(worthwhile=100.0), EntropyPolicy()])
+@pytest.mark.parametrize("prefix", [(), (0,), (0, 1)])
+def test_landmarks_are_for_masks_with_a_far_field(policy: Any, prefix: tuple[int, ...]) -> None:
+    """A window is an interval per row, and leaves none."""
+    here = replace(context(65536, 65536), prefix=frozenset(prefix))
+    request = policy.request(here)
+    assert request is not None
+    asked = {structure.kind for structure in request.structures}
+    assert ("landmark" in asked) == bool(prefix)
+    compiled = compile_policy(policy, here)
+    assert compiled is not None
+    kinds = {c.plan.structure.kind for table in compiled.tables for c in table.candidates}
+    assert ("landmark" in kinds) == (len(prefix) == 2)
 
 
 def test_fixed_plans_are_chosen_unmeasured() -> None:

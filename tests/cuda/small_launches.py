@@ -6,9 +6,9 @@
 "exact": formats, masks, rows on and off the 16-byte grid, packed batches, NaN and Inf; "few" of
 them: every mask and every head dim, not each with each, for the tools that take a second a
 launch; "rules": softcaps and sinks; "eight_bit": operands of 8 bits; "blocks": given block
-masks, chosen ones, landmarks by a plan; "backward": gradients, in any order and in one;
-"adaptive": what plans, runs and certifies a budget on the device. The figures of certificates
-are read. Nothing is compared here. Needs torch with CUDA.
+masks, chosen ones, landmarks by a plan, drawn rows; "backward": gradients, in any order and in
+one; "adaptive": what plans, runs and certifies a budget on the device. The figures of
+certificates are read. Nothing is compared here. Needs torch with CUDA.
 """
 
 from __future__ import annotations
@@ -88,6 +88,17 @@ def eight_bit() -> int:
     return heads
 
 
+def looked_at(backend: CudaBackend, problem: AttentionProblem, plan: Plan) -> int:
+    """Run a plan, read its figures, and compare a few rows."""
+    raw = backend.run(problem, plan)
+    rows = {
+        (sequence, head): np.arange(min(problem.sequences[sequence].len_q, 3))
+        for sequence, head in problem.heads()
+    }
+    backend.row_errors(problem, raw, rows)
+    return len(dict(raw.facts))
+
+
 def blocks() -> int:
     """Blocks, given and chosen, and landmarks, in both families; NaN and Inf among values."""
     backend, heads = CudaBackend(), 0
@@ -103,17 +114,17 @@ def blocks() -> int:
             plan = Plan.block_sparse(
                 problem, kept, tile_q=64, tile_kv=32, head=HeadPlan(qk=name, pv=name)
             )
-            heads += len(dict(backend.run(problem, plan).facts))
+            heads += looked_at(backend, problem, plan)
             chosen = BlockSparse(tau=0.2, band=0, tile_q=32, tile_kv=16, group=64, samples=8)
             plan = Plan.uniform(problem, HeadPlan(structure=chosen, qk=name, pv=name))
-            heads += len(dict(backend.run(problem, plan).facts))
+            heads += looked_at(backend, problem, plan)
             far = Landmark(
                 tau=0.2, band=0, tile=64, group=64, samples=8, tail=64, pool=32, screen_rank=0
             )
             if not problem.mask.is_structural or problem.mask.left is not None:
                 continue
             plan = Plan.uniform(problem, HeadPlan(structure=far, qk=name, pv=name))
-            heads += len(dict(backend.run(problem, plan).facts))
+            heads += looked_at(backend, problem, plan)
     return heads
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from adaattn_core import ErrorBudget, attention
-from adaattn_core.backend import Backend, Forwards, Measures
+from adaattn_core.backend import Backend, Forwards, Measures, Samples
 from adaattn_core.errors import BudgetInfeasibleError, ShapeError, UnsupportedError
 from adaattn_core.mask import Mask
 from adaattn_core.plan import HeadPlan, Plan
@@ -142,6 +142,7 @@ def problem(
 def test_it_is_a_backend(backend: CudaBackend) -> None:
     assert isinstance(backend, Backend)
     assert isinstance(backend, Forwards)
+    assert isinstance(backend, Samples)
     assert not isinstance(backend, Measures)
     can = backend.capabilities()
     assert (can.structures, can.target) == (("dense", "block_sparse", "landmark"), "sm80")
@@ -291,15 +292,37 @@ def test_mask_on_another_device(backend: CudaBackend, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_sampled_budgets_are_kept_by_theorem(backend: CudaBackend, dtype: Any) -> None:
+def test_sampled_budgets_are_kept_by_theorem_where_it_reaches(
+    backend: CudaBackend, monkeypatch: pytest.MonkeyPatch, dtype: Any
+) -> None:
     p, budget = problem(dtype), ErrorBudget(rel=0.1)
     name = NAMES[str(np.dtype(dtype))]
     result = attention(p.query, p.key, p.value, budget=budget, backend=backend)
     assert result.certificate.holds(budget)
     assert set(result.certificate.guarantee.ravel()) == {"worst_case"}
     assert [(t.qk, t.pv, t.heads) for t in Recorder.made] == [(name, name, None)]
-    with pytest.raises(BudgetInfeasibleError, match='backend "cuda", which samples no rows'):
+    # Else by rows that are drawn and computed exactly: here by a device that is not there.
+    for error, holds in ((1e-9, True), (1.0, False)):
+
+        def figures(task: Any, rows: Any, *_: Any, error: float = error) -> Any:
+            return {i: np.tile([error, 1.0], (len(own), 1)) for i, own in rows.items()}
+
+        monkeypatch.setattr(backend_module, "row_figures", figures)
+        tight = ErrorBudget(rel=1e-6, on_violation="report")
+        result = attention(p.query, p.key, p.value, budget=tight, backend=backend)
+        assert result.certificate.holds(tight) == holds
+        assert set(result.certificate.guarantee.ravel()) == {"sampled"}
+    with pytest.raises(BudgetInfeasibleError):
         attention(p.query, p.key, p.value, budget=ErrorBudget(rel=1e-6), backend=backend)
+
+
+def test_explain_says_why_the_host_planned(backend: CudaBackend) -> None:
+    p = problem(mask=Mask.sliding_window(9, 0, "top_left"))
+    result = attention(
+        p.query, p.key, p.value, mask=p.mask, budget=ErrorBudget(rel=0.5), backend=backend
+    )
+    assert "dense" in result.plan.explain()
+    assert "planning kernels are Hopper's" in result.plan.explain()
 
 
 HOPPER = driver.DeviceFacts("a card", "sm_90a", 132, 232448)

@@ -6,6 +6,8 @@ roundings, and where two keys are nearly as heavy, by which of them is a landmar
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from kernels_on_cpu import Kernels, allocate, play_device
@@ -69,12 +71,20 @@ def run(p: AttentionProblem, structure: Landmark, dtype: str, seed: int = 3):
     "sizes",
     [
         {"band": 64, "group": 128, "tile": 64, "samples": 16, "tail": 64},
-        {"band": 0, "group": 256, "tile": 128, "samples": 32, "pool": 32, "tail": 0},
+        {
+            "band": 0,
+            "group": 256,
+            "tile": 128,
+            "samples": 32,
+            "pool": 32,
+            "tail": 0,
+            "fitted": False,
+        },
         {"band": 64, "group": 128, "tile": 64, "samples": 8, "pool": 0, "tail": 128},
     ],
 )
 def test_landmarks_are_those_of_numpy(
-    monkeypatch: pytest.MonkeyPatch, kernels: Kernels, name: str, sizes: dict[str, int]
+    monkeypatch: pytest.MonkeyPatch, kernels: Kernels, name: str, sizes: dict[str, Any]
 ) -> None:
     play_device(monkeypatch, kernels, "sm_80")
     mask, lens = MASKS[name]
@@ -132,7 +142,8 @@ def test_heads_that_see_nan_are_left_to_dense(
     p.key[0, 1, 20] = np.nan
     task, out, _ = task_of(p, "f32", "f32")
     structure = Landmark(band=64, group=128, tile=64, screen_rank=0)
-    runs, odd = sampled.run_landmarks(task, dict.fromkeys(p.heads(), structure), 0, allocate, 0)
+    structures = dict.fromkeys(p.heads(), structure)
+    runs, odd = sampled.run_landmarks(task, structures, 0, allocate, 0)
     assert odd == {(0, 1)}
     assert [run.heads() for run in runs] == [((0, 0),)]
     assert (out[0, 1] == 7).all()

@@ -43,6 +43,10 @@ MATRIX = [
     ("sm_100", ("f32", "tf32", "tf32"), 128, {}),
     ("sm_80", ("bf16",) * 3, 64, {"rule": 3}),
     ("sm_80", ("f32",) * 3, 128, {"rule": 3, "array_mask": True}),
+    ("sm_80", ("bf16",) * 3, 128, {"listed": True}),
+    ("sm_86", ("f16",) * 3, 64, {"listed": True, "array_mask": True}),
+    ("sm_90a", ("f32",) * 3, 128, {"listed": True}),
+    ("sm_90a", ("f32",) * 3, 256, {"listed": True, "vectorised": False}),
     ("sm_120", ("f32",) * 3, 128, {}),
     ("sm_120", ("bf16",) * 3, 160, {}),
 ]

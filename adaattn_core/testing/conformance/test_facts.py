@@ -156,7 +156,7 @@ def _midpoint_problem(name: str) -> AttentionProblem:
 @given(data=st.data())
 def test_row_errors_are_the_truth(kit: Kit, data: st.DataObject) -> None:
     """Errors and sizes of sampled rows agree with the oracle within the stated accuracy."""
-    measuring = kit.measuring()
+    sampling = kit.sampling()
     plan = kit.narrowest()
     values = ("normal", "outliers", "needles", "constant")
     spec = data.draw(kit.specs(plan, values=values))
@@ -168,7 +168,7 @@ def test_row_errors_are_the_truth(kit: Kit, data: st.DataObject) -> None:
         for i in host.heads()
         if host.sequences[i[0]].len_q
     }
-    found = measuring.row_errors(problem, outcome.raw, rows)
+    found = sampling.row_errors(problem, outcome.raw, rows)
     exact = exact_attention(host)
     for index, chosen in rows.items():
         where = head_rows(host, index)

@@ -84,7 +84,7 @@ def test_more_bits_never_certify_less(
 @pytest.mark.parametrize("kind", ["8-bit", "landmark"])
 def test_sampled_covers(kit: Kit, values: str, kind: str) -> None:
     """Over seeded draws, the true quantile is under the certificate as often as stated."""
-    kit.measuring()
+    kit.sampling()
     if kind == "8-bit":
         eight = [f for f in ("i8", "e4m3") if f in kit.capabilities.qk_formats]
         plan = kit.head(qk=eight[0]) if eight else kit.narrowest()
@@ -155,7 +155,7 @@ def test_a_wider_budget_costs_no_more(kit: Kit) -> None:
 @pytest.mark.parametrize("rel", [0.3, 0.05, 0.01])
 def test_escalation_keeps_the_budget(kit: Kit, rel: float) -> None:
     """With ``escalate`` the certificate holds in the end, or the budget is infeasible."""
-    kit.measuring()
+    kit.sampling()
     problem = _long_spec(kit).build(kit.home.send)
     budget = ErrorBudget(rel)
     try:

@@ -6,6 +6,7 @@ import adaattn_kernels_cu as kernels
 from adaattn_cuda.jit.resources import Budget, parse_budget
 from adaattn_cuda.jit.spec import KernelSpec
 from adaattn_cuda.kernels import smxx_attn_decode as attn_decode
+from adaattn_cuda.kernels import smxx_exact_rows as exact_rows
 from adaattn_cuda.kernels import smxx_mask_seen as mask_seen
 from adaattn_cuda.kernels import smxx_operand_norms as operand_norms
 from adaattn_cuda.kernels import smxx_probe as sampling
@@ -34,6 +35,7 @@ def specs(arch: str) -> list[KernelSpec]:
         own += sm90_backward.shipped()
     shared = (
         sampling.shipped(arch)
+        + exact_rows.shipped(arch)
         + operand_norms.shipped(arch)
         + mask_seen.shipped(arch)
         + attn_decode.shipped(arch)

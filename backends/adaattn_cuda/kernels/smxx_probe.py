@@ -101,7 +101,7 @@ class Pool(ctypes.Structure):
             (name, _i32)
             for name in (
                 "dim_qk", "dim_v", "group_size", "rows", "key_stride", "pool_keys",
-                "pools_most", "causal",
+                "pools_most", "causal", "fitted",
             )
         ),
         ("scale", _f32),

@@ -43,6 +43,9 @@ SCORE_LIMIT = 96
 """Registers of S and O together, and of each alone, that compile to 255 without a spill.
 Array masks (their addresses) and a single stage (its second wait) leave less room."""
 
+LISTED_WIDE_LIMIT = 152
+"""The same for 32-bit formats whose items come in tables."""
+
 WIDE_TILE_N = 64
 """Most keys of a tile in 32-bit formats: the tensor core truncates within a tile's partial sum,
 so a longer one errs more (measured at dim 64: 0.7e-6 with 64 keys, 1.1e-6 with 128)."""
@@ -194,7 +197,8 @@ def _is_legal(s: Specialisation, arch: str) -> bool:
 
 def _is_lean(s: Specialisation, narrow: bool) -> bool:
     """Whether registers are left for the walk over sources, and runs fill the key tiles."""
-    return s.tile_m // s.warps == 16 and s.tile_n <= (WIDE_TILE_N if narrow else 32)
+    fits = s.accumulators <= (TIGHT_ACCUMULATOR_LIMIT if narrow else LISTED_WIDE_LIMIT)
+    return s.tile_m // s.warps == 16 and s.tile_n <= (WIDE_TILE_N if narrow else 32) and fits
 
 
 def _candidates(

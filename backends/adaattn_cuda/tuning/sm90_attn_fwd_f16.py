@@ -195,7 +195,7 @@ def candidates(dim_qk: int, dim_v: int, rule: int = 0) -> tuple[tuple[float, Til
 
 
 def listed(dim_qk: int, dim_v: int) -> tuple[tuple[float, Tile], ...]:
-    """(relative rate, tile) for runs of keys from the table; short tiles waste less of a run."""
+    """(relative rate, tile) for runs of keys from the table; short tiles waste less."""
     stages = 2 if max(dim_qk, dim_v) <= 64 else 1
     tiles = (
         (rate, Tile(dim_qk, dim_v, 2, n, query_stages=stages, max_sources=FROM_TABLE))

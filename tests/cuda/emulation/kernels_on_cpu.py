@@ -17,7 +17,7 @@ from adaattn_cuda import sampled
 from adaattn_cuda.device import driver
 from adaattn_cuda.device.launch import DeviceWork
 from adaattn_cuda.jit.spec import KernelSpec, cpp
-from adaattn_cuda.kernels import smxx_probe
+from adaattn_cuda.kernels import smxx_exact_rows, smxx_probe
 
 _UNIT = """\
 #include "cuda_words.h"
@@ -104,6 +104,7 @@ def play_device(monkeypatch: pytest.MonkeyPatch, found: Kernels, arch: str) -> N
     monkeypatch.setattr(sampled, "upload", upload)
     monkeypatch.setattr(sampled, "_launch", found.run)
     monkeypatch.setattr(smxx_probe, "_start", found.run)
+    monkeypatch.setattr(smxx_exact_rows, "_start", found.run)
 
 
 def allocate(size_bytes: int) -> tuple[Any, int]:

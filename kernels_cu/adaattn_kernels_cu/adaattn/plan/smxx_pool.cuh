@@ -49,7 +49,7 @@ struct Params {
     void* pool_key;              // (rows, dim_qk), in the input type
     void* pool_value;            // (rows, dim_v)
     float* bias;                 // (rows,)
-    i32 dim_qk, dim_v, group_size, rows, key_stride, pool_keys, pools_most, causal;
+    i32 dim_qk, dim_v, group_size, rows, key_stride, pool_keys, pools_most, causal, fitted;
     float scale;
 };
 
@@ -175,7 +175,7 @@ ADAATTN_DEVICE void run(const Params& params) {
         const float given = mass * live;
         const float ratio = ptx::log2_accurate(given > kTiny ? given : kTiny) -
                             ptx::log2_accurate(predicted > kTiny ? predicted : kTiny);
-        float fitted = seen > 0.0f ? kLn2 * ratio : 0.0f;
+        float fitted = params.fitted && seen > 0.0f ? kLn2 * ratio : 0.0f;
         fitted = fitted < kBiasLeast ? kBiasLeast : (fitted > kBiasMost ? kBiasMost : fitted);
         bias = kLn2 * ptx::log2_accurate(count) + fitted;
     }
