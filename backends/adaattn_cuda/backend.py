@@ -109,7 +109,7 @@ class CudaBackend:
         """Landmarks besides, on Hopper, in 16 bits; see `adaattn_core.deciding.Decides`."""
         can = self.capabilities()
         if can.target != "sm90":
-            return can
+            return replace(can, structures=("dense",))
         return replace(
             can,
             qk_formats=sm80.OPERAND_FORMATS,

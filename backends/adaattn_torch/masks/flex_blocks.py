@@ -119,7 +119,7 @@ def import_block_mask(block_mask: Any, mask: Mask | None = None) -> ImportedBloc
     patterns = [mask] if mask is not None else [Mask.none(), Mask.causal("top_left")]
     problems = []
     for pattern in patterns:
-        fault = _fault(lists, pattern, block_mask.mask_mod)
+        fault = _fault(lists, pattern, block_mask.mask_mod, block_mask.kv_indices.device)
         if fault is None:
             return ImportedBlocks(lists.structures(), pattern)
         problems.append(f"{pattern.describe()}: {fault}")
@@ -213,7 +213,9 @@ def _flat(counts: torch.Tensor, indices: torch.Tensor) -> tuple[Ints, Ints, Ints
     return used[0], used[1], used[2], listed[used]
 
 
-def _fault(lists: _Lists, pattern: Mask, mask_mod: Callable[..., Any]) -> str | None:
+def _fault(
+    lists: _Lists, pattern: Mask, mask_mod: Callable[..., Any], device: Any
+) -> str | None:
     """Where the pattern and the block mask differ; None if nowhere."""
     start, stop = pattern.intervals(lists.len_q, lists.len_kv)
     edges = np.arange(0, lists.len_q, lists.tile_q)
@@ -227,7 +229,7 @@ def _fault(lists: _Lists, pattern: Mask, mask_mod: Callable[..., Any]) -> str | 
             return (
                 f"hides keys of block {block[hidden[0]]}, seen whole by tile {tile[hidden[0]]}"
             )
-    for tile, block, differs in _differences(lists, start, stop, mask_mod):
+    for tile, block, differs in _differences(lists, start, stop, mask_mod, device):
         if differs.any():
             at = int(np.flatnonzero(differs)[0])
             return f"another key is seen in block {block[at]} of tile {tile[at]}"
@@ -235,9 +237,12 @@ def _fault(lists: _Lists, pattern: Mask, mask_mod: Callable[..., Any]) -> str | 
 
 
 def _differences(
-    lists: _Lists, start: Ints, stop: Ints, mask_mod: Callable[..., Any]
+    lists: _Lists, start: Ints, stop: Ints, mask_mod: Callable[..., Any], device: Any
 ) -> Iterator[tuple[Ints, Ints, NDArray[np.bool_]]]:
-    """Whether the mask function differs from row intervals in each partly seen block."""
+    """Whether the mask function differs from row intervals in each partly seen block.
+
+    It is asked where the lists are: it may read tensors of its own there.
+    """
     ask = mask_mod
     for axes in ((None, None, None, 0), (None, None, 0, None), (0, 0, 0, 0)):
         ask = torch.vmap(ask, in_dims=axes)
@@ -248,7 +253,9 @@ def _differences(
         inside = (rows < lists.len_q)[:, :, None] & (keys < lists.len_kv)[:, None]
         # A mask function may read tensors at its arguments: none lies outside the lengths.
         rows, keys = np.minimum(rows, lists.len_q - 1), np.minimum(keys, lists.len_kv - 1)
-        said = ask(*(torch.from_numpy(np.ascontiguousarray(x)) for x in (b, h, rows, keys)))
+        said = ask(
+            *(torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in (b, h, rows, keys))
+        )
         first, last = start[rows][:, :, None], stop[rows][:, :, None]
         meant = (keys[:, None] >= first) & (keys[:, None] < last)
         yield tile, block, ((said.cpu().numpy() != meant) & inside).any(axis=(1, 2))
