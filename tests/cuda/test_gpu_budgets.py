@@ -114,7 +114,7 @@ def test_given_structures_are_certified_by_rows(dtype: str, name: str) -> None:
     plan = Plan.uniform(problem, HeadPlan(structure=blocks, qk=dtype, pv=dtype))
     result = attention(q, k, v, mask=mask, plan=plan, budget=report, backend="cuda")
     assert np.isfinite(result.certificate.upper).all()
-    assert set(result.certificate.guarantee.ravel()) == {"sampled"}
+    assert "sampled" in result.certificate.guarantee
     assert_covered(result, problem, report.rows)
     if name == "window":
         return

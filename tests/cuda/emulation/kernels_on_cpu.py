@@ -6,7 +6,6 @@ import ctypes
 import hashlib
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from adaattn_cuda import sampled
 from adaattn_cuda.device import driver
 from adaattn_cuda.device.launch import DeviceWork
 from adaattn_cuda.jit.spec import KernelSpec, cpp
-from adaattn_cuda.kernels import smxx_exact_rows, smxx_probe
+from adaattn_cuda.kernels import listed, sm80_attn_fwd, smxx_exact_rows, smxx_probe
 
 _UNIT = """\
 #include "cuda_words.h"
@@ -83,10 +82,33 @@ class _Table:
         self.size_bytes = len(data)
 
 
+class _Call:
+    """Stands in for `driver.Call`: a start runs the launch to its end."""
+
+    def __init__(self, kernel: _Kernel, params: Any, grid: int, stream: int = 0) -> None:
+        self._run = lambda: kernel.found.run(kernel.spec, 0, params, grid)
+
+    def to(self, stream: int) -> _Call:
+        return self
+
+    def start(self, device: int) -> None:
+        self._run()
+
+
+class _Kernel:
+    def __init__(self, found: Kernels, spec: KernelSpec) -> None:
+        self.found, self.spec = found, spec
+
+    def prepare(self, device: int) -> None:
+        pass
+
+
 def play_device(monkeypatch: pytest.MonkeyPatch, found: Kernels, arch: str) -> None:
-    """Let `adaattn_cuda.sampled` work on host memory."""
+    """Let the sm80 family, what samples and what draws rows work on host memory."""
 
     def upload(work: Any, device: int, stream: int) -> DeviceWork:
+        if not work.grid:
+            return DeviceWork(0, 0, 0, 0, 0, 0)
         table = _Table(work.tobytes(), device)
         items, sources = work.addresses(table.address)
         size = table.size_bytes
@@ -95,16 +117,19 @@ def play_device(monkeypatch: pytest.MonkeyPatch, found: Kernels, arch: str) -> N
     def zero(address: int, size_bytes: int, stream: int) -> None:
         ctypes.memset(address, 0, size_bytes)
 
-    facts = SimpleNamespace(arch=arch, multiprocessors=4)
+    facts = driver.DeviceFacts("a card", arch, 4, 166912)
     monkeypatch.setattr(driver, "DeviceTable", _Table)
+    monkeypatch.setattr(driver, "Call", _Call)
     monkeypatch.setattr(driver, "read", lambda at, size, device: ctypes.string_at(at, size))
     monkeypatch.setattr(driver, "zero_bytes", zero)
     monkeypatch.setattr(driver, "device_facts", lambda device: facts)
     monkeypatch.setattr(sampled, "refuse_capture", lambda stream, what: None)
-    monkeypatch.setattr(sampled, "upload", upload)
-    monkeypatch.setattr(sampled, "_launch", found.run)
-    monkeypatch.setattr(smxx_probe, "_start", found.run)
-    monkeypatch.setattr(smxx_exact_rows, "_start", found.run)
+    for module in (sampled, listed):
+        monkeypatch.setattr(module, "upload", upload)
+    for module in (sampled, listed, sm80_attn_fwd, smxx_probe, smxx_exact_rows):
+        monkeypatch.setattr(
+            module, "kernel_of", lambda spec, threads, stream: _Kernel(found, spec)
+        )
 
 
 def allocate(size_bytes: int) -> tuple[Any, int]:
