@@ -140,7 +140,6 @@ class FarRun:
     workspace_bytes: int
     _task: Task
     _heads: dict[HeadIndex, FarHead]
-    _keep: list[Any]
 
     def heads(self) -> tuple[HeadIndex, ...]:
         """Return what ran."""
@@ -226,7 +225,7 @@ def _run_part(
             odd.add(index)
             mass = np.zeros_like(mass)
         fars.append(choose_far(fields[index].structure, mass))
-    keep: list[Any] = [masses]
+    keep: list[Any] = []  # until everything is enqueued; then the caller's library has it back
     landmark_first = _places([len(far.landmarks) for far in fars])
     pool_first = _places([len(far.filled) for far in fars])
     heads: dict[HeadIndex, FarHead] = {}
@@ -262,7 +261,7 @@ def _run_part(
     )
     keep.append(attended)
     table_bytes = sum(rows for rows, *_ in further) * sum(_dims(task)) * size
-    return FarRun(name, step, table_bytes, task, heads, keep), odd
+    return FarRun(name, step, table_bytes, task, heads), odd
 
 
 def _dims(task: Task) -> tuple[int, int]:
