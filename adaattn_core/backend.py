@@ -214,12 +214,15 @@ class Gradients(NamedTuple):
         In the library and dtype of the inputs.
     bias : array of float32 or float64, or None
         Of the additive mask, in its own (broadcastable) shape; None unless asked for.
+    sinks : array of float32 or float64, shape (heads_q,), or None
+        Of the sinks; None without them.
     """
 
     query: Any
     key: Any
     value: Any
     bias: Any
+    sinks: Any = None
 
 
 @runtime_checkable
@@ -243,6 +246,8 @@ class Differentiates(Protocol):
         scale: float | None = None,
         need_bias: bool = False,
         deterministic: bool = False,
+        softcap: float | None = None,
+        sinks: Any = None,
     ) -> Gradients:
         """Compute the gradients of exact attention.
 
@@ -256,11 +261,11 @@ class Differentiates(Protocol):
             Gradient of the output, in the inputs' dtype.
         out : array, shape (batch, heads_q, len_q, dim_v), optional
         lse : array of float32, shape (batch, heads_q, len_q), optional
-            Exact attention's own, as `Forwards.forward` returns them. Both or neither: without
-            them they are computed again. Those of an approximated forward are not exact
-            attention's and must be left out.
+            Exact attention's own, score rules included, as `Forwards.forward` returns them.
+            Both or neither: without them they are computed again. Those of an approximated
+            forward are not exact attention's and must be left out.
         grad_lse : array of float32, shape (batch, heads_q, len_q), optional
-            Gradient of the lse; ignored in rows that see nothing.
+            Gradient of the lse; where a row sees nothing only a sink has a share of it.
         mask : Mask, optional
             Default: every key is visible.
         scale : float, optional
@@ -269,6 +274,9 @@ class Differentiates(Protocol):
             Whether the gradient of the additive mask is wanted too.
         deterministic : bool
             Whether the same call must give the same bits every time.
+        softcap : float, optional
+        sinks : array, optional, shape (heads_q,)
+            Score rules (`adaattn_core.scores`).
 
         Returns
         -------

@@ -348,6 +348,8 @@ class CudaBackend:
         scale: float | None = None,
         need_bias: bool = False,
         deterministic: bool = False,
+        softcap: float | None = None,
+        sinks: Any = None,
     ) -> Gradients:
         """Compute gradients; see `adaattn_core.backend.Differentiates.backward`.
 
@@ -357,7 +359,8 @@ class CudaBackend:
         """
         return attention_backward(
             query, key, value, grad_out, out=out, lse=lse, grad_lse=grad_lse, mask=mask,
-            scale=scale, need_bias=need_bias, deterministic=deterministic,
+            scale=scale, need_bias=need_bias, deterministic=deterministic, softcap=softcap,
+            sinks=sinks,
         )  # fmt: skip
 
     def decode(

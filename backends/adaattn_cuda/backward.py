@@ -18,7 +18,13 @@ from adaattn_cuda.device import driver
 from adaattn_cuda.device.launch import BackwardLaunch
 from adaattn_cuda.device.library import library_of
 from adaattn_cuda.device.views import ArrayView, broadcast, view
-from adaattn_cuda.dispatch import input_views, make_backward, mask_key, mask_views
+from adaattn_cuda.dispatch import (
+    input_views,
+    make_backward,
+    mask_key,
+    mask_views,
+    sink_view,
+)
 from adaattn_cuda.forward import attention_forward
 from adaattn_cuda.kernels.backward_task import BackwardTask
 from adaattn_cuda.recent import Recent
@@ -49,6 +55,8 @@ def attention_backward(
     scale: float | None = None,
     need_bias: bool = False,
     deterministic: bool = False,
+    softcap: float | None = None,
+    sinks: Any = None,
 ) -> Gradients:
     """Start a backward pass on the caller's stream; see `Differentiates.backward`.
 
@@ -59,7 +67,9 @@ def attention_backward(
     UnsupportedError, KernelCompileError, AdaAttnError
         As `attention_forward` does, and for what no backward kernel takes.
     """
-    problem = AttentionProblem.from_arrays(query, key, value, mask=mask, scale=scale)
+    problem = AttentionProblem.from_arrays(
+        query, key, value, mask=mask, scale=scale, softcap=softcap, sinks=sinks
+    )
     if problem.paged is not None:
         raise UnsupportedError(
             got="keys and values as pages",
@@ -92,10 +102,13 @@ def _start(
     rows = (problem.batch, problem.heads_q, problem.len_q)
     if out is None:
         out, lse = attention_forward(
-            query, problem.key, problem.value, mask=problem.mask, scale=problem.scale
-        )
+            query, problem.key, problem.value, mask=problem.mask, scale=problem.scale,
+            softcap=problem.softcap, sinks=problem.sinks,
+        )  # fmt: skip
     views = (*inputs, view(out), view(lse), view(grad_out))
     g_lse = None if grad_lse is None else view(grad_lse)
+    sinks = sink_view(problem)
+    d_sinks = None if sinks is None else library.empty((problem.heads_q,), "f32", query)
     _check_given(views, g_lse, (*rows, problem.dim_v))
     shape = (*rows, problem.len_kv)
     allowed, bias = mask_views(problem.mask, shape, device)
@@ -109,11 +122,12 @@ def _start(
     known_by: Hashable = (
         tuple(None if x is None else x[1:] for x in (*views, allowed, bias, d_bias_view)),
         tuple(x.pointer & 15 for x in views),
-        (mask_key(problem.mask), problem.scale, deterministic),
+        (mask_key(problem.mask), problem.scale, deterministic, problem.softcap, sinks is None),
     )
     prepared = _prepared.get(known_by)
     if prepared is None:
-        task = BackwardTask.of(problem, views, (allowed, bias, d_bias_view), deterministic)
+        masks = (allowed, bias, d_bias_view)
+        task = BackwardTask.of(problem, views, masks, deterministic, sinks)
         prepared = _Prepared(make_backward(task, problem, stream), not task.is_uniform)
         _prepared.put(known_by, prepared)
 
@@ -127,10 +141,12 @@ def _start(
         *(library.pointer(x) for x in gradients),
         *(x.pointer if x else 0 for x in (allowed, bias, d_bias_view)),
         library.pointer(workspace),
+        sinks.pointer if sinks else 0,
+        library.pointer(d_sinks) if d_sinks is not None else 0,
     )
     prepared.launch.start(pointers, device, stream)
     d_query, d_key, d_value = gradients
-    return Gradients(d_query, d_key, d_value, d_bias)
+    return Gradients(d_query, d_key, d_value, d_bias, d_sinks)
 
 
 def _check_given(

@@ -208,6 +208,8 @@ def make_backward(task: BackwardTask, problem: AttentionProblem, stream: int) ->
     """
     _check_strides((task.query, task.key, task.value))
     _check_scale(problem.scale)
+    if task.softcap:
+        _check_softcap(task)
     arch = driver.device_facts(task.query.device).arch
     if HOPPER_BACKWARD and sm90_backward.refusal(task, arch) is None:
         return sm90_backward.Sm90Backward(task, stream)
@@ -255,7 +257,7 @@ def sink_view(problem: AttentionProblem) -> ArrayView | None:
     return seen
 
 
-def _check_softcap(task: Task) -> None:
+def _check_softcap(task: Task | BackwardTask) -> None:
     """Refuse a cap which, or whose quotient with the scale, float32 does not hold."""
     for name, number in (("softcap", task.softcap), ("scale / softcap", task.softcap_rate)):
         if not _SCALE_LEAST <= number <= _SCALE_MOST:

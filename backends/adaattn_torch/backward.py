@@ -36,6 +36,8 @@ class Saved(NamedTuple):
     out, lse : Tensor or None
         Exact attention's; None where the forward pass approximated, or where nothing would
         read them.
+    softcap, sinks
+        Score rules (`adaattn_core.scores`).
     """
 
     query: torch.Tensor
@@ -47,6 +49,8 @@ class Saved(NamedTuple):
     scale: float
     out: torch.Tensor | None
     lse: torch.Tensor | None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
 
 
 def saves_output(query: torch.Tensor, is_exact: bool) -> bool:
@@ -77,11 +81,12 @@ def gradients(
     Returns
     -------
     tuple of Tensor
-        Of query, key, value, and of the additive mask (None unless asked for).
+        Of query, key, value, of the additive mask (None unless asked for), and of the sinks.
     """
-    query, key, value, allowed, bias, mask, scale, _, _ = saved
+    query, key, value, allowed, bias, mask, scale, _, _, softcap, sinks = saved
     if query.device.type == "cuda" and not torch.is_grad_enabled() and not is_transformed(
-        query, key, value, allowed, bias, *(g for g in (grad_out, grad_lse) if g is not None)
+        query, key, value, allowed, bias, sinks,
+        *(g for g in (grad_out, grad_lse) if g is not None),
     ):  # fmt: skip
         found = backend_for(backend, query.device.type)
         if isinstance(found, Differentiates):
@@ -90,8 +95,9 @@ def gradients(
             except UnsupportedError:
                 pass  # the chunks take everything
     return attention_gradient(
-        query, key, value, allowed, bias, mask, scale, grad_out, grad_lse, need_bias=need_bias
-    )
+        query, key, value, allowed, bias, mask, scale, grad_out, grad_lse, need_bias=need_bias,
+        softcap=softcap, sinks=sinks,
+    )  # fmt: skip
 
 
 def _fused(
@@ -101,7 +107,9 @@ def _fused(
     grad_lse: torch.Tensor | None,
     need_bias: bool,
 ) -> Gradients:
-    query, key, value, allowed, bias, mask, scale, out, lse = saved
+    query, key, value, allowed, bias, mask, scale, out, lse, softcap, sinks = saved
+    if sinks is not None:
+        sinks = sinks.detach().float().contiguous()
     if allowed is not None:
         mask = mask & Mask.boolean(to_backend(allowed))
     if bias is not None:
@@ -122,6 +130,9 @@ def _fused(
         scale=scale,
         need_bias=need_bias,
         deterministic=torch.are_deterministic_algorithms_enabled(),
+        softcap=softcap,
+        sinks=None if sinks is None else to_backend(sinks),
     )
     d_bias = found.bias.to(bias.dtype) if need_bias and bias is not None else None
-    return found.query, found.key, found.value, d_bias
+    d_sinks = None if saved.sinks is None else found.sinks.to(saved.sinks.dtype)
+    return found.query, found.key, found.value, d_bias, d_sinks

@@ -174,7 +174,7 @@ class _Attention(torch.autograd.Function):
         if grads[0] is None and grads[1] is None:
             return (None,) * 8
         saved = Saved(query, key, value, allowed, bias, ctx.mask, ctx.scale, out, lse)
-        d_query, d_key, d_value, d_bias = gradients(
+        d_query, d_key, d_value, d_bias, _ = gradients(
             saved, ctx.backend, *grads, need_bias=ctx.needs_input_grad[4]
         )
         return d_query, d_key, d_value, None, d_bias, *(None,) * 3

@@ -16,7 +16,10 @@ from adaattn_core.mask import Mask
 CHUNK_BYTES = 32 << 20
 """Bytes of one chunk's scores; a handful of such buffers live at a time."""
 
-Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
+Gradients = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None
+]
+"""Of query, key, value, the additive mask, and the sinks."""
 
 
 class _Block(NamedTuple):
@@ -61,31 +64,9 @@ def attention_gradient(
     grad_lse: torch.Tensor | None,
     *,
     need_bias: bool = False,
-) -> Gradients:
-    """Gradients of exact attention with respect to query, key, value and additive mask.
-
-    See `rule_gradient`, of which this is the case without a softcap and without sinks.
-    """
-    return rule_gradient(
-        query, key, value, allowed, bias, mask, scale, grad_out, grad_lse, need_bias=need_bias
-    )[:4]
-
-
-def rule_gradient(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    allowed: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    mask: Mask,
-    scale: float,
-    grad_out: torch.Tensor | None,
-    grad_lse: torch.Tensor | None,
-    *,
-    need_bias: bool = False,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+) -> Gradients:
     """Gradients of exact attention, score rules included, with respect to all of its tensors.
 
     Plain differentiable operations: under ``create_graph=True`` the result has a gradient of
@@ -182,7 +163,7 @@ def attention_tangent(
     t_query, t_key, t_value, t_bias : Tensor or None
         Tangents of the inputs, each of its input's shape; None is 0.
     softcap, sinks, t_sinks
-        See `rule_gradient`; the tangent of the sinks.
+        See `attention_gradient`; the tangent of the sinks.
 
     Returns
     -------

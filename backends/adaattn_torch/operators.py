@@ -86,7 +86,7 @@ def _backward(
     need_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     mask, asked = decode(call)
-    d_query, d_key, d_value, d_bias = gradients(
+    d_query, d_key, d_value, d_bias, _ = gradients(
         Saved(query, key, value, allowed, bias, mask, scale, out, lse),
         asked.backend, grad_out, grad_lse, need_bias=need_bias,
     )  # fmt: skip

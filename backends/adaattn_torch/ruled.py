@@ -1,7 +1,8 @@
 """Attention with a softcap or sinks: differentiably by a backend, or by plain operations.
 
-`adaattn_core.scores` says what the two are. Plain eager calls go to a backend; the gradient is
-computed in chunks, by plain differentiable operations, whatever the device. Recorded calls
+`adaattn_core.scores` says what the two are. Plain eager calls go to a backend, and their
+gradients are computed as those of calls without rules are (`adaattn_torch.backward`): by a
+backend that differentiates the rule, else in chunks of plain operations. Recorded calls
 (`torch.compile`, tracing) are written out as plain operations.
 """
 
@@ -12,9 +13,10 @@ from typing import Any
 import torch
 
 from adaattn_core.errors import UnsupportedError
+from adaattn_torch.backward import Saved, gradients, saves_output
 from adaattn_torch.call import Call
 from adaattn_torch.forward import Computed, run
-from adaattn_torch.gradient import attention_tangent, rule_gradient
+from adaattn_torch.gradient import attention_tangent
 from adaattn_torch.info import AttentionInfo
 from adaattn_torch.watchers import in_forward_mode, is_recorded
 
@@ -61,7 +63,7 @@ _MARK = torch.empty(0, 7, 2)
 
 
 class _RuledAttention(torch.autograd.Function):
-    """Forward by a backend, backward by `rule_gradient`, itself differentiable."""
+    """Forward by a backend, backward by `gradients`, itself differentiable."""
 
     @staticmethod
     def forward(
@@ -78,27 +80,31 @@ class _RuledAttention(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse, info = run(call, want_info)
         seen.append(info)
-        ctx.save_for_backward(_MARK, query, key, value, allowed, bias, sinks)
-        ctx.save_for_forward(_MARK, query, key, value, allowed, bias, sinks)
+        kept = (out, lse) if saves_output(query, call.asked.is_exactness) else (None, None)
+        ctx.save_for_backward(_MARK, query, key, value, allowed, bias, sinks, *kept)
+        ctx.save_for_forward(_MARK, query, key, value, allowed, bias, sinks, None, None)
         ctx.scale, ctx.mask, ctx.softcap = call.scale, call.mask, call.softcap
+        ctx.backend = call.asked.backend
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        _, query, key, value, allowed, bias, sinks = ctx.saved_tensors
+        _, query, key, value, allowed, bias, sinks, out, lse = ctx.saved_tensors
         if grads[0] is None and grads[1] is None:
             return (None,) * 9
-        d_query, d_key, d_value, d_bias, d_sinks = rule_gradient(
-            query, key, value, allowed, bias, ctx.mask, ctx.scale, *grads,
-            need_bias=ctx.needs_input_grad[4], softcap=ctx.softcap, sinks=sinks,
-        )  # fmt: skip
+        saved = Saved(
+            query, key, value, allowed, bias, ctx.mask, ctx.scale, out, lse, ctx.softcap, sinks
+        )
+        d_query, d_key, d_value, d_bias, d_sinks = gradients(
+            saved, ctx.backend, *grads, need_bias=ctx.needs_input_grad[4]
+        )
         return d_query, d_key, d_value, None, d_bias, d_sinks, *(None,) * 3
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         t_query, t_key, t_value, _, t_bias, t_sinks = tangents[:6]
-        _, query, key, value, allowed, bias, sinks = ctx.saved_tensors
+        _, query, key, value, allowed, bias, sinks = ctx.saved_tensors[:7]
         return attention_tangent(
             query, key, value, allowed, bias, ctx.mask, ctx.scale,
             t_query, t_key, t_value, t_bias, ctx.softcap, sinks, t_sinks,

@@ -193,12 +193,16 @@ class NumpyBackend:
         scale: float | None = None,
         need_bias: bool = False,
         deterministic: bool = False,
+        softcap: float | None = None,
+        sinks: Any = None,
     ) -> Gradients:
         """Compute gradients in float64; see `adaattn_core.backend.Differentiates.backward`.
 
         `out` and `lse` are always computed again, and every call gives the same bits.
         """
-        problem = AttentionProblem.from_arrays(query, key, value, mask=mask, scale=scale)
+        problem = AttentionProblem.from_arrays(
+            query, key, value, mask=mask, scale=scale, softcap=softcap, sinks=sinks
+        )
         return backward(problem, grad_out, grad_lse, need_bias)
 
     def provenance(self) -> dict[str, str]:

@@ -4,9 +4,11 @@ The readable twin of every backward kernel. Per chunk of query rows of one head,
 output o and its gradient do:
 
     dv += p^T do,  dp = do v^T,  ds = p (dp - sum(o do) + dlse),
-    dq = scale ds k,  dk += scale ds^T q.
+    dq = scale ds k,  dk += scale ds^T q,
 
-Neither output nor lse is taken from the caller: both are part of the chunk.
+where under a softcap ds is first multiplied by the cap's derivative. A sink of weight w adds
+-w (sum(o do) - dlse) a row to its own gradient. Neither output nor lse is taken from the
+caller: both are part of the chunk.
 """
 
 from __future__ import annotations
@@ -52,10 +54,11 @@ def backward(
     found = [np.zeros(x.shape, np.float64) for x in inputs]
     bias = problem.mask.bias
     d_bias = np.zeros(bias.shape, np.float64) if need_bias and bias is not None else None
+    d_sinks = None if problem.sinks is None else np.zeros(problem.heads_q, np.float64)
     for index in problem.heads():
-        _add_head(problem, index, grad_out, grad_lse, found, d_bias)
+        _add_head(problem, index, grad_out, grad_lse, found, d_bias, d_sinks)
     d_query, d_key, d_value = (x.astype(problem.query.dtype) for x in found)
-    return Gradients(d_query, d_key, d_value, d_bias)
+    return Gradients(d_query, d_key, d_value, d_bias, d_sinks)
 
 
 def _check(name: str, array: Any, shape: tuple[int, ...]) -> None:
@@ -74,6 +77,7 @@ def _add_head(
     grad_lse: NDArray[Any] | None,
     found: list[NDArray[np.float64]],
     d_bias: NDArray[np.float64] | None,
+    d_sinks: NDArray[np.float64] | None,
 ) -> None:
     span, head, head_kv = (
         problem.sequences[index[0]], index[1], index[1] // problem.group_size,
@@ -85,10 +89,13 @@ def _add_head(
         for x in (problem.key, problem.value)
     )
     step = max(1, CHUNK_SCORES // max(1, span.len_kv))
+    sink = -np.inf if d_sinks is None else float(problem.sinks[head])
     for first in range(0, span.len_q, step):
         part = slice(first, min(first + step, span.len_q))
         low, high = int(start[part].min()), int(stop[part].max())
         if high <= low:
+            low = high = 0
+        if high <= low and d_sinks is None:
             continue
         where = (span.batch, head, slice(span.q_start + part.start, span.q_start + part.stop))
         visible, added = _mask(
@@ -101,30 +108,41 @@ def _add_head(
         g = np.where(sees, grad_out[where], 0).astype(np.float64)
         k, v = np.where(seen, key[low:high], 0), np.where(seen, value[low:high], 0)
         with np.errstate(invalid="ignore", over="ignore"):
-            weights = _weights(problem.scale * (q @ k.T) + added, visible, sees)
-            d_scores = g @ v.T - ((weights @ v) * g).sum(axis=1, keepdims=True)
+            scores: NDArray[np.float64] = problem.scale * (q @ k.T)
+            slope: NDArray[np.float64] | float = 1.0
+            if problem.softcap is not None:
+                bent = np.tanh(scores / problem.softcap)
+                scores, slope = problem.softcap * bent, 1 - bent**2
+            weights, share = _weights(scores + added, visible, sink)
+            delta = ((weights @ v) * g).sum(axis=1, keepdims=True)
             if grad_lse is not None:
-                d_scores += np.where(sees, grad_lse[where][:, None], 0)
-            d_scores = np.where(visible, weights * d_scores, 0)
-            found[0][where] = problem.scale * (d_scores @ k)
+                delta -= grad_lse[where][:, None]
+            if d_sinks is not None:
+                d_sinks[head] -= np.where(share > 0, share * delta, 0).sum()
+            d_scores = np.where(visible, weights * (g @ v.T - delta), 0)
             columns = slice(span.kv_start + low, span.kv_start + high)
+            if d_bias is not None:
+                target = _part(d_bias, where, columns)
+                target += d_scores.sum(
+                    axis=tuple(i for i in (0, 1) if target.shape[i] == 1), keepdims=True
+                )
+            d_scores = d_scores * slope
+            found[0][where] = problem.scale * (d_scores @ k)
             found[1][span.batch, head_kv, columns] += problem.scale * (d_scores.T @ q)
             found[2][span.batch, head_kv, columns] += weights.T @ g
-        if d_bias is not None:
-            target = _part(d_bias, where, columns)
-            target += d_scores.sum(
-                axis=tuple(i for i in (0, 1) if target.shape[i] == 1), keepdims=True
-            )
 
 
 def _weights(
-    scores: NDArray[np.float64], visible: NDArray[np.bool_], sees: NDArray[np.bool_]
-) -> NDArray[np.float64]:
+    scores: NDArray[np.float64], visible: NDArray[np.bool_], sink: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Weights of the keys, and each row's of its sink; zeros where a row sees nothing."""
     scores = np.where(visible, scores, -np.inf)
-    top = np.where(sees, scores.max(axis=1, keepdims=True), 0)
-    weights = np.where(visible, np.exp(scores - top), 0)
-    total: NDArray[np.float64] = np.where(sees, weights.sum(axis=1, keepdims=True), 1)
-    return weights / total
+    top = scores.max(axis=1, keepdims=True, initial=sink)
+    top = np.where(top == -np.inf, 0, top)
+    weights, share = np.where(visible, np.exp(scores - top), 0), np.exp(sink - top)
+    total = weights.sum(axis=1, keepdims=True) + share
+    total = np.where(total == 0, 1, total)
+    return weights / total, share / total
 
 
 def _mask(

@@ -33,8 +33,13 @@ def visible(p: AttentionProblem) -> torch.Tensor:
     return found
 
 
-def plain_gradients(p: AttentionProblem, grads: Any, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Autograd through the formula with tensors of `dtype`; bias last, if there is one."""
+NAMES = ("query", "key", "value", "bias", "sinks")
+
+
+def plain_gradients(
+    p: AttentionProblem, grads: Any, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Autograd through the formula with tensors of `dtype`, by `NAMES`."""
     sees = visible(p)
     rows, keys = sees.any(-1, keepdim=True), sees.any(-2).unsqueeze(-1)
     keys = keys.view(p.batch, p.heads_kv, p.group_size, p.len_kv, 1).any(2)
@@ -42,21 +47,30 @@ def plain_gradients(p: AttentionProblem, grads: Any, dtype: torch.dtype) -> list
         torch.where(rows, p.query, 0), torch.where(keys, p.key, 0),
         torch.where(keys, p.value, 0),
     ]  # fmt: skip
-    if p.mask.bias is not None:
-        given.append(p.mask.bias)
-    leaves = [x.detach().to(dtype).requires_grad_() for x in given]
+    given += [p.mask.bias, p.sinks]
+    named = {
+        name: x.detach().to(dtype).requires_grad_()
+        for name, x in zip(NAMES, given, strict=True)
+        if x is not None
+    }
+    leaves = list(named.values())
     q, k, v = leaves[0], *(x.repeat_interleave(p.group_size, 1) for x in leaves[1:3])
     scores = (q @ k.mT) * p.scale
     if p.mask.bias is not None:
-        scores = scores + leaves[3]
+        scores = scores + named["bias"]
     scores = torch.where(sees, scores, -math.inf)
-    lse = torch.logsumexp(torch.where(rows, scores, 0), -1)
-    weights = torch.where(sees, torch.softmax(torch.where(rows, scores, 0), -1), 0)
-    outs, weight = [weights @ v], [torch.where(rows, grads[0], 0).to(dtype)]
+    if p.sinks is None:
+        scores = torch.where(rows, scores, 0)
+    else:  # finite ones: then every row has a sum
+        column = named["sinks"][None, :, None, None].expand(*scores.shape[:3], 1)
+        scores, rows = torch.cat([scores, column], -1), torch.ones_like(rows)
+    lse = torch.logsumexp(scores, -1)
+    weights = torch.where(sees, torch.softmax(scores, -1)[..., : p.len_kv], 0)
+    outs, weight = [weights @ v], [torch.where(sees.any(-1, True), grads[0], 0).to(dtype)]
     if len(grads) > 1:
         outs.append(lse)
         weight.append(torch.where(rows[..., 0], grads[1], 0).to(dtype))
-    return list(torch.autograd.grad(outs, leaves, weight))
+    return dict(zip(named, torch.autograd.grad(outs, leaves, weight), strict=True))
 
 
 def check(backend: Any, p: AttentionProblem, *, lse: bool = False, **more: Any) -> None:
@@ -69,17 +83,17 @@ def check(backend: Any, p: AttentionProblem, *, lse: bool = False, **more: Any) 
     arrays = (p.query, p.key, p.value, grads[0])
     need = p.mask.bias is not None
     given = {"mask": p.mask, "scale": p.scale, "grad_lse": g_lse, "need_bias": need, **more}
+    given["sinks"] = p.sinks
     with torch.no_grad():
         found = [poisoned(lambda: backend.backward(*arrays, **given)) for _ in range(2)]
-        out, row_lse = backend.forward(*arrays[:3], mask=p.mask, scale=p.scale)
+        out, row_lse = backend.forward(*arrays[:3], mask=p.mask, scale=p.scale, sinks=p.sinks)
         found.append(poisoned(lambda: backend.backward(*arrays, out=out, lse=row_lse, **given)))
     truth = plain_gradients(p, grads, torch.float64)
     usual = plain_gradients(p, grads, dtype)
     name = {v: k for k, v in DTYPES.items()}[dtype]
     for gradients in found:
-        for what, got, exact, naive in zip(
-            ("query", "key", "value", "bias"), gradients, truth, usual, strict=False
-        ):
+        for what, exact in truth.items():
+            got, naive = getattr(gradients, what), usual[what]
             assert got.shape == exact.shape
             assert torch.isfinite(got).all(), what
             # Terms that cancel have a size too: the gradient of a row's own constant is 0.
@@ -113,6 +127,7 @@ def problem_of(
     dims: tuple[int, int],
     mask: Mask | None = None,
     layout: str = "bhsd",
+    sinks: tuple[float, ...] | None = None,
 ) -> AttentionProblem:
     """Return a random problem; heads and dims are (query or key, key/value or value)."""
     shapes = (
@@ -123,4 +138,5 @@ def problem_of(
     arrays = [torch.randn(shape, device="cuda").to(DTYPES[dtype]) for shape in shapes]
     if layout == "bshd":
         arrays = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in arrays]
-    return AttentionProblem.from_arrays(*arrays, mask=mask)
+    column = None if sinks is None else torch.tensor(sinks, device="cuda")
+    return AttentionProblem.from_arrays(*arrays, mask=mask, sinks=column)

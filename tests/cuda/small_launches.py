@@ -36,10 +36,10 @@ PACKED = Mask(cu_seqlens_q=EDGES, cu_seqlens_kv=EDGES)
 LEN = EDGES[-1]
 
 
-def problems(dtype: torch.dtype, few: bool) -> list[AttentionProblem]:
-    """Every kind of mask, with head dims that fill 16 bytes and some that do not."""
+def masks() -> tuple[Mask | None, ...]:
+    """One mask of every kind."""
     allowed = torch.rand((1, 1, LEN, LEN), device="cuda") < 0.5
-    masks = (
+    return (
         None,
         Mask.causal("bottom_right"),
         Mask.sliding_window(40, 20, "top_left"),
@@ -48,18 +48,28 @@ def problems(dtype: torch.dtype, few: bool) -> list[AttentionProblem]:
         Mask.boolean(allowed),
         Mask.additive(torch.randn((LEN,), device="cuda")),
     )
-    found = []
+
+
+def problem_of(
+    dtype: torch.dtype, dims: tuple[int, int], mask: Mask | None
+) -> AttentionProblem:
+    """Four query heads on two key heads, with a NaN and an Inf."""
+    shapes = ((4, dims[0]), (2, dims[0]), (2, dims[1]))
+    query, key, value = (
+        torch.randn((1, heads, LEN, dim), device="cuda").to(dtype) for heads, dim in shapes
+    )
+    value[0, 0, 90, 3], key[0, 1, 5, 2] = math.nan, math.inf
+    return AttentionProblem.from_arrays(query, key, value, mask=mask)
+
+
+def problems(dtype: torch.dtype, few: bool) -> list[AttentionProblem]:
+    """Every kind of mask, with head dims that fill 16 bytes and some that do not."""
     all_dims = ((64, 64), (37, 51), (128, 64), (256, 256))
-    for i, mask in enumerate(masks):
-        for dims in (all_dims[i % 4],) if few else all_dims:
-            shapes = ((4, dims[0]), (2, dims[0]), (2, dims[1]))
-            query, key, value = (
-                torch.randn((1, heads, LEN, dim), device="cuda").to(dtype)
-                for heads, dim in shapes
-            )
-            value[0, 0, 90, 3], key[0, 1, 5, 2] = math.nan, math.inf
-            found.append(AttentionProblem.from_arrays(query, key, value, mask=mask))
-    return found
+    return [
+        problem_of(dtype, dims, mask)
+        for i, mask in enumerate(masks())
+        for dims in ((all_dims[i % 4],) if few else all_dims)
+    ]
 
 
 def exact(few: bool) -> int:
@@ -143,11 +153,21 @@ def rules() -> int:
 
 
 def backward() -> int:
-    """Gradients on both families; what is not finite is done again on Hopper."""
+    """Gradients by every path of both families, of few kernels: most of the time compiles.
+
+    Without rules, and under a softcap with sinks.
+    With NaN and Inf about, which on Hopper makes the pass be done again, and without.
+    """
     backend, heads = CudaBackend(), 0
-    for dtype in DTYPES.values():
-        for problem in problems(dtype, few=True):
-            grad = torch.randn((1, 4, LEN, problem.dim_v), device="cuda").to(dtype)
+    for dtype, dims, kinds in (
+        ("bf16", (64, 64), range(7)),  # all masks; those without arrays take Hopper's kernel
+        ("f32", (37, 51), (1, 5, 6)),  # three products each, rows off the 16-byte grid
+        ("f16", (256, 128), (1,)),  # keys and values by a launch each
+    ):
+        every = masks()
+        for mask in (every[i] for i in kinds):
+            problem = problem_of(DTYPES[dtype], dims, mask)
+            grad = torch.randn((1, 4, LEN, dims[1]), device="cuda").to(DTYPES[dtype])
             arrays = problem.query, problem.key, problem.value, grad
             need = problem.mask.bias is not None
             for clean in (False, True):
@@ -157,6 +177,12 @@ def backward() -> int:
                         *given, mask=problem.mask, need_bias=need, deterministic=fixed
                     )
                     heads += 4
+    sinks = torch.tensor([1.0, -2.0, 30.0, -math.inf], device="cuda")
+    problem = problem_of(torch.bfloat16, (64, 64), Mask.causal("bottom_right"))
+    arrays = (problem.query, problem.key, problem.value, torch.zeros_like(problem.query))
+    for rules_ in ({"sinks": sinks}, {"sinks": sinks, "softcap": 3.0}):
+        backend.backward(*arrays, mask=problem.mask, **rules_)
+        heads += 4
     return heads
 
 

@@ -85,6 +85,13 @@ def formula(
     return (weights.to(kind).to(wide) @ v).to(kind), lse
 
 
+def scores_size(three: list[Any], softcap: float | None, head: int) -> Any:
+    """Return the largest score of a head, before masks."""
+    query, key = three[0][:, head].double(), three[1][:, head // 2].double()
+    largest = (query @ key.mT).abs().max() / math.sqrt(query.shape[-1])
+    return largest if softcap is None else softcap * torch.tanh(largest / softcap)
+
+
 RULES: dict[str, tuple[float | None, tuple[float, ...] | None]] = {
     "softcap": (2.5, None),
     "sinks": (None, (0.5, -3.0, 7.0, -math.inf)),
@@ -115,7 +122,10 @@ def test_within_twice_the_naive_error(backend: Any, dtype: str, dims: Any, rule:
             )
             size = out[:, head].norm()
             unit = {"bfloat16": 2.0**-9, "float16": 2.0**-12, "float32": 2.0**-21}[dtype]
-            assert error <= max(2 * allowed, unit * size), (name, head, error / size)
+            # A score errs in proportion to its size, and a weight by as much as its score does.
+            # Where keys hold a row's sum most of that cancels; where a sink holds it, nothing.
+            felt = 0.0 if sinks is None else 2.0**-21 * size * scores_size(three, softcap, head)
+            assert error <= max(2 * allowed, unit * size + felt), (name, head, error / size)
         reached = lse.isfinite()
         assert torch.equal(found.lse.isfinite(), reached), name
         assert torch.equal(found.lse[~reached], lse[~reached].float()), name

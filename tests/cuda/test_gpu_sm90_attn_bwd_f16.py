@@ -72,6 +72,14 @@ def test_interval_masks(backend: Any, name: str, dim: int, in_order: bool) -> No
     check(backend, p, lse=True, deterministic=in_order)
 
 
+@pytest.mark.parametrize("name", ["causal_blind", "lengths", "window"])
+@pytest.mark.parametrize("in_order", [False, True])
+def test_sinks(backend: Any, name: str, in_order: bool) -> None:
+    mask, lens = MASKS[name]
+    p = problem_of("bf16", 2, (4, 2), lens, (64, 64), mask, sinks=(0.5, -3.0, 8.0, 2.0))
+    check(backend, p, lse=True, deterministic=in_order)
+
+
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_same_bits_every_time(backend: Any, dim: int, causal: bool) -> None:

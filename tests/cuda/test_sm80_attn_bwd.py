@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from adaattn_cuda.jit.compile import Compiler
-from adaattn_cuda.jit.spec import KernelSpec
+from adaattn_cuda.jit.spec import SOFTCAP, KernelSpec
+from adaattn_cuda.kernels import smxx_attn_bwd_sinks as sinks
 from adaattn_cuda.kernels.shipped import budget
 from adaattn_cuda.kernels.sm80_attn_bwd import DIM_LIMITS
 from adaattn_cuda.tuning import sm80_attn_bwd as tuning
@@ -19,7 +20,9 @@ COMPILED = [
     tuning.specialise("sm_86", "bf16", "bf16", "query", 256, 256).spec("sm_86"),
     tuning.specialise("sm_80", "bf16", "bf16", "key_value", 128, 128).spec("sm_80"),
     tuning.specialise("sm_90a", "f32", "f32", "value", 192, 192).spec("sm_90a"),
+    tuning.specialise("sm_90a", "bf16", "bf16", "query", 256, 256, rule=SOFTCAP).spec("sm_90a"),
     tuning.rows_spec("bf16", True, "sm_90a"),
+    *sinks.shipped("sm_90a"),
     *(sm90.choose("bf16", dim, dim, in_order=dim == 128).spec for dim in (64, 128)),
     sm90.choose("bf16", 128, 128).finish,
 ]

@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import math
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ _UNIT = """\
 #include "cpu.h"
 #include "{header}"
 
-using Traits = adaattn::{stem}::Traits<{arguments}>;
+using Traits = {traits};
 static_assert(Traits::kSmemBytes == {smem_bytes}, "host and kernel disagree on smem");
 
 namespace {{
@@ -55,6 +56,12 @@ extern "C" void run(const adaattn::{stem}::Params* params, int blocks) {{
 """
 
 
+def traits_of(spec: KernelSpec) -> str:
+    """C++ text of a specialisation's traits, as `adaattn_cuda.jit.codegen` writes it."""
+    plain = f"adaattn::{spec.stem}::Traits<{', '.join(cpp(t) for t in spec.traits)}>"
+    return f"adaattn::softmax::Ruled<{plain}, {spec.rule}>" if spec.rule else plain
+
+
 class Emulator:
     """The kernels compiled for the CPU, one library per specialisation, kept in a folder."""
 
@@ -65,7 +72,7 @@ class Emulator:
         """Compile one specialisation, once."""
         unit = _UNIT.format(
             header=spec.header, stem=spec.stem, smem_bytes=spec.smem_bytes,
-            arguments=", ".join(cpp(t) for t in spec.traits),
+            traits=traits_of(spec),
         )  # fmt: skip
         stem = self._folder / hashlib.sha256(unit.encode()).hexdigest()[:16]
         built, source = stem.with_suffix(".so"), stem.with_suffix(".cpp")
@@ -99,7 +106,10 @@ class Emulator:
         masks.append(None if d_bias is None else broadcast(describe(d_bias), shape))
         arrays = (problem.query, problem.key, problem.value, out, lse, grad_out)
         views = tuple(map(describe, arrays))
-        task = BackwardTask.of(problem, views, tuple(masks), False)
+        sinks = None if problem.sinks is None else describe(problem.sinks)
+        if problem.softcap is not None:
+            d_bias, masks[2] = None, None  # not offered together
+        task = BackwardTask.of(problem, views, tuple(masks), False, sinks)
         bwd.refuse(task)
         workspace = aligned(np.full(bwd.workspace_bytes(task) // 4, 7, "f4"))
         if not task.is_uniform:
@@ -112,7 +122,10 @@ class Emulator:
                           (x.pointer if x else 0 for x in masks), strict=True))  # fmt: skip
         named["rows"] = workspace.ctypes.data
         named["grad_lse"] = 0 if grad_lse is None else grad_lse.ctypes.data
-        unit = 1.0 if task.allowed or task.bias else 1.0 / task.scale
+        if sinks is not None:
+            found["d_sinks"] = np.full(problem.heads_q, 7, "f4")
+            named |= {"sinks": sinks.pointer, "d_sinks": found["d_sinks"].ctypes.data}
+        unit = 1.0 if task.allowed or task.bias else 1.0 / (task.softcap or task.scale)
         before = rows.pack(task, unit)
         rows.place(before, named)
         vectorised = rows.is_vectorised(task.out, task.grad_out)
@@ -124,6 +137,12 @@ class Emulator:
             assert library.params_bytes() == ctypes.sizeof(bwd.Params)
             bwd.place(part, named)
             library.run(ctypes.byref(part.params), part.blocks)
+        if sinks is not None:
+            of_sinks = bwd.sinks.pack(task, unit)
+            bwd.sinks.place(of_sinks, named)
+            library = self.library(bwd.sinks.spec("sm_80"))
+            assert library.params_bytes() == ctypes.sizeof(bwd.sinks.Params)
+            library.run(ctypes.byref(of_sinks), problem.heads_q)
         return found | ({} if d_bias is None else {"d_bias": d_bias})
 
 
@@ -154,6 +173,8 @@ def problem(
     heads: tuple[int, int] = (1, 1),
     batch: int = 1,
     mask: Mask | None = None,
+    sinks: Any = None,
+    softcap: float | None = None,
 ) -> tuple[AttentionProblem, NDArray[Any]]:
     """Return a random problem and a gradient of its output."""
     rng = np.random.default_rng(0)
@@ -164,7 +185,8 @@ def problem(
         (batch, heads[0], lens[0], dims[1]),
     )
     arrays = [aligned(rng.standard_normal(s).astype(DTYPES[dtype])) for s in shapes]
-    return AttentionProblem.from_arrays(*arrays[:3], mask=mask), arrays[3]
+    rules = {"sinks": sinks, "softcap": softcap}
+    return AttentionProblem.from_arrays(*arrays[:3], mask=mask, **rules), arrays[3]
 
 
 def check(
@@ -287,6 +309,47 @@ def test_nothing_leaks_from_masked_keys_and_blind_rows(emulator: Emulator, maske
     check(emulator, p, grad)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+def test_sinks(emulator: Emulator, dtype: str) -> None:
+    """Rows of which nothing but a sink is left, and sinks that dwarf the keys."""
+    sinks = np.array([0.5, -np.inf, 12.0, -3.0], np.float32)
+    mask = Mask.causal("bottom_right") & Mask.key_lengths([50, 9])
+    p, grad = problem(dtype, (60, 70), (32, 32), (4, 2), 2, mask, sinks)
+    grad_lse = np.random.default_rng(1).standard_normal((2, 4, 60)).astype("f4")
+    check(emulator, p, grad)
+    grad[1, :, :30] = np.nan  # rows that see nothing
+    p.query[1, :, :30] = np.nan
+    check(emulator, p, grad, grad_lse)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+def test_softcap(emulator: Emulator, dtype: str) -> None:
+    """Alone, with sinks, ahead of an additive mask with a row of the lowest finite number."""
+    mask = Mask.causal("bottom_right") & Mask.key_lengths([50, 9])
+    sinks = np.array([0.5, -np.inf, 12.0, -3.0], np.float32)
+    check(emulator, *problem(dtype, (60, 70), (32, 32), (4, 2), 2, mask, softcap=0.7))
+    check(emulator, *problem(dtype, (60, 70), (32, 32), (4, 2), 2, mask, sinks, 1.5))
+    bias = np.random.default_rng(3).standard_normal((1, 1, 40, 70)).astype(np.float32)
+    bias[..., 3, :] = -3.4028235e38
+    given = {"mask": Mask.additive(bias), "softcap": 1.5}
+    check(emulator, *problem(dtype, (40, 70), (32, 32), (2, 1), **given))
+
+
+def test_sinks_next_to_scores_of_thousands(emulator: Emulator) -> None:
+    """Such an lse has no digits left for a sum: the pair of such a row counts its sink."""
+    bias = np.zeros((1, 1, 40, 70), np.float32)
+    bias[..., 3, :] = bias[..., 20:, :] = 3000.0
+    bias[..., 5, :] = -3000.0
+    sinks = np.array([3001.0, 0.0], np.float32)
+    mask = Mask.additive(bias)
+    p, grad = problem("f32", (40, 70), (32, 32), (2, 1), mask=mask, sinks=sinks)
+    found, truth = emulator.run(p, grad), exact_gradients(p, grad)
+    for name, got in found.items():
+        exact = getattr(truth, name[2:])
+        # A weight errs as its score does, by half a unit in the last place of 3000.
+        assert_close(got, exact, exact, 2.0**-13, name)
+
+
 def test_nan_reaches_the_rows_and_keys_that_see_it(emulator: Emulator) -> None:
     p, grad = problem("bf16", (150, 150), mask=Mask.causal("top_left"))
     grad[0, 0, 100, 3] = np.nan
@@ -332,4 +395,6 @@ def test_what_is_refused() -> None:
     task = BackwardTask(*(small,) * 6, None, small, shared, (), None, None, False, 1.0, True)
     with pytest.raises(bwd.UnsupportedError, match="broadcast"):
         bwd.refuse(task)
+    with pytest.raises(bwd.UnsupportedError, match="softcap"):
+        bwd.refuse(replace(task, softcap=2.0))
     assert math.prod(task.query.shape[:3]) * 16 == bwd.workspace_bytes(task)

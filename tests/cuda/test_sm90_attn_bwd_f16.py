@@ -41,6 +41,7 @@ def test_what_it_takes_and_why_not() -> None:
         (task(), "sm_80", "architecture"),
         (task("f32"), "sm_90a", "f32"),
         (task(dim=192), "sm_90a", "above 128"),
+        (task(softcap=5.0), "sm_90a", "softcap"),
         (task(dim=60), "sm_90a", "multiple of 8"),
         (task(allowed=mask), "sm_90a", "array"),
     ):

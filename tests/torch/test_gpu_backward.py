@@ -133,6 +133,39 @@ def test_gradient_of_a_sum_and_of_the_lse(calls):
     assert calls == [True]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sinks(calls, dtype):
+    given = inputs(dtype)
+    sinks = torch.tensor([0.5, -3.0, 6.0, 1.0], device="cuda", dtype=dtype, requires_grad=True)
+    weight = torch.randn(2, 4, 200, 64, device="cuda").to(dtype)
+    out = sdpa(*given, is_causal=True, enable_gqa=True, sinks=sinks)
+    found = torch.autograd.grad(out, [*given, sinks], weight)
+    wide = [x.detach().double().requires_grad_() for x in (*given, sinks)]
+    k, v = (x.repeat_interleave(2, 1) for x in wide[1:3])
+    scores = wide[0] @ k.mT * 64**-0.5
+    scores = scores.masked_fill(~torch.ones(200, 200, device="cuda").tril().bool(), -torch.inf)
+    column = wide[3][None, :, None, None].expand(2, 4, 200, 1)
+    truth = torch.cat([scores, column], -1).softmax(-1)[..., :200] @ v
+    unit = {torch.bfloat16: 2.0**-7, torch.float32: 1e-5}[dtype]
+    for a, b in zip(found, torch.autograd.grad(truth, wide, weight.double()), strict=True):
+        assert float((a.double() - b).norm() / b.norm()) <= unit
+    assert calls == [True]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_softcap(calls, dtype):
+    given = inputs(dtype, heads_kv=4)
+    weight = torch.randn(2, 4, 200, 64, device="cuda").to(dtype)
+    found = torch.autograd.grad(sdpa(*given, softcap=1.5), given, weight)
+    wide = [x.detach().double().requires_grad_() for x in given]
+    scores = 1.5 * torch.tanh(wide[0] @ wide[1].mT * 64**-0.5 / 1.5)
+    truth = torch.autograd.grad(scores.softmax(-1) @ wide[2], wide, weight.double())
+    unit = {torch.bfloat16: 2.0**-7, torch.float32: 1e-5}[dtype]
+    for a, b in zip(found, truth, strict=True):
+        assert float((a.double() - b).norm() / b.norm()) <= unit
+    assert calls == [True]
+
+
 def test_masks_with_a_gradient(calls):
     given = inputs(torch.float32, heads_kv=4)
     bias = torch.randn(1, 4, 1, 200, device="cuda", requires_grad=True)
@@ -148,7 +181,10 @@ def test_masks_with_a_gradient(calls):
 def test_second_derivatives_take_the_chunks(calls):
     given = inputs(torch.float32, heads_kv=4, len_q=20, len_kv=30)
     (first,) = torch.autograd.grad(sdpa(*given).square().sum(), given[:1], create_graph=True)
+    assert calls == []
     found = torch.autograd.grad(first.square().sum(), given)
+    # The chunks' gradient also leads back to the output, whose own first derivative is fused.
+    assert calls == [True]
     wide = [x.detach().double().requires_grad_() for x in given]
     scores = wide[0] @ wide[1].mT * 64**-0.5
     (first,) = torch.autograd.grad(
@@ -156,4 +192,3 @@ def test_second_derivatives_take_the_chunks(calls):
     )
     for a, b in zip(found, torch.autograd.grad(first.square().sum(), wide), strict=True):
         assert float((a.double() - b).norm() / b.norm()) <= 1e-4
-    assert calls == []

@@ -109,8 +109,8 @@ def test_wrong_gradient_is_noticed(exact, monkeypatch) -> None:
     right = backward.attention_gradient
 
     def wrong(*args, **kwargs):
-        d_query, d_key, d_value, d_bias = right(*args, **kwargs)
-        return -d_query, d_key, -d_value, d_bias
+        d_query, d_key, d_value, d_bias, d_sinks = right(*args, **kwargs)
+        return -d_query, d_key, -d_value, d_bias, d_sinks
 
     monkeypatch.setattr(backward, "attention_gradient", wrong)
     steps = STEPS // 4

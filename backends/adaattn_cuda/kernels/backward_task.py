@@ -12,7 +12,7 @@ __all__ = ["POINTERS", "BackwardTask"]
 
 POINTERS = (
     "query", "key", "value", "out", "lse", "grad_out", "grad_lse",
-    "d_query", "d_key", "d_value", "allowed", "bias", "d_bias", "workspace",
+    "d_query", "d_key", "d_value", "allowed", "bias", "d_bias", "workspace", "sinks", "d_sinks",
 )  # fmt: skip
 """What a backward launch is told when it starts: an address each, 0 for none."""
 
@@ -37,6 +37,10 @@ class BackwardTask:
     scale : float
     deterministic : bool
         Whether every start must give the same bits.
+    sinks : ArrayView or None
+        f32, contiguous, one to a query head; `lse` counts them.
+    softcap : float
+        0 for none.
     """
 
     query: ArrayView
@@ -54,6 +58,8 @@ class BackwardTask:
     bottom_right: bool
     scale: float
     deterministic: bool
+    sinks: ArrayView | None = None
+    softcap: float = 0.0
 
     @classmethod
     def of(
@@ -62,6 +68,7 @@ class BackwardTask:
         arrays: tuple[ArrayView, ...],
         masks: tuple[ArrayView | None, ArrayView | None, ArrayView | None],
         deterministic: bool,
+        sinks: ArrayView | None = None,
     ) -> BackwardTask:
         """Describe a checked problem with its query, key, value, out, lse and grad_out."""
         mask = problem.mask
@@ -69,8 +76,13 @@ class BackwardTask:
         return cls(
             query, key, value, out, lse, grad_out, *masks, problem.sequences,
             mask.left, mask.right, mask.alignment == "bottom_right", problem.scale,
-            deterministic,
+            deterministic, sinks, problem.softcap or 0.0,
         )  # fmt: skip
+
+    @property
+    def softcap_rate(self) -> float:
+        """What scores are multiplied by before the tanh of a softcap."""
+        return self.scale / self.softcap if self.softcap else 0.0
 
     @property
     def is_uniform(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import adaattn_kernels_cu as kernels
 from adaattn_cuda.jit.resources import Budget, parse_budget
 from adaattn_cuda.jit.spec import KernelSpec
+from adaattn_cuda.kernels import smxx_attn_bwd_sinks as backward_sinks
 from adaattn_cuda.kernels import smxx_attn_decode as attn_decode
 from adaattn_cuda.kernels import smxx_exact_rows as exact_rows
 from adaattn_cuda.kernels import smxx_mask_seen as mask_seen
@@ -29,6 +30,7 @@ def specs(arch: str) -> list[KernelSpec]:
         If the architecture is older than Ampere or unknown.
     """
     anywhere = sm80.shipped(arch) + sm80_backward.shipped(arch)  # refuses what it does not know
+    anywhere += backward_sinks.shipped(arch)
     own = []
     if arch == "sm_90a":
         own = sm90.shipped() + quantiser.shipped() + eight_bit.shipped()

@@ -16,7 +16,9 @@ from adaattn_core.errors import UnsupportedError
 from adaattn_cuda.device import driver
 from adaattn_cuda.device.launch import kernel_of
 from adaattn_cuda.device.views import ArrayView
+from adaattn_cuda.jit.spec import SOFTCAP
 from adaattn_cuda.kernels import smxx_attn_bwd_rows as rows
+from adaattn_cuda.kernels import smxx_attn_bwd_sinks as sinks
 from adaattn_cuda.kernels.backward_task import POINTERS, BackwardTask
 from adaattn_cuda.kernels.sm80_attn_fwd import BIAS_TYPES, MAX_UNITS, Unit, UnitList
 from adaattn_cuda.tuning import sm80_attn_bwd as tuning
@@ -66,7 +68,7 @@ class Params(ctypes.Structure):
         *(
             (name, ctypes.c_void_p)
             for name in (
-                "allowed", "bias", "rows", "d_first", "d_second", "d_bias", "broken",
+                "allowed", "bias", "rows", "d_first", "d_second", "d_bias", "sinks", "broken",
             )
         ),
         ("own", _Side),
@@ -85,6 +87,8 @@ class Params(ctypes.Structure):
         ),
         ("scale", ctypes.c_float),
         ("score_scale", ctypes.c_float),
+        ("softcap_rate", ctypes.c_float),
+        ("out_scale", ctypes.c_float),
         ("work", UnitList),
     )  # fmt: skip
 
@@ -119,6 +123,12 @@ def refuse(task: BackwardTask) -> None:
             needed=f"lengths of at most {UNLIMITED}",
             do="split the queries",
         )
+    if task.softcap and task.d_bias is not None:
+        raise UnsupportedError(
+            got="the gradient of an additive mask under a softcap",
+            needed="one of the two: the kernels keep no score for both",
+            do="take another backend's gradient for this problem",
+        )
     if task.deterministic and task.d_bias is not None:
         sizes = zip(task.d_bias.shape, task.d_bias.strides, strict=True)
         if any(n > 1 and step == 0 for n, step in sizes):
@@ -140,8 +150,9 @@ def passes(task: BackwardTask, arch: str, most_blocks: int | None = None) -> lis
     found = []
     for output in tuning.outputs(dtype, *dims):
         chosen = tuning.specialise(
-            arch, dtype, dtype, output, *dims, array_mask=array_mask, vectorised=vectorised
-        )
+            arch, dtype, dtype, output, *dims, array_mask=array_mask, vectorised=vectorised,
+            rule=SOFTCAP if task.softcap else 0,
+        )  # fmt: skip
         for chunk, tiles in own_units(task, chosen.owns_keys, chosen.rows):
             params = _pack(task, chosen, chunk, tiles)
             own_heads = params.work.heads_per_unit
@@ -218,8 +229,9 @@ def _pack(
     params.bias_type = 0 if task.bias is None else BIAS_TYPES[task.bias.dtype]
     _, params.heads_q, params.len_q, _ = task.query.shape
     params.dim_v = task.value.shape[3]
-    params.scale = task.scale
-    params.score_scale = math.log2(math.e) * (1.0 if chosen.array_mask else task.scale)
+    params.scale = task.softcap or task.scale
+    params.score_scale = math.log2(math.e) * (1.0 if chosen.array_mask else params.scale)
+    params.softcap_rate, params.out_scale = task.softcap_rate, task.scale
     return params
 
 
@@ -228,7 +240,7 @@ def place(part: Part, pointers: dict[str, int]) -> None:
     params, keys = part.params, part.chosen.owns_keys
     for side, which in ((params.own, keys), (params.streamed, not keys)):
         side.first, side.second = (pointers[name] for name in _SIDES[which])
-    for name in ("allowed", "bias", "d_bias"):
+    for name in ("allowed", "bias", "d_bias", "sinks"):
         setattr(params, name, pointers[name] or None)
     params.rows, params.broken = pointers["rows"], pointers.get("broken") or None
     first, second = _GRADIENTS[part.chosen.output]
@@ -260,7 +272,7 @@ class Sm80Backward:
         self.name = "; ".join(dict.fromkeys(part.chosen.spec(arch).name for part in parts))
         self._lock = threading.Lock()
         array_mask = task.allowed is not None or task.bias is not None
-        unit = 1.0 if array_mask else 1.0 / task.scale
+        unit = 1.0 if array_mask else 1.0 / (task.softcap or task.scale)
         self._rows = rows.pack(task, unit)
         vectorised = rows.is_vectorised(task.out, task.grad_out)
         before = tuning.rows_spec(task.query.dtype, vectorised, arch)
@@ -273,6 +285,9 @@ class Sm80Backward:
             kernel = kernel_of(part.chosen.spec(arch), part.chosen.threads, stream)
             kernel.prepare(device)
             self._calls.append(driver.Call(kernel, part.params, part.blocks))
+        self._sinks = sinks.pack(task, unit)
+        if task.sinks is not None:
+            self._calls.append(sinks.call(task, self._sinks, stream))
 
     def start(self, pointers: tuple[int, ...], device: int, stream: int) -> None:
         """Enqueue the launches; `pointers` in the order of `POINTERS`."""
@@ -280,6 +295,7 @@ class Sm80Backward:
         named["rows"] = named["workspace"]
         with self._lock:  # the driver copies the parameters before a start returns
             rows.place(self._rows, named)
+            sinks.place(self._sinks, named)
             for part in self._parts:
                 place(part, named)
             for call in self._calls:

@@ -17,6 +17,7 @@ from adaattn_cuda.device.launch import kernel_of
 from adaattn_cuda.jit.spec import KernelSpec
 from adaattn_cuda.kernels import sm80_attn_bwd as sm80
 from adaattn_cuda.kernels import smxx_attn_bwd_rows as rows
+from adaattn_cuda.kernels import smxx_attn_bwd_sinks as sinks
 from adaattn_cuda.kernels.backward_task import POINTERS, BackwardTask
 from adaattn_cuda.kernels.sm80_attn_fwd import UnitList
 from adaattn_cuda.kernels.sm90_attn_fwd_f16 import (
@@ -77,6 +78,8 @@ def refusal(task: BackwardTask, arch: str) -> str | None:
         return f"architecture {arch}: Hopper's matrix unit and copy engine"
     if dtype not in FORMATS:
         return f"{dtype} arrays: bf16 or f16"
+    if task.softcap:
+        return "a softcap: its derivative has no registers here"
     if task.allowed is not None or task.bias is not None:
         return "a mask given as an array: only one visible interval per row"
     if max(task.query.shape[3], task.value.shape[3]) > tuning.MAX_DIM:
@@ -158,6 +161,9 @@ class Sm90Backward:
         for part in self._again:
             spec = part.chosen.spec(facts.arch)
             self._calls.append(call(spec, part.chosen.threads, part.params, part.blocks))
+        self._sinks = sinks.pack(task, 1.0 / task.scale)
+        if task.sinks is not None:
+            self._calls.append(sinks.call(task, self._sinks, stream))
 
     def start(self, pointers: tuple[int, ...], device: int, stream: int) -> None:
         """Enqueue the launches; `pointers` in the order of `POINTERS`."""
@@ -165,6 +171,7 @@ class Sm90Backward:
         named |= {name: named["workspace"] + at for name, (at, _) in self._parts.items()}
         with self._lock:  # the driver copies the parameters before a start returns
             rows.place(self._rows, named)
+            sinks.place(self._sinks, named)
             for params in self._main:
                 for name in _MAPS:
                     tensor_maps.move(getattr(params, f"{name}_map"), named[_ARRAYS[name]])

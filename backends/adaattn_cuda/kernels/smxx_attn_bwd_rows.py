@@ -11,7 +11,9 @@ from adaattn_cuda.tuning.sm80_attn_bwd import ROWS_PER_BLOCK
 
 __all__ = ["Params", "blocks", "is_vectorised", "pack", "place"]
 
-_POINTERS = ("out", "grad_out", "lse", "grad_lse", "rows", "lse_log2", "deltas", "broken")
+_POINTERS = (
+    "out", "grad_out", "lse", "grad_lse", "sinks", "rows", "lse_log2", "deltas", "broken",
+)  # fmt: skip
 
 
 class Params(ctypes.Structure):

@@ -7,11 +7,11 @@ kernel's own (Traits); the compiler checks that both agree on shared memory.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from adaattn_core.errors import UnsupportedError
-from adaattn_cuda.jit.spec import KernelSpec
+from adaattn_cuda.jit.spec import SOFTCAP, KernelSpec
 from adaattn_cuda.tuning.sm80_attn_fwd import (
     ARCHITECTURES,
     DIM_STEP,
@@ -42,7 +42,8 @@ OUTPUTS = ("query", "key_value", "key", "value", "statistics")
 class Specialisation:
     """Template arguments of ``sm80_attn_bwd::Traits``, in their order.
 
-    `output` is a name out of `OUTPUTS`; `multiply` is the operand format.
+    `output` is a name out of `OUTPUTS`; `multiply` is the operand format; `rule` is
+    `SOFTCAP` under one, else 0.
     """
 
     input: str
@@ -56,6 +57,7 @@ class Specialisation:
     stages: int
     array_mask: bool
     vectorised: bool
+    rule: int = 0
 
     @property
     def owns_keys(self) -> bool:
@@ -123,6 +125,7 @@ class Specialisation:
             ),
             self.smem_bytes,
             arch,
+            rule=self.rule,
         )
 
 
@@ -153,6 +156,7 @@ def specialise(
     *,
     array_mask: bool = False,
     vectorised: bool = True,
+    rule: int = 0,
 ) -> Specialisation:
     """Fastest legal specialisation by the cost below.
 
@@ -176,7 +180,7 @@ def specialise(
         )
         if _is_legal(s, arch)
     ]  # fmt: skip
-    return min(legal, key=lambda s: _cost(s, arch))
+    return replace(min(legal, key=lambda s: _cost(s, arch)), rule=rule)
 
 
 def _candidates(
@@ -233,4 +237,7 @@ def shipped(arch: str) -> list[KernelSpec]:
         for output in outputs(name, 128, 128):
             for more in ({"array_mask": True}, {"vectorised": False}):
                 found.append(specialise(arch, name, name, output, 128, 128, **more).spec(arch))
+    for output in outputs("bf16", 256, 256):  # Gemma-2's
+        capped = specialise(arch, "bf16", "bf16", output, 256, 256, rule=SOFTCAP)
+        found.append(capped.spec(arch))
     return found

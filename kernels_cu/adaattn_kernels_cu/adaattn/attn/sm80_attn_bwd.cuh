@@ -7,7 +7,8 @@
 //              s = q k^T, dp = do v^T, p and delta from the rows' records:
 //                1. s, dp of own rows x streamed rows (one product each);
 //                2. p_ij = 2^((s_ij - top_i) c) inverse_i, 0 where i does not see j;
-//                3. ds_ij = p_ij (dp_ij - delta_i);
+//                3. ds_ij = p_ij (dp_ij - delta_i), under a softcap times 1 - y_ij^2, where y =
+//                   tanh(rate s) and c the cap;
 //                4. own queries: dq += ds k. Own keys: dk += ds^T q, dv += p^T do.
 //              After the last tile dq and dk are multiplied by the scale and written.
 //              Nothing is added to memory, so the same bits come every time; the price is that s
@@ -286,6 +287,10 @@ ADAATTN_DEVICE void run_block(const Params& params, int block) {
         mma::compute_scores<OfFirst>(weights, first_lane,
                                      tile::column_operand<typename T::First>(first_tile, lane));
 
+        if constexpr (is_capped(softmax::rule_of<T>(0))) {
+            cap_scores<T>(weights, params.softcap_rate);
+        }
+
         const bool cut =
             T::kArrayMask || tile < load_walk().whole_begin || tile >= load_walk().whole_end;
         const auto load_arrays = [&] {
@@ -367,15 +372,19 @@ ADAATTN_DEVICE void run_block(const Params& params, int block) {
     const work::WorkItem item = load_item();
     if constexpr (T::kOutput == kStatistics) {
         state.finish();
+        float sink = -ptx::infinity();
+        if (params.sinks != nullptr) {
+            sink = params.sinks[item.head] / (T::kArrayMask ? 1.0f : params.scale);
+        }
         store_statistics<T>(state, own_rows,
                             records_of(params, item.batch, item.head, item.row_first), warp_row,
-                            item.rows, params.score_scale);
+                            item.rows, params.score_scale, sink);
     } else {
         const i64 head_of_all = static_cast<i64>(item.batch) * params.own_heads + item.head;
         const i64 row_zero = head_of_all * params.own_len + item.row_first;
         if constexpr (T::kWantsFirst) {
             store_gradient<T, OfFirst::kValueTiles>(d_first, params.d_first, row_zero, item.rows,
-                                                    params.dim_qk, params.scale);
+                                                    params.dim_qk, params.out_scale);
         }
         if constexpr (T::kWantsSecond) {
             store_gradient<T, OfSecond::kValueTiles>(d_second, params.d_second, row_zero, item.rows,

@@ -34,10 +34,11 @@ struct Params {
     RowRecord* rows;  // (batch, heads_q, len_q)
     void* d_first;    // gradients of own.first and own.second, contiguous, input type
     void* d_second;
-    float* d_bias;      // same axes as `bias`, added to; or null
-    const u32* broken;  // where this is given and 0 there is nothing to do; or null
-    Side own;           // a block holds one tile of these rows ...
-    Side streamed;      // ... and walks over those
+    float* d_bias;       // same axes as `bias`, added to; or null
+    const float* sinks;  // (heads_q), or null: the lse counts them
+    const u32* broken;   // where this is given and 0 there is nothing to do; or null
+    Side own;            // a block holds one tile of these rows ...
+    Side streamed;       // ... and walks over those
 
     i64 allowed_batch, allowed_head, allowed_row, allowed_key;  // row: of `own`, key: of `streamed`
     i64 bias_batch, bias_head, bias_row, bias_key;
@@ -48,11 +49,15 @@ struct Params {
     i32 own_heads, own_len;
     i32 group;  // streamed heads of one own head: 1, or the query heads that share a key head
     mask::BiasType bias_type;
-    i32 blocks, grid;   // blocks of work, and of the launch, which take them in turn
-    float scale;        // factor on the scores
-    float score_scale;  // scale * log2(e), or with array masks log2(e)
+    i32 blocks, grid;    // blocks of work, and of the launch, which take them in turn
+    float scale;         // factor on the scores; under a softcap the cap
+    float score_scale;   // scale * log2(e), or with array masks log2(e)
+    float softcap_rate;  // under a softcap: what scores are multiplied by before the tanh
+    float out_scale;     // factor on the gradients of queries and keys
 
     work::UnitList work;  // as seen from `own`
 };
+
+using RuledParams = Params;  // a softcap takes nothing that is not here
 
 }  // namespace adaattn::sm80_attn_bwd

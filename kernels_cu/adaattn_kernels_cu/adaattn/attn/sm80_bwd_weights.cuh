@@ -9,6 +9,7 @@
 #include "adaattn/mask/sm80_mask.cuh"
 #include "adaattn/mma/sm80_products.cuh"
 #include "adaattn/softmax/row_state.cuh"
+#include "adaattn/softmax/score_rule.cuh"
 
 namespace adaattn::sm80_attn_bwd {
 
@@ -63,8 +64,25 @@ ADAATTN_DEVICE RowRecord load_record(u32 from) {
     return {ptx::bits_float(words[0]), ptx::bits_float(words[1]), ptx::bits_float(words[2]), 0.0f};
 }
 
+constexpr bool is_capped(int rule) { return (rule & softmax::kSoftcap) != 0; }
+
+// y = tanh(rate s), ahead of every mask.
+template <class T>
+ADAATTN_DEVICE void cap_scores(mma::Scores<typename T::OfFirst>& scores, float rate) {
+#pragma unroll
+    for (int m = 0; m < T::kRowTiles; ++m) {
+#pragma unroll
+        for (int n = 0; n < T::kColumns / 8; ++n) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                scores[m][n][e] = softmax::capped<is_narrow(T::kMul)>(scores[m][n][e], rate);
+            }
+        }
+    }
+}
+
 // Scores become weights, products of the output's gradient become gradients of the scores: chosen
-// 0 where a row does not see a key, so that a NaN there is gone.
+// 0 where a row does not see a key, so that a NaN there is gone. Under a softcap scores are y.
 template <class T, bool kCut>
 ADAATTN_DEVICE void weigh(mma::Scores<typename T::OfFirst>& weights,
                           mma::Scores<typename T::OfSecond>& d_scores,
@@ -98,6 +116,7 @@ ADAATTN_DEVICE void weigh(mma::Scores<typename T::OfFirst>& weights,
                 for (int half = 0; half < 2; ++half) {
                     if constexpr (!T::kOwnKeys) record = own[m][half];
                     float& weight = weights[m][n][2 * half + e];
+                    const float score = weight;
                     bool sees = !kCut || here[m][half].holds(8 * n + e);
                     if constexpr (T::kArrayMask) {
                         const int row = warp_row + 16 * m + 8 * half + lane / 4;
@@ -113,6 +132,9 @@ ADAATTN_DEVICE void weigh(mma::Scores<typename T::OfFirst>& weights,
                     if constexpr (T::kWantsFirst) {
                         float& d_score = d_scores[m][n][2 * half + e];
                         d_score = sees ? weight * (d_score - record.delta) : 0.0f;
+                        if constexpr (is_capped(softmax::rule_of<T>(0))) {
+                            d_score = sees ? d_score * ptx::fma_rn(-score, score, 1.0f) : 0.0f;
+                        }
                     }
                 }
             }
@@ -164,11 +186,12 @@ ADAATTN_DEVICE void add_product(mma::Output<Product>& acc, const mma::Scores<Pro
     }
 }
 
-// Writes what the far rows' weights are made from: the pair that the lse could not hold.
+// Writes what the far rows' weights are made from: the pair that the lse could not hold. `sink` is
+// in their units, or -inf.
 template <class T>
 ADAATTN_DEVICE void store_statistics(const softmax::RowState<T::kRowTiles>& state,
                                      const RowRecord (&own)[T::kRowTiles][2], RowRecord* records,
-                                     int warp_row, int rows, float score_scale) {
+                                     int warp_row, int rows, float score_scale, float sink) {
     const int lane = ptx::thread_index() & 31;
 #pragma unroll
     for (int m = 0; m < T::kRowTiles; ++m) {
@@ -176,8 +199,16 @@ ADAATTN_DEVICE void store_statistics(const softmax::RowState<T::kRowTiles>& stat
         for (int half = 0; half < 2; ++half) {
             const int row = warp_row + 16 * m + 8 * half + lane / 4;
             if (row < rows && (lane & 3) == 0 && is_far(own[m][half], score_scale)) {
-                records[row].top = state.top[m][half];
-                records[row].inverse = 1.0f / state.sum[m][half];
+                const float top = state.top[m][half];
+                // The sum is relative to the rounded product, the weights will be to `top` itself.
+                const float ref = ptx::mul_rn(top, score_scale);
+                const bool shifted = ref > softmax::kLargeRef || ref < -softmax::kLargeRef;
+                const float rest = shifted ? 0.0f : ptx::fma_rn(top, score_scale, -ref);
+                const float above = ptx::mul_rn(sink - top, score_scale);
+                const float share = sink == -ptx::infinity() ? 0.0f : ptx::exp2_approx(above);
+                records[row].top = top;
+                records[row].inverse =
+                    1.0f / (state.sum[m][half] * ptx::exp2_approx(-rest) + share);
             }
         }
     }

@@ -120,7 +120,9 @@ struct Consumer {
     ADAATTN_DEVICE int row() const {
         return 16 * static_cast<int>(threadIdx.x / kWarpThreads) - 64;
     }
+    // By one lane for all: what the others have read must be behind them.
     ADAATTN_DEVICE void release(u32 empty_barrier) const {
+        __syncwarp();
         if (lane() == 0) ptx::mbarrier_arrive(empty_barrier);
     }
 
@@ -338,7 +340,6 @@ struct Consumer {
         // wrote the ds that this consumer has since seen.
         write_ds(words, smem + T::kDsAt + stage * T::kDsBytes);
         ptx::async_proxy_fence();
-        __syncwarp();
         release(barriers.ds_full(stage));
 
         start_gradient<T::kDimQk>(d_key, words, queries);

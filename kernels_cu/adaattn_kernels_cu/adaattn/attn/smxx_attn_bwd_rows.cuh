@@ -3,6 +3,8 @@
 //
 // Algorithm    delta = sum of out x grad_out - grad_lse, and the lse in the units in which the
 //              kernels behind it exponentiate. `rows`: one RowRecord a row (sm80_attn_bwd).
+//              A row of which only its sink is left sees nothing: its record is that of a blind
+//              row, but for the gradient of the lse, which goes to the sink.
 //              `lse_log2` and `deltas`, where they are given: the lse in base 2, +inf for rows that
 //              see nothing, which makes every weight 0, and delta (sm90_attn_bwd_f16); `broken` is
 //              then set where an lse is too large for that kernel.
@@ -33,6 +35,7 @@ struct Params {
     const void* grad_out;   // the same
     const float* lse;       // (batch, heads, len), contiguous
     const float* grad_lse;  // the same, or null
+    const float* sinks;     // (heads), or null: the lse counts them
     RowRecord* rows;        // (batch, heads, len)
     float* lse_log2;        // (batch, heads, len) both, or null both
     float* deltas;
@@ -88,6 +91,16 @@ ADAATTN_DEVICE float partial_product(const void* x, const void* y, int dim, int 
     return sum;
 }
 
+// Whether this lane's share of a row holds anything but zeros.
+template <class T>
+ADAATTN_DEVICE bool holds_something(const void* x, int dim, int lane) {
+    bool found = false;
+    for (int column = lane; column < dim; column += T::kLanes) {
+        found |= !(quant::load_element<T::kInput>(x, column) == 0.0f);
+    }
+    return found;
+}
+
 template <class T>
 ADAATTN_DEVICE void run(const Params& params) {
     const i64 total = static_cast<i64>(params.batch) * params.heads * params.len;
@@ -98,7 +111,7 @@ ADAATTN_DEVICE void run(const Params& params) {
     const i64 row = exists ? place - head * params.len : 0;
     const int lane = ptx::thread_index() % T::kLanes;
 
-    float sum = 0.0f;
+    float sum = 0.0f, something = 1.0f;
     if (exists) {
         const i64 batch = head / params.heads, h = head % params.heads;
         const auto at = [](const void* base, i64 element) -> const void* {
@@ -109,15 +122,25 @@ ADAATTN_DEVICE void run(const Params& params) {
             at(params.grad_out,
                batch * params.grad_batch + h * params.grad_head + row * params.grad_row),
             params.dim_v, lane);
+        // Keys next to a huge sink may leave the lse as it is, but not the output at 0.
+        if (params.sinks != nullptr && params.lse[place] == params.sinks[h]) {
+            something =
+                holds_something<T>(at(params.out, batch * params.out_batch + h * params.out_head +
+                                                      row * params.out_row),
+                                   params.dim_v, lane);
+        }
     }
 #pragma unroll
-    for (int step = 1; step < T::kLanes; step *= 2) sum += ptx::shuffle_xor(sum, step);
+    for (int step = 1; step < T::kLanes; step *= 2) {
+        sum += ptx::shuffle_xor(sum, step);
+        something += ptx::shuffle_xor(something, step);
+    }
     if (!exists || lane != 0) return;
 
     const float lse = params.lse[place];
-    const bool blind = lse == -ptx::infinity();
+    const bool blind = lse == -ptx::infinity() || something == 0.0f;
     float delta = blind ? 0.0f : sum;
-    if (params.grad_lse != nullptr && !blind) delta -= params.grad_lse[place];
+    if (params.grad_lse != nullptr && lse != -ptx::infinity()) delta -= params.grad_lse[place];
     params.rows[place] = {lse * params.unit, blind ? 0.0f : 1.0f, delta, 0.0f};
     if (params.lse_log2 != nullptr) {
         const float base_two = lse * kLog2E;
