@@ -18,7 +18,7 @@ from adaattn_core.errors import UnsupportedError
 from adaattn_core.problem import HeadIndex
 from adaattn_core.structure import BlockSparse, Landmark
 from adaattn_cuda.device import driver
-from adaattn_cuda.device.launch import kernel_of, refuse_capture, upload
+from adaattn_cuda.device.launch import kernel_of, upload
 from adaattn_cuda.jit.spec import KernelSpec
 from adaattn_cuda.kernels import sm80_attn_fwd as sm80
 from adaattn_cuda.kernels import sm90_attn_fwd_f16 as sm90
@@ -45,6 +45,15 @@ _ROWS = 128
 """Landmarks and pools of a group are filled up with zeros to a multiple of this: key tiles."""
 
 
+def _refuse_recording(stream: int) -> None:
+    if driver.is_capturing(stream):
+        raise UnsupportedError(
+            got="chosen blocks or landmarks during a CUDA-graph capture",
+            needed="nothing that the host has to read: dense heads, or given blocks",
+            do="capture with a sampled budget instead, which the device plans by itself",
+        )
+
+
 # --- key blocks ------------------------------------------------------------------------------
 def chosen_blocks(
     task: Task,
@@ -63,7 +72,7 @@ def chosen_blocks(
         Heads whose sampled rows saw NaN or Inf: nothing can be chosen.
     """
     if structures:
-        refuse_capture(stream, "reads sampled masses")
+        _refuse_recording(stream)
     given: dict[HeadIndex, BlockSparse] = {}
     odd: set[HeadIndex] = set()
     for part in _parts(structures, task, lambda structure: structure.group):
@@ -185,7 +194,7 @@ def run_landmarks(
             )
         every[index] = fields
     if every:
-        refuse_capture(stream, "reads sampled masses")
+        _refuse_recording(stream)
     runs: list[FarRun] = []
     odd: set[HeadIndex] = set()
     for part in _parts(structures, task, lambda structure: structure.group):

@@ -34,10 +34,8 @@ MASKS = {
 SIZES = [
     ("bf16", (64, 64), (4, 2)),
     ("f16", (96, 96), (3, 1)),
-    ("bf16", (128, 128), (2, 2)),
     ("f16", (256, 256), (2, 1)),
     ("bf16", (128, 64), (4, 1)),
-    ("f16", (64, 128), (2, 1)),
     ("f32", (64, 64), (2, 1)),
 ]
 
@@ -80,32 +78,39 @@ def assert_covered(result: Any, problem: AttentionProblem, rows: float) -> None:
         assert float(away.quantile(rows)) <= 1.5 * result.certificate[index].upper
 
 
-@pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize(("dtype", "dims", "heads"), SIZES)
 def test_every_problem_keeps_a_budget(
-    name: str, dtype: str, dims: tuple[int, int], heads: tuple[int, int]
+    dtype: str, dims: tuple[int, int], heads: tuple[int, int]
 ) -> None:
-    mask, on_device = MASKS[name]
     q, k, v = arrays(dtype, dims, heads)
+    for mask, on_device in MASKS.values():  # within one test: a kernel compiles once a process
+        _keeps_a_budget(q, k, v, mask, on_device)
+
+
+def _keeps_a_budget(q: Any, k: Any, v: Any, mask: Mask, on_device: bool) -> None:
     budget = ErrorBudget(rel=0.1)
     result = attention(q, k, v, mask=mask, budget=budget, backend="cuda")
     assert result.certificate.holds(budget)
     problem = AttentionProblem.from_arrays(q, k, v, mask=mask)
     assert_covered(result, problem, budget.rows)
     hopper = torch.cuda.get_device_capability() == (9, 0)
-    if on_device and dtype != "f32" and hopper:
+    if on_device and problem.dtype != "f32" and hopper:
         assert result.provenance["planned_on"] == "device"
         return
     # Nothing falls back unsaid, and nothing climbs for want of a look at the rows.
     assert "not planned on the device" in result.plan.explain()
     assert {h.structure.kind for h in result.plan.heads.values()} == {"dense"}
-    assert {(h.qk, h.pv) for h in result.plan.heads.values()} == {(dtype, dtype)}
+    assert {(h.qk, h.pv) for h in result.plan.heads.values()} == {(problem.dtype,) * 2}
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])
-@pytest.mark.parametrize("name", ["causal bottom right", "window", "ragged"])
-def test_given_structures_are_certified_by_rows(dtype: str, name: str) -> None:
+def test_given_structures_are_certified_by_rows(dtype: str) -> None:
     """Blocks and landmarks have a sampled sentence where they have no theorem."""
+    for name in ("causal bottom right", "window", "ragged"):
+        _is_certified_by_rows(dtype, name)
+
+
+def _is_certified_by_rows(dtype: str, name: str) -> None:
     mask, _ = MASKS[name]
     q, k, v = arrays(dtype, (64, 64), (2, 1))
     problem = AttentionProblem.from_arrays(q, k, v, mask=mask)

@@ -58,7 +58,7 @@ def smooth(
     q, k = drift(heads[0], lens[0], dims[0]), drift(heads[1], lens[1], dims[0])
     heavy = torch.randint(lens[1] // 2, (9,), generator=generator)
     k[:, :, heavy] += torch.randn(dims[0], generator=generator)
-    q = q + 0.3 * k[:, :, heavy].mean(2).repeat_interleave(heads[0] // heads[1], 1)[:, :, None]
+    q = 3 * q + k[:, :, heavy].mean(2).repeat_interleave(heads[0] // heads[1], 1)[:, :, None]
     v = torch.randn(batch, heads[1], lens[1], dims[1], generator=generator)
     return [x.to(DTYPES[dtype]).cuda() for x in (q, k, v)]
 
@@ -93,46 +93,41 @@ def check(backend: CudaBackend, problem: AttentionProblem, structure: Any) -> An
     return raw
 
 
-@pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(
     ("dtype", "dims", "heads"),
     [
         ("bf16", (64, 64), (4, 2)),
-        ("bf16", (128, 128), (3, 1)),
-        ("f16", (96, 96), (2, 2)),
+        ("f16", (128, 128), (3, 1)),
         ("f16", (64, 128), (2, 1)),
         ("bf16", (256, 256), (2, 1)),
-        ("f32", (64, 64), (2, 1)),
         ("f32", (40, 72), (2, 2)),
     ],
 )
 def test_landmarks(
-    backend: CudaBackend, mask: str, dtype: str, dims: tuple[int, int], heads: tuple[int, int]
+    backend: CudaBackend, dtype: str, dims: tuple[int, int], heads: tuple[int, int]
 ) -> None:
-    problem = AttentionProblem.from_arrays(*smooth(dtype, dims, heads), mask=MASKS[mask])
-    structure = Landmark(tau=0.05, band=256, group=512, tile=128, screen_rank=0)
-    raw = check(backend, problem, structure)
-    assert all(raw.facts[i].share < 1 for i in problem.heads())
     hopper = torch.cuda.get_device_capability() == (9, 0)
-    own = hopper and dtype != "f32" and mask != "none"
-    assert ("sm90_attn" if own else "sm80_attn") in backend.provenance()["kernels"]
+    for name, mask in MASKS.items():  # within one test: a kernel compiles once a process
+        problem = AttentionProblem.from_arrays(*smooth(dtype, dims, heads), mask=mask)
+        structure = Landmark(tau=0.05, band=256, group=512, tile=128, screen_rank=0)
+        check(backend, problem, structure)
+        own = hopper and dtype != "f32" and name != "none"
+        assert ("sm90_attn" if own else "sm80_attn") in backend.provenance()["kernels"], name
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+def test_sizes(backend: CudaBackend, dtype: str) -> None:
+    problem = AttentionProblem.from_arrays(
+        *smooth(dtype, (64, 64), (2, 1)), mask=Mask.causal("bottom_right")
+    )
+    cases: list[dict[str, Any]] = [
         {"band": 64, "group": 256, "tile": 64, "tail": 0},
         {"band": 0, "group": 1024, "tile": 256, "samples": 64},
         {"band": 96, "group": 384, "tile": 96, "pool": 32},
         {"band": 128, "group": 512, "tile": 128, "pool": 0},
-    ],
-)
-@pytest.mark.parametrize("dtype", ["bf16", "f32"])
-def test_sizes(backend: CudaBackend, dtype: str, sizes: dict[str, int]) -> None:
-    problem = AttentionProblem.from_arrays(
-        *smooth(dtype, (64, 64), (2, 1)), mask=Mask.causal("bottom_right")
-    )
-    check(backend, problem, Landmark(tau=0.05, screen_rank=0, **sizes))
+    ]
+    for sizes in cases:
+        check(backend, problem, Landmark(tau=0.05, screen_rank=0, **sizes))
 
 
 def test_packed_sequences(backend: CudaBackend) -> None:
@@ -142,14 +137,12 @@ def test_packed_sequences(backend: CudaBackend) -> None:
     check(backend, problem, Landmark(band=64, group=256, tile=64, screen_rank=0))
 
 
-@pytest.mark.parametrize("mask", [*MASKS, "window"])
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])
-def test_chosen_blocks(backend: CudaBackend, dtype: str, mask: str) -> None:
-    window = Mask.sliding_window(500, 40, "bottom_right")
-    problem = AttentionProblem.from_arrays(
-        *smooth(dtype, (64, 64), (2, 1)), mask=MASKS.get(mask, window)
-    )
-    check(backend, problem, BlockSparse(tau=0.05, band=128, tile_q=128, tile_kv=64, group=512))
+def test_chosen_blocks(backend: CudaBackend, dtype: str) -> None:
+    structure = BlockSparse(tau=0.2, band=128, tile_q=128, tile_kv=64, group=512)
+    for mask in (*MASKS.values(), Mask.sliding_window(500, 40, "bottom_right")):
+        problem = AttentionProblem.from_arrays(*smooth(dtype, (64, 64), (2, 1)), mask=mask)
+        check(backend, problem, structure)
 
 
 def test_certificates_say_nothing_of_what_was_left_out(backend: CudaBackend) -> None:
@@ -199,8 +192,10 @@ def test_a_recording_is_refused(backend: CudaBackend) -> None:
     far = Landmark(band=256, group=512, tile=128, screen_rank=0)
     plan = Plan.uniform(problem, HeadPlan(structure=far, qk="bf16", pv="bf16"))
     backend.run(problem, plan)
-    with (
-        pytest.raises(UnsupportedError, match="capture"),
-        torch.cuda.graph(torch.cuda.CUDAGraph()),
-    ):
-        backend.run(problem, plan)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        copy = q + 1
+        with pytest.raises(UnsupportedError, match="during a CUDA-graph capture"):
+            backend.run(problem, plan)
+    graph.replay()
+    assert torch.equal(copy, q + 1), "the capture goes on"

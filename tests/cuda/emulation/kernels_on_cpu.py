@@ -123,7 +123,7 @@ def play_device(monkeypatch: pytest.MonkeyPatch, found: Kernels, arch: str) -> N
     monkeypatch.setattr(driver, "read", lambda at, size, device: ctypes.string_at(at, size))
     monkeypatch.setattr(driver, "zero_bytes", zero)
     monkeypatch.setattr(driver, "device_facts", lambda device: facts)
-    monkeypatch.setattr(sampled, "refuse_capture", lambda stream, what: None)
+    monkeypatch.setattr(driver, "is_capturing", lambda stream: False)
     for module in (sampled, listed):
         monkeypatch.setattr(module, "upload", upload)
     for module in (sampled, listed, sm80_attn_fwd, smxx_probe, smxx_exact_rows):
