@@ -75,8 +75,10 @@ class BudgetPolicy:
         Share of the budget that a *sampled estimate* may use up; the rest is for the
         certificate, which is an upper confidence limit and so lies above the estimate. Where
         the policy is compiled, the estimate is the quantile that the certificate will take.
-    worthwhile : float
-        A structure is tried only where its predicted cost is below this share of dense.
+    worthwhile, table_worthwhile : float
+        A structure is tried only where its predicted cost is below this share of dense. Where
+        the policy is compiled, the first (on usual heads) decides whether anything is measured
+        at all, and the larger of both what is taken of what was: measuring is paid for by then.
     diffuse : float
         Relative entropy from which no far-field structure is tried: the mass is everywhere.
     low_rank_participation : float
@@ -90,6 +92,7 @@ class BudgetPolicy:
     margin: float = 0.6
     table_margin: float = 0.65
     worthwhile: float = 0.8
+    table_worthwhile: float = 0.95
     diffuse: float = 0.97
     low_rank_participation: float = 0.25
 
@@ -333,7 +336,7 @@ class BudgetPolicy:
             compiling.dense_fallback(context),
             aim=self.table_margin * budget.rel,
             escalation_aim=AIM * budget.rel,
-            worthwhile=self.worthwhile,
+            worthwhile=max(self.worthwhile, self.table_worthwhile),
         )
 
     # -- what to do when the certificate says no ----------------------------------------------

@@ -20,7 +20,7 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.gpu
 
 
-UNHURRIED = BudgetPolicy(worthwhile=100.0)
+UNHURRIED = BudgetPolicy(worthwhile=1e9)
 """Measures and takes what is accurate, however short a problem and whatever it costs."""
 
 

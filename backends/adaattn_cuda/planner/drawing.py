@@ -1,13 +1,17 @@
-"""How many rows of a head certify, which of their errors counts, and what they err by."""
+"""How many rows of a head certify, which of their errors counts, and what they err by; how many
+landmarks may pay."""
 
 from __future__ import annotations
 
+import numpy as np
+
 from adaattn_core import bounds
 from adaattn_core.budget import ErrorBudget
+from adaattn_core.policies.table import DecisionTable
 from adaattn_cuda.planner.specs import ROWS_MAX
-from adaattn_cuda.work.far import FarGeometry
+from adaattn_cuda.work.far import TILE, FarGeometry, FarTables
 
-__all__ = ["certifying_orders", "certifying_rows", "oracle_factors"]
+__all__ = ["certifying_orders", "certifying_rows", "most_landmarks", "oracle_factors"]
 
 _TILE_ROWS, _FEW_ROWS, _LONG = 128, 256, 16_384
 _FIRST_SHARES = (0.9, 0.5)
@@ -47,6 +51,17 @@ def certifying_orders(
         if None not in orders:
             return tuple(order for order in orders if order is not None)
     return None
+
+
+def most_landmarks(table: DecisionTable, tables: FarTables) -> float:
+    """Return the landmarks of a far tile, in the mean, at which no candidate pays any more.
+
+    As `far_decide` prices a level: near fields, pools and landmarks over the tiles of dense.
+    """
+    shares = [(table.worthwhile - c.fixed) / max(c.slope, 1e-6) for c in table.candidates]
+    tiles = max(shares, default=0.0) * tables.dense_tiles - tables.near_tiles
+    most = tiles * TILE / max(tables.far_tiles, 1.0)
+    return min(max(most, 0.0), float(np.finfo(np.float32).max))
 
 
 def oracle_factors(g: FarGeometry, split_keys: int, scale: float) -> tuple[float, float]:

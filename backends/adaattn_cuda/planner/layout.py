@@ -11,6 +11,7 @@ from adaattn_cuda.work.far import (
     TILE,
     FarGeometry,
     FarTables,
+    probe_splits,
 )
 from adaattn_cuda.work.records import ITEM, SOURCE
 
@@ -116,8 +117,9 @@ def scratch_layout(
         return layout
     _add_list(layout, "exact", g.heads, g.heads * exact_tiles + 3 * blocks)
     _add_list(layout, "landmark", g.heads, g.heads * max(g.tiles, judges * levels))
-    layout.add("partial", cells * g.splits * columns * 8)
-    layout.add("partial_weighted", cells * g.splits * columns * 4)
+    splits = max(probe_splits(g, listed, blocks)[1] for listed in (judges, len(t.rest_groups)))
+    layout.add("partial", cells * splits * columns * 8)
+    layout.add("partial_weighted", cells * splits * columns * 4)
     layout.add("lse_log2", cells * columns * 4)
     layout.add("stats", cells * columns * 16)
     layout.add("codes", g.heads * g.groups * g.code_stride)

@@ -8,7 +8,7 @@ from typing import Any
 
 from adaattn_core.policies.table import MAX_CANDIDATES, TABLE
 from adaattn_cuda.kernels import sm90_attn_fwd_f16 as sm90
-from adaattn_cuda.work.far import LEVELS_MAX, TILE, FarGeometry
+from adaattn_cuda.work.far import JUDGES_MAX, LEVELS_MAX, TILE, FarGeometry
 
 __all__ = [
     "Certify",
@@ -64,11 +64,14 @@ class Sizes(ctypes.Structure):
 def sizes_of(
     g: FarGeometry, levels: int, judges: int, pool_rows: int, scale_log2: float, room: int
 ) -> Sizes:
-    """Return the sizes of a geometry; `room` is that of the landmark buffer, in rows."""
+    """Return the sizes of a geometry; `room` is that of the landmark buffer, in rows.
+
+    How keys are split is each probe's own matter.
+    """
     return Sizes(
         g.batch, g.heads_q, g.heads_kv, g.len_q, g.len_kv, g.offset, int(g.causal), g.dim_qk,
         g.dim_v, TILE, g.tiles, g.band, g.groups, g.samples, levels, judges,
-        g.code_stride, pool_rows, g.split_keys, g.splits, scale_log2, room,
+        g.code_stride, pool_rows, 0, 0, scale_log2, room,
     )  # fmt: skip
 
 
@@ -174,8 +177,9 @@ Work = _block(
     ("exact", List),
     *_pointers("kept"),
     *_ints("tile_stride"),
-    ("most_share", _f32),
-    *_ints("section_heads", "padding"),
+    ("most_landmarks", _f32),
+    ("judge_weights", _f32 * JUDGES_MAX),
+    *_ints("section_heads"),
 )  # fmt: skip
 ListItems = _block(
     "ListItems",
@@ -197,6 +201,7 @@ Decide = _block(
     ("dense_tiles", _f32),
     ("near_tiles", _f32),
     ("far_tiles", _f32),
+    ("judge_weights", _f32 * JUDGES_MAX),
     *_ints("spare_rows", "chunk_heads", "exact_stride"),
 )  # fmt: skip
 Certify = _block(

@@ -10,7 +10,7 @@ from adaattn_cuda.device import driver
 from adaattn_cuda.device.lanes import Step
 from adaattn_cuda.kernels import sm90_attn_fwd_f16 as sm90
 from adaattn_cuda.planner import params as p
-from adaattn_cuda.planner.drawing import oracle_factors
+from adaattn_cuda.planner.drawing import most_landmarks, oracle_factors
 from adaattn_cuda.planner.layout import square_stride
 from adaattn_cuda.planner.specs import (
     GATHER_KEYS,
@@ -20,7 +20,7 @@ from adaattn_cuda.planner.specs import (
     pool_shape,
 )
 from adaattn_cuda.tuning.sm90_attn_fwd_f16 import Tile, padded_dim
-from adaattn_cuda.work.far import LEVELS_MAX, TILE
+from adaattn_cuda.work.far import LEVELS_MAX, TILE, probe_splits
 
 if TYPE_CHECKING:
     from adaattn_cuda.planner.launch import FarLaunch
@@ -29,8 +29,6 @@ __all__ = ["Packer"]
 
 _DRAWN, _BESIDE = 2, 1
 """Lanes beside the main one: exact rows, which the device takes up first, and what may wait."""
-_MOST_SHARE = 0.5
-"""Landmarks over far keys above which a level is not worth judging."""
 
 
 class Packer:
@@ -184,6 +182,8 @@ class Packer:
         g = self.launch.geometry
         block = sm90.aligned(p.Probe)
         block.sizes, block.query = self.sizes, self._rows(self.arrays.query)
+        keys, splits = probe_splits(g, listed[1], self.launch.blocks)
+        block.sizes.split_keys, block.sizes.splits = keys, splits
         block.group_list, block.listed = listed
         block.decision = decision
         sm90.encode_map(block.key_map, self.arrays.key, TILE, self.launch.dtype)
@@ -191,7 +191,7 @@ class Packer:
             block, "groups", "sample_rows", "partial", "partial_weighted", "lse_log2", "stats",
             "finished", "codes",
         )  # fmt: skip
-        self._add(kernel, kernel, block, g.units * listed[1] * g.splits)
+        self._add(kernel, kernel, block, g.units * listed[1] * splits)
 
     def _select(self, listed: tuple[int, int], decision: int) -> None:
         g = self.launch.geometry
@@ -223,8 +223,9 @@ class Packer:
         g = self.launch.geometry
         block = p.Work(
             sizes=self.sizes, slots=self.at[slots], pool_first=self.at[pool_first],
-            tile_stride=g.tiles_per_group, most_share=_MOST_SHARE,
-            section_heads=g.section_heads,
+            tile_stride=g.tiles_per_group, section_heads=g.section_heads,
+            most_landmarks=most_landmarks(self.launch.table, self.launch.tables),
+            judge_weights=self.launch.tables.judge_weights,
         )  # fmt: skip
         self._lists(
             block, "groups", "judge_tiles", "judge_groups", "selections", "decision", "kept"
@@ -360,7 +361,7 @@ class Packer:
             exact_stride=t.drawn_rows.shape[1], finished=self.at["judged"],
             partial_out=self.at["judge_out"], verdicts=self.at["decisions"],
             dense_tiles=t.dense_tiles, near_tiles=t.near_tiles, far_tiles=t.far_tiles,
-            spare_rows=spare, chunk_heads=g.chunk_heads,
+            spare_rows=spare, chunk_heads=g.chunk_heads, judge_weights=t.judge_weights,
         )  # fmt: skip
         ctypes.memmove(block.table, launch.table.record.tobytes(), len(block.table))
         self._set(

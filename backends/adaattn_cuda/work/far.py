@@ -39,10 +39,16 @@ POOL_KEYS = 64
 """Keys of a pool: kPoolKeys."""
 LEVELS_MAX = 8
 """Landmark masses of a ladder: kLevelsMax."""
+JUDGES_MAX = 2
+"""Tiles of a head that judge the ladder: kJudgesMax."""
 TILE = 128
 """Query rows of a tile, and keys of a tile of the kernels."""
 _EXACT_KEYS = 2048
 """Keys that one block sums for exact rows: the bound of their error grows with it."""
+_PROBE_SPLITS, PROBE_SPLITS_MAX = 8, 32
+"""Fewest and most blocks that share the keys of a group in a probe."""
+_PROBE_KEYS_LEAST, _PROBES_EACH = 512, 16
+"""Keys of a probing block at least; blocks of a probe that a multiprocessor is given."""
 POOL_ALIGNMENT = 128
 """Slots of pools are whole key tiles, filled up with zeros: kSlotRows."""
 
@@ -117,16 +123,6 @@ class FarGeometry:
         return self.heads // self.chunk_heads
 
     @property
-    def split_keys(self) -> int:
-        """Keys that one block probes."""
-        return max(512, -(-self.len_kv // 8 // TILE) * TILE)
-
-    @property
-    def splits(self) -> int:
-        """Blocks that share the keys of a group."""
-        return -(-self.len_kv // self.split_keys)
-
-    @property
     def section_heads(self) -> int:
         """Key heads whose keys and values L2 holds together."""
         head_bytes = 2 * max(self.len_kv, 1) * (self.dim_qk + self.dim_v)
@@ -183,6 +179,9 @@ class FarTables:
         First partial result of each tile.
     dense_tiles, near_tiles, far_tiles : float
         Key tiles of a dense head; of near fields and pools; query tiles with a far field.
+    judge_weights : tuple of float
+        Of the judged groups' landmarks in the mean over tiles with a far field: between the
+        judged groups, and to none where no key is far, they are taken to grow linearly.
     """
 
     groups: NDArray[np.void]
@@ -201,6 +200,7 @@ class FarTables:
     dense_tiles: float
     near_tiles: float
     far_tiles: float
+    judge_weights: tuple[float, ...]
 
 
 def far_tables(g: FarGeometry, levels: int, blocks: int, seed: int) -> FarTables:
@@ -253,6 +253,7 @@ def far_tables(g: FarGeometry, levels: int, blocks: int, seed: int) -> FarTables
         dense_tiles=float((-(-stop // TILE)).sum()),
         near_tiles=float(near.sum()),
         far_tiles=float((first > 0).sum()),
+        judge_weights=_judge_weights(first[first > 0], groups["far_keys"][judge_groups]),
     )
 
 
@@ -267,6 +268,15 @@ def _judges(
         tiles.append(int(groups["tile_first"][middle] + groups["tiles"][middle] // 2))
     chosen = np.array(tiles, np.int32)
     return chosen, (chosen // g.tiles_per_group).astype(np.int32)
+
+
+def _judge_weights(far_keys: NDArray[np.int64], judged: NDArray[np.int32]) -> tuple[float, ...]:
+    """Weights of what is known of the last and a middle group in the mean over tiles."""
+    if not len(far_keys) or (judged == judged[0]).all():  # without a causal mask all are alike
+        return (1.0 / len(judged),) * len(judged)
+    known = np.concatenate([[0], judged[::-1]])
+    hats = np.eye(len(known))[:, ::-1]
+    return tuple(float(np.interp(far_keys, known, hats[j]).mean()) for j in range(len(judged)))
 
 
 def _sample_rows(g: FarGeometry, seed: int) -> NDArray[np.int32]:
@@ -328,6 +338,27 @@ def _exact_work(
     for block, column in enumerate(columns):
         dealt[: len(column), block] = items[order[column]]
     return WorkList(dealt, sources), first_partial
+
+
+def probe_splits(g: FarGeometry, listed: int, blocks: int) -> tuple[int, int]:
+    """Return the keys that one block probes of a group, and the blocks that share its keys.
+
+    Blocks wait for their own copies and exponentials, two to a multiprocessor: a few groups are
+    split until every one of `blocks` multiprocessors has some, and many until the last wave,
+    which is not full, is short.
+
+    Parameters
+    ----------
+    g : FarGeometry
+    listed : int
+        Groups that are probed together.
+    blocks : int
+        Multiprocessors of the device.
+    """
+    wanted = -(-_PROBES_EACH * blocks // (g.units * max(listed, 1)))
+    splits = min(max(wanted, _PROBE_SPLITS), PROBE_SPLITS_MAX)
+    keys = max(_PROBE_KEYS_LEAST, -(-g.len_kv // splits // TILE) * TILE)
+    return keys, -(-g.len_kv // keys)
 
 
 def exact_work(g: FarGeometry, tile_m: int, tile_n: int, blocks: int) -> WorkList:

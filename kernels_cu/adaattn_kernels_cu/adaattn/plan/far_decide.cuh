@@ -2,8 +2,8 @@
 //
 // Algorithm    One block per head and level. The judged tiles were computed exactly and, into partial slots, at every level. 1. Per
 //              row: |approximate - exact|. 2. The error that all but `spare_rows` rows keep, over the rms exact row. 3. Its cost:
-//              the key tiles that the level would visit, from the judged groups' counts. 4. The head's last block:
-//              decide() of the decision table.
+//              the key tiles that the level would visit, from the judged groups' counts: between them, and to none where no key
+//              is far, counts are taken to grow linearly. 4. The head's last block: decide() of the decision table.
 // Numerics     f32; a NaN error counts as infinite.
 // Tiles        256 threads: eight lanes a row, then a thread a row.
 // Shared mem   errors: f32, 2 x 128 rows; norms likewise.
@@ -44,6 +44,8 @@ struct Params {
     float dense_tiles;          // key tiles of a dense head
     float near_tiles;           // key tiles of near field and pools of a head
     float far_tiles;            // query tiles that have a far field
+    float
+        judge_weights[far::kJudgesMax];  // of the judged groups' landmarks in the mean of far tiles
     i32 spare_rows;
     i32 chunk_heads;
     i32 exact_stride;
@@ -176,9 +178,9 @@ ADAATTN_DEVICE void decide_head(const Params& params, int head) {
             for (int j = 0; j < sizes.judges; ++j) {
                 const i64 row = static_cast<i64>(head) * sizes.groups + params.judge_groups[j];
                 landmarks +=
+                    params.judge_weights[j] *
                     static_cast<float>(params.selections[row * far::kLevelsMax + level].count);
             }
-            landmarks /= static_cast<float>(sizes.judges);
             share = (params.near_tiles + params.far_tiles * landmarks * (1.0f / 128.0f)) /
                     params.dense_tiles;
             error = __ldcg(errors + level);

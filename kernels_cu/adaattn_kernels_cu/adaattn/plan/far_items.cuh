@@ -3,7 +3,8 @@
 // An item takes three places in the table of sources. A list is a queue that blocks take items from, in order, or dealt to the
 // blocks; behind a block's last item, or the queue's, stands one without rows. Blocks claim an item while they compute the one
 // before it. Where items differ much and are few a block, dealing them forwards and backwards in turn, longest first, keeps
-// loads more even than that.
+// loads more even than that. Sections follow one another so that lengths never jump, which dealing in turn would not even out:
+// the last one's items fall, the one's before rise, and so on.
 #pragma once
 
 #include "adaattn/plan/far_field.cuh"
@@ -16,7 +17,7 @@ struct Place {
     i32 head;    // of batch * heads_q
     i32 first;   // rank of the section's first head
     i32 beside;  // heads of the section
-    i32 padding;
+    i32 rising;  // 1: its items stand from the shortest to the longest
 };
 
 // A list of items that a launch of the forward kernel takes; written anew for every launch.
@@ -44,10 +45,10 @@ struct List {
             queue->reserved[0] = heads;
         }
     }
-    // Where an item stands: the last tile, which is the longest, comes first, the section's heads one after the other.
+    // Where an item stands: by tiles, of which the last is the longest, and the section's heads one after the other.
     ADAATTN_DEVICE int number(const Place& place, int rank, int index) const {
-        const int number =
-            place.first * tiles + (tiles - 1 - index) * place.beside + rank - place.first;
+        const int turn = place.rising ? index : tiles - 1 - index;
+        const int number = place.first * tiles + turn * place.beside + rank - place.first;
         if (blocks == 0) return number;
         const int round = number / blocks;
         const int column = number % blocks;
@@ -160,8 +161,12 @@ ADAATTN_DEVICE void rank_heads(const Sizes& sizes, const List& list, int section
         int high = rank + 1;
         while (low > 0 && list.places[low - 1].head / ratio == section) --low;
         while (high < ranked && list.places[high].head / ratio == section) ++high;
+        int later = 0;  // sections
+        for (int r = high; r < ranked; ++r)
+            later += list.places[r].head / ratio != list.places[r - 1].head / ratio;
         list.places[rank].first = low;
         list.places[rank].beside = high - low;
+        list.places[rank].rising = later % 2;
     }
     list.open(ranked, kThreads);
 }

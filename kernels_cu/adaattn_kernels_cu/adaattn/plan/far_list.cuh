@@ -1,7 +1,7 @@
 // far_list.cuh -- items of a work list: what a landmark head computes tile by tile, or an exact one. SPDX-License-Identifier: Apache-2.0
 //
-// Algorithm    A thread an item. Its place follows from the head's rank, since every head has as many tiles: the last tile first,
-//              the section's heads one after the other (far_items.cuh).
+// Algorithm    A thread an item. Its place follows from the head's rank, since every head has as many tiles: section by section,
+//              tile by tile, the section's heads one after the other (far_items.cuh).
 //              Landmark heads: near field + landmarks + pools, but for the last `tail` tiles, which are exact, and for tiles
 //              that would cost no less so. Exact heads: all keys.
 // Numerics     Integers.

@@ -1,12 +1,13 @@
 // far_work.cuh -- places of the gathered landmarks, and which heads are on which work list. SPDX-License-Identifier: Apache-2.0
 //
 // Algorithm    One block. 1. Slots (a group of a head at a level) get consecutive rows of the landmark buffer, by a prefix sum over
-//              their counts; what does not fit is not offered (judging) or makes its head dense (attending).
+//              their counts; what does not fit is not offered (judging) or makes its head dense (attending). Nor is a level
+//              offered that would cost too much.
 //              kJudge: 2. items of the judged tiles at every possible level, into partial slots: counted by their number of key
 //              tiles in 256 buckets, longest first; the order within a bucket is free, items do not depend on each other.
 //              kAttend: 2. heads are ranked on two lists, those that run by landmarks and those that are exact; far_list writes
 //              the items.
-// Numerics     Integers.
+// Numerics     Integers; mean landmarks in f32.
 // Tiles        1,024 threads.
 // Shared mem   buckets: i32, 256; warp sums: i32, 32.
 // Budget: registers<=64 spill_bytes=0 smem_bytes<=8192
@@ -37,9 +38,9 @@ struct Params {
     far::List exact;        // kAttend
     u64* kept;              // (batch, heads_q): scores computed by landmark heads; 0 from here on
     i32 tile_stride;
-    float most_share;   // landmarks of a level over the far keys, above which it is not judged
-    i32 section_heads;  // key heads whose keys and values L2 holds together
-    i32 padding;
+    float most_landmarks;  // of a far tile in the mean, above which a level is not judged
+    float judge_weights[far::kJudgesMax];  // of the judged groups' landmarks in that mean
+    i32 section_heads;                     // key heads whose keys and values L2 holds together
 };
 
 template <int kModeT>
@@ -85,6 +86,18 @@ struct Block {
         return slot;
     }
 
+    // Landmarks of a far tile in the mean, at a level.
+    ADAATTN_DEVICE float landmarks_of(const far_gather::Slot& slot) const {
+        const far::Sizes& sizes = params.sizes;
+        float mean = 0.0f;
+        for (int j = 0; j < sizes.judges; ++j) {
+            const i64 row = static_cast<i64>(slot.head) * sizes.groups + params.judge_groups[j];
+            mean += params.judge_weights[j] *
+                    static_cast<float>(params.selections[row * far::kLevelsMax + slot.level].count);
+        }
+        return mean;
+    }
+
     // Step 1.
     ADAATTN_DEVICE void place_slots() const {
         const far::Sizes& sizes = params.sizes;
@@ -102,9 +115,7 @@ struct Block {
                 } else {
                     const i64 row = static_cast<i64>(slot.head) * sizes.groups + slot.group;
                     wanted = params.selections[row * far::kLevelsMax + slot.level].count;
-                    if (T::kMode == kJudge &&
-                        static_cast<float>(wanted) >
-                            params.most_share * static_cast<float>(far_keys)) {
+                    if (T::kMode == kJudge && landmarks_of(slot) > params.most_landmarks) {
                         wanted = 0;
                         slot.head = -1;
                     }
