@@ -251,7 +251,7 @@ def test_lists_hold_every_tile_of_every_head_once(unit: ctypes.CDLL, blocks: int
     exact_tiles = -(-g.len_q // tile_m)
     made: dict[str, Any] = {}
     lists = {}
-    for stem, tile, tiles in (("landmarks", TILE, g.tiles), ("exact", tile_m, exact_tiles)):
+    for stem, tile, tiles in (("landmarks", TILE, g.tiles - 1), ("exact", tile_m, exact_tiles)):
         made[stem] = (
             np.full(g.heads * tiles + 3 * blocks + 1, 9, ITEM),
             np.zeros(3 * (g.heads * tiles + 3 * blocks + 1), SOURCE),
@@ -313,9 +313,11 @@ def test_lists_hold_every_tile_of_every_head_once(unit: ctypes.CDLL, blocks: int
     listed = items[: queue[1]]
     seen = sorted((int(x["batch"]) * 6 + int(x["head"]), int(x["row_first"])) for x in listed)
     assert seen == [
-        (h, t * TILE) for h in np.flatnonzero(decision >= 0) for t in range(g.tiles)
+        (h, t * TILE) for h in np.flatnonzero(decision >= 0) for t in range(g.tiles - 1)
     ]
     scores = np.zeros(g.heads, np.uint64)
+    tail = np.arange((g.tiles - 1) * TILE, g.len_q)  # computed with the drawn rows
+    scores[decision >= 0] = np.minimum(tail + 101, g.len_kv).sum()
     for item in listed:
         head, tile = int(item["batch"]) * 6 + int(item["head"]), int(item["row_first"]) // TILE
         run = sources[item["first_source"] :][: item["sources"]]
@@ -323,8 +325,6 @@ def test_lists_hold_every_tile_of_every_head_once(unit: ctypes.CDLL, blocks: int
         near = run[-1]
         assert (near["tensor"], near["first_key"] + near["keys"]) == (ORIGINAL, stop)
         far = int(near["first_key"])
-        if tile == g.tiles - 1:
-            assert far == 0
         for source in run[:-1]:
             group = tile // g.tiles_per_group
             if source["tensor"] == POOLED:
@@ -384,20 +384,52 @@ def test_levels_are_nested_and_fill_the_tiles_they_begin(
 def test_splits_are_merged_as_if_they_were_one(unit: ctypes.CDLL) -> None:
     """More splits than lanes, one alone, and a row that some splits hold no key of."""
     rng = np.random.default_rng(12)
-    counts = np.array([1, 3, 40])
+    counts = np.array([1, 3, 40, 2])
     first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     out = rng.standard_normal((first[-1], TILE, DIM)).astype(np.float32)
     lse = rng.normal(0, 30, (first[-1], TILE)).astype(np.float32)
     lse[2, :9], lse[5:20, 50] = -np.inf, -np.inf
     merged = np.full((len(counts), TILE, DIM), POISON, np.float32)
-    block = p.Merge(tiles=len(counts), dim_v=DIM)
+    heads, len_q = 2, 3 * TILE - 23  # each head's first tile is its last one, of 105 rows
+    returned = np.full((heads, len_q, DIM), POISON, np.float16)
+    returned_lse = np.full((heads, len_q), POISON, np.float32)
+    squares = np.full((heads, 3 * TILE // 16), POISON, np.float32)
+    block = p.Merge(
+        tiles=len(counts), dim_v=DIM, head_tiles=2, heads_q=heads, len_q=len_q,
+        tail_first=2 * TILE, square_stride=squares.shape[1], out=rows_of(returned),
+        lse=p.Rows(returned_lse.ctypes.data, 1, len_q, 0),
+    )  # fmt: skip
     for name, array in (
         ("partial_out", out), ("partial_lse", lse), ("first_partial", first), ("exact", merged),
+        ("squares", squares),
     ):  # fmt: skip
         setattr(block, name, array.ctypes.data)
-    unit.merge(ctypes.byref(block), len(counts) * TILE // 8)
+    unit.merge(ctypes.byref(block), len(counts) * TILE // 16)
     for tile, (start, stop) in enumerate(pairwise(first)):
         own = lse[start:stop].astype(np.float64)
         weights = np.exp(own - own.max(0))
         expected = (weights[..., None] * out[start:stop]).sum(0) / weights.sum(0)[:, None]
         np.testing.assert_allclose(merged[tile], expected, rtol=1e-5, atol=1e-6)
+        if tile % 2:
+            continue
+        head, rows = tile // 2, len_q - 2 * TILE
+        np.testing.assert_array_equal(
+            returned[head, 2 * TILE :], merged[tile, :rows].astype(np.float16)
+        )
+        np.testing.assert_allclose(
+            returned_lse[head, 2 * TILE :],
+            own.max(0)[:rows] + np.log(weights.sum(0)[:rows]),
+            rtol=1e-5,
+            atol=1e-5,
+        )
+        kept = np.zeros((TILE, DIM))
+        kept[:rows] = merged[tile, :rows]
+        expected = np.square(kept).reshape(-1, 16 * DIM).sum(1)[: -(-rows // 16)]
+        np.testing.assert_allclose(squares[head, 16 : 16 + len(expected)], expected, rtol=1e-5)
+    assert (returned[:, : 2 * TILE] == POISON).all()
+    assert (squares[:, :16] == POISON).all()
+    block.tail_first = -1
+    returned[...] = POISON
+    unit.merge(ctypes.byref(block), len(counts) * TILE // 16)
+    assert (returned == POISON).all()
+    assert not (merged == POISON).all(axis=(1, 2)).any()

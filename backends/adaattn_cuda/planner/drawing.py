@@ -1,5 +1,4 @@
-"""How many rows of a head certify, which of their errors counts, and what they err by; how many
-landmarks may pay."""
+"""Rows that certify: how many, which of their errors counts, what they err by; landmarks that pay."""
 
 from __future__ import annotations
 

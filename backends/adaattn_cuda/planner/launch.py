@@ -85,7 +85,10 @@ class FarLaunch:
         facts = driver.device_facts(device)
         self.blocks = facts.multiprocessors
         self.judging = bool(self.levels) and decided is None
-        self.tables = far_tables(g, self.levels if self.judging else 0, self.blocks, seed)
+        self.tables = far_tables(
+            g, self.levels if self.judging else 0, self.blocks, seed, given=decided is not None
+        )
+        self.tail = 1 if self.levels and g.causal else 0
         self.judges = len(self.tables.judge_tiles)
         rows = max(_LANDMARK_ROWS_LEAST, int(_LANDMARK_SHARE * g.len_kv)) // TILE * TILE
         most = _LANDMARK_BYTES_MOST // (2 * (g.dim_qk + g.dim_v))

@@ -156,8 +156,14 @@ Fit = _block(
 Merge = _block(
     "Merge",
     *_pointers("partial_out", "partial_lse", "first_partial", "exact"),
-    *_ints("tiles", "dim_v"),
-)
+    ("out", Rows),
+    ("lse", Rows),
+    *_pointers("squares"),
+    *_ints(
+        "tiles", "dim_v", "head_tiles", "heads_q", "len_q", "tail_first", "square_stride",
+        "padding",
+    ),
+)  # fmt: skip
 Prepare = _block(
     "Prepare",
     ("sizes", Sizes),

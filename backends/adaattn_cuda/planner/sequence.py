@@ -207,7 +207,8 @@ class Packer:
         """Set the work lists ``landmarks`` and ``exact`` of a block."""
         g, launch = self.launch.geometry, self.launch
         if launch.levels:
-            block.landmarks = self._work_list("landmark", self.tile, g.tiles, 0)
+            tiles = g.tiles - launch.tail
+            block.landmarks = self._work_list("landmark", self.tile, tiles, 0)
         block.exact = self._exact_list()
         self._set(block, *names)
 
@@ -239,7 +240,7 @@ class Packer:
         threads = -(-g.heads * g.tiles // LIST_THREADS) * LIST_THREADS if landmarks else 0
         block = p.ListItems(
             sizes=self.sizes, tile_stride=g.tiles_per_group,
-            tail=1 if g.causal else 0, landmark_threads=threads,
+            tail=launch.tail, landmark_threads=threads,
         )  # fmt: skip
         self._lists(block, "groups", "pool_first", "kept")
         block.slots = self.at["landmarks"]
@@ -346,10 +347,16 @@ class Packer:
         block.partial_out, block.partial_lse = self.at["exact_out"], self.at["exact_lse"]
         self._add("exact", "exact", block, t.exact.grid, lane, *after)
         tiles = t.drawn_rows.size // TILE
-        merged = p.Merge(tiles=tiles, dim_v=g.dim_v)
+        merged = p.Merge(
+            tiles=tiles, dim_v=g.dim_v, head_tiles=padded // TILE, heads_q=g.heads_q,
+            len_q=g.len_q, square_stride=square_stride(g), out=self._rows(self.arrays.out),
+            lse=self._rows(self.arrays.lse),
+            tail_first=(g.tiles - 1) * TILE if launch.tail else -1,
+        )  # fmt: skip
         merged.partial_out, merged.partial_lse = self.at["exact_out"], self.at["exact_lse"]
-        merged.first_partial, merged.exact = self.at["first_partial"], self.at["exact_rows"]
-        return self._add("merge", "merge", merged, tiles * TILE // 8, lane)
+        merged.exact = self.at["exact_rows"]
+        self._set(merged, "first_partial", "squares")
+        return self._add("merge", "merge", merged, tiles * TILE // 16, lane)
 
     def _decide(self, *after: int) -> int:
         launch = self.launch
@@ -373,7 +380,7 @@ class Packer:
     def _certify(self, *after: int, second: bool) -> None:
         launch = self.launch
         g, t, budget = launch.geometry, launch.tables, launch.budget
-        first = launch.judges * TILE if launch.judging else 0
+        first = t.front_tiles * TILE
         sums, scores = oracle_factors(g, t.exact.sources["keys"].max(), launch.scale)
         block = p.Certify(
             sizes=self.sizes, out=self._rows(self.arrays.out), budget=budget.rel,

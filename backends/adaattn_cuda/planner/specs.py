@@ -43,7 +43,7 @@ def kernel_specs(g: FarGeometry, dtype: str, levels: int) -> dict[str, tuple[Ker
     exact = exact_tile(dim_qk, dim_v)
     found = {
         "prepare": (plan("far_prepare", kind, row_dim(dim_qk, dim_v), 256), 256),
-        "merge": (plan("far_merge", 8), 256),
+        "merge": (plan("far_merge", kind, 16), 512),
         "attend_exact": (dense.spec(dtype), dense.threads),
         "exact": (exact.spec(dtype), exact.threads),
         "certify": (plan("far_certify", kind, ROWS_MAX), ROWS_MAX),

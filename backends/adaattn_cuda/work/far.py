@@ -171,8 +171,11 @@ class FarTables:
         First pool row of every slot: (heads, groups) and (heads, judges, levels).
     judge_pool_rows : int
     drawn_rows, drawn_stops : ndarray of int32, shape (heads, rows)
-        Rows that are computed exactly, and the keys that they see: those of the judged tiles,
+        Rows that are computed exactly, and the keys that they see: those of the `front_tiles`,
         then those that certify; both ascending, the last one repeated to fill a tile.
+    front_tiles : int
+        Tiles of exact rows before those that certify: the judged ones, of which a causal head's
+        first is its last tile; that one alone where nothing is judged.
     exact : WorkList
         Items of these rows, split over the keys.
     first_partial : ndarray of int32, shape (tiles of exact rows + 1,)
@@ -195,6 +198,7 @@ class FarTables:
     judge_pool_rows: int
     drawn_rows: NDArray[np.int32]
     drawn_stops: NDArray[np.int32]
+    front_tiles: int
     exact: WorkList
     first_partial: NDArray[np.int32]
     dense_tiles: float
@@ -203,7 +207,9 @@ class FarTables:
     judge_weights: tuple[float, ...]
 
 
-def far_tables(g: FarGeometry, levels: int, blocks: int, seed: int) -> FarTables:
+def far_tables(
+    g: FarGeometry, levels: int, blocks: int, seed: int, *, given: bool = False
+) -> FarTables:
     """Make the tables of a geometry.
 
     Parameters
@@ -215,6 +221,8 @@ def far_tables(g: FarGeometry, levels: int, blocks: int, seed: int) -> FarTables
         Multiprocessors of the device.
     seed : int
         Of the sampled and of the drawn rows, which are independent of each other.
+    given : bool
+        Whether a plan is given that may have landmarks, though nothing is judged.
     """
     groups = np.zeros(g.groups, GROUP)
     groups["tile_first"] = np.arange(g.groups) * g.tiles_per_group
@@ -230,9 +238,10 @@ def far_tables(g: FarGeometry, levels: int, blocks: int, seed: int) -> FarTables
     judge_first = (np.cumsum(judge_pools) - judge_pools)[None]
     judge_rows = int(judge_pools.sum())
     heads = np.arange(g.heads)[:, None]
-    drawn = _exact_rows(g, judge_tiles if levels else judge_tiles[:0], seed)
+    front = judge_tiles if levels else judge_tiles[: int(given and g.causal)]
+    drawn = _exact_rows(g, front, seed)
     stops = g.visible(drawn.astype(np.int64)).astype(np.int32)
-    exact, first_partial = _exact_work(g, stops, blocks)
+    exact, first_partial = _exact_work(g, stops, blocks, planned=bool(levels) or given)
     tile = np.arange(g.tiles, dtype=np.int64)
     first, stop = g.near_first(tile), g.near_stop(tile)
     near = -(-(stop - first) // TILE) + -(-(first // POOL_KEYS) // TILE)
@@ -248,6 +257,7 @@ def far_tables(g: FarGeometry, levels: int, blocks: int, seed: int) -> FarTables
         judge_pool_rows=judge_rows,
         drawn_rows=drawn,
         drawn_stops=stops,
+        front_tiles=len(front),
         exact=exact,
         first_partial=first_partial,
         dense_tiles=float((-(-stop // TILE)).sum()),
@@ -301,13 +311,18 @@ def _exact_rows(g: FarGeometry, judge_tiles: NDArray[np.int32], seed: int) -> ND
 
 
 def _exact_work(
-    g: FarGeometry, stops: NDArray[np.int32], blocks: int
+    g: FarGeometry, stops: NDArray[np.int32], blocks: int, *, planned: bool
 ) -> tuple[WorkList, NDArray[np.int32]]:
-    """Items of the exact rows: every tile of them over stretches of keys, partial results."""
+    """Items of the exact rows: every tile of them over stretches of keys, partial results.
+
+    Where landmarks may run some rows are an output, whose bits must not depend on how many
+    heads there are: stretches of one length then.
+    """
     tiles = stops.shape[1] // TILE
     last = stops.reshape(g.heads * tiles, TILE).max(axis=1)
     wanted = max(1, -(-blocks // (g.heads * tiles)))
     keys = min(max(TILE * 4, -(-g.len_kv // wanted // TILE) * TILE), _EXACT_KEYS)
+    keys = _EXACT_KEYS if planned else keys
     splits = np.maximum(-(-last // keys), 1)
     first_partial = np.concatenate([[0], np.cumsum(splits)]).astype(np.int32)
     index = np.repeat(np.arange(len(last)), splits)

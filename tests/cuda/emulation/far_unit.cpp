@@ -28,7 +28,7 @@ using Gather = adaattn::far_gather::Traits<256>;
 using Decide = adaattn::far_decide::Traits<kFormat, 256>;
 using Certify = adaattn::far_certify::Traits<kFormat, 512>;
 using Work = adaattn::far_work::Traits<adaattn::far_work::kAttend>;
-using Merge = adaattn::far_merge::Traits<8>;
+using Merge = adaattn::far_merge::Traits<kFormat, 16>;
 using Select = adaattn::far_select::Traits<256>;
 using List = adaattn::far_list::Traits<256>;
 

@@ -2,8 +2,8 @@
 //
 // Algorithm    A thread an item. Its place follows from the head's rank, since every head has as many tiles: section by section,
 //              tile by tile, the section's heads one after the other (far_items.cuh).
-//              Landmark heads: near field + landmarks + pools, but for the last `tail` tiles, which are exact, and for tiles
-//              that would cost no less so. Exact heads: all keys.
+//              Landmark heads: near field + landmarks + pools, but for tiles that would cost no less exactly; the last `tail`
+//              tiles were computed with the rows that certify (far_merge) and have no item. Exact heads: all keys.
 // Numerics     Integers.
 // Tiles        256 threads.
 // Shared mem   none.
@@ -28,7 +28,7 @@ struct Params {
     far::List exact;
     u64* kept;  // (batch, heads_q): scores computed by landmark heads
     i32 tile_stride;
-    i32 tail;              // last tiles of a landmark head that are exact
+    i32 tail;              // last tiles of a landmark head that have no item
     i32 landmark_threads;  // threads that write landmark heads; the others write exact ones
     i32 padding;
 };
@@ -74,7 +74,7 @@ ADAATTN_DEVICE void write_landmarks(const Params& params, int rank, int index) {
     int first = sizes.near_first(index);
     int landmarks = 0;
     int tiles = dense;
-    if (first > 0 && index < sizes.tiles - params.tail) {
+    if (first > 0) {
         const far_gather::Slot own = params.slots[slot];
         landmarks = params.tile_counts[(static_cast<i64>(slot) * far::kLevelsMax + own.level) *
                                            params.tile_stride +
@@ -95,7 +95,13 @@ ADAATTN_DEVICE void write_landmarks(const Params& params, int rank, int index) {
     list.items[number] = item;
     const u64 far_scores =
         static_cast<u64>(item.rows) * static_cast<u64>(landmarks + first / far::kPoolKeys);
-    atomicAdd(params.kept + place.head, far_scores + scores_from(sizes, item, first));
+    u64 kept = far_scores + scores_from(sizes, item, first);
+    if (index == 0) {
+        for (int tail = sizes.tiles - params.tail; tail < sizes.tiles; ++tail)
+            kept += scores_from(
+                sizes, far::item_of(sizes, place.head, tail * list.tile, list.tile, 0, 0), 0);
+    }
+    atomicAdd(params.kept + place.head, kept);
 }
 
 template <class T>
