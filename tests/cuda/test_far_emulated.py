@@ -19,6 +19,7 @@ from adaattn_cuda.planner.layout import CERTIFICATE, DECISION
 from adaattn_cuda.planner.specs import GATHER_KEYS
 from adaattn_cuda.work.far import (
     GROUP,
+    JUDGE_PARTS,
     LEVELS_MAX,
     SLOT,
     TILE,
@@ -179,11 +180,22 @@ def test_decide_measures_the_spared_quantile(unit: ctypes.CDLL) -> None:
     selections = np.zeros((HEADS, 1, LEVELS_MAX, 2), np.int32)
     selections[:, :, :levels, 1] = [256, 64]
     exact = rng.standard_normal((HEADS, TILE, DIM)).astype(np.float32)
-    partial = np.empty((HEADS, 1, levels, TILE, DIM), np.float32)
     scale = np.array([0.01, 0.2])[:, None, None]
     noise = rng.standard_normal((HEADS, levels, TILE, DIM)) * scale
-    partial[:, 0] = exact[:, None] + noise
-    partial[3, 0, 1, 7] = np.nan
+    whole = (exact[:, None] + noise).astype(np.float32)
+    whole[3, 1, 7] = np.nan
+    # Level 0 in one part, level 1 in three that weigh 1 : e : 1 / e.
+    parts = np.tile(np.array([1, 3], np.int32), (HEADS, 1, 1))
+    partial = np.full((HEADS, 1, levels, JUDGE_PARTS, TILE, DIM), np.nan, np.float32)
+    lse = np.full((HEADS, 1, levels, JUDGE_PARTS, TILE), np.nan, np.float32)
+    lse[:, 0, 0, 0] = 40.0
+    lse[:, 0, 1, :3] = 40.0 + np.array([0, 1, -1])[:, None]
+    weights = np.exp([0.0, 1.0, -1.0]) / np.exp([0.0, 1.0, -1.0]).sum()
+    away = rng.standard_normal((HEADS, TILE, DIM))
+    partial[:, 0, 0, 0] = whole[:, 0]
+    partial[:, 0, 1, 0] = whole[:, 1]
+    partial[:, 0, 1, 1] = whole[:, 1] + away / weights[1]
+    partial[:, 0, 1, 2] = whole[:, 1] - away / weights[2]
     stats = np.zeros((HEADS, 1, size.samples, 4), np.float32)
     sample_rows = np.arange(size.samples, dtype=np.int32)[None]
     errors = np.zeros((HEADS, LEVELS_MAX + 1), np.float32)
@@ -203,13 +215,14 @@ def test_decide_measures_the_spared_quantile(unit: ctypes.CDLL) -> None:
     for name, array in (
         ("groups", groups), ("judge_tiles", judge_tiles), ("judge_groups", judge_groups),
         ("slots", slots), ("selections", selections), ("exact", exact),
-        ("partial_out", partial), ("stats", stats), ("sample_rows", sample_rows),
+        ("parts", parts), ("partial_out", partial), ("partial_lse", lse), ("stats", stats),
+        ("sample_rows", sample_rows),
         ("errors", errors), ("finished", finished), ("decision", decision),
         ("verdicts", verdicts),
     ):  # fmt: skip
         setattr(block, name, array.ctypes.data)
     unit.decide(ctypes.byref(block), HEADS * levels)
-    away = np.linalg.norm(partial[:, 0].astype(np.float64) - exact[:, None], axis=3)
+    away = np.linalg.norm(whole.astype(np.float64) - exact[:, None], axis=3)
     away[np.isnan(away)] = np.inf
     away[..., alive:] = 0  # rows beyond the last one count as kept
     rms = np.sqrt((exact[:, :alive].astype(np.float64) ** 2).sum((1, 2)) / TILE)
@@ -339,6 +352,77 @@ def test_lists_hold_every_tile_of_every_head_once(unit: ctypes.CDLL, blocks: int
         scores[head] += int((np.minimum(rows + 101, g.len_kv) - far).sum())
         assert item["tiles"] == sum(-(-int(s["keys"]) // TILE) for s in run)
     np.testing.assert_array_equal(kept, scores)
+
+
+@pytest.mark.parametrize(("part_tiles", "most"), [(100, 1e9), (3, 1e9), (1, 500.0)])
+def test_judged_items_share_the_landmarks_of_a_slot(
+    unit: ctypes.CDLL, part_tiles: int, most: float
+) -> None:
+    """What is worth judging is computed once, by items that no slot has more of than it may."""
+    rng = np.random.default_rng(part_tiles)
+    levels, len_kv = 3, 6000
+    g = FarGeometry(
+        batch=1, heads_q=HEADS, heads_kv=HEADS_KV, len_q=len_kv, len_kv=len_kv, dim_qk=DIM,
+        dim_v=DIM, causal=True, offset=0, group=1024, band=256, samples=16, drawn=128,
+    )  # fmt: skip
+    tables = far_tables(g, levels, 8, 0)
+    judges = len(tables.judge_tiles)
+    assert judges == 2
+    counts = np.sort(rng.integers(0, 1500, (HEADS, g.groups, levels)), axis=2)
+    selections = np.zeros((HEADS, g.groups, LEVELS_MAX, 2), np.int32)
+    selections[:, :, :levels, 1] = counts
+    before = np.zeros((HEADS, g.groups, LEVELS_MAX, g.tiles_per_group), np.int32)
+    before[:, :, :levels] = counts[..., None]
+    slots = np.zeros((HEADS, judges, levels), SLOT)
+    parts = np.full((HEADS, judges, levels), -7, np.int32)
+    room = HEADS * judges * levels * JUDGE_PARTS
+    items, sources = np.full(room + 1, 9, ITEM), np.zeros(3 * room, SOURCE)
+    queue, places = np.zeros(4, np.int32), np.zeros(HEADS, PLACE)
+    addresses = (part.ctypes.data for part in (items, sources, queue, places))
+    size = sizes(len_kv, groups=g.groups, levels=levels, judges=judges, landmark_rows=1 << 20)
+    block = p.Work(
+        sizes=size, landmarks=p.List(*addresses, TILE, TILE, g.tiles, 0),
+        tile_stride=g.tiles_per_group, most_landmarks=most, part_tiles=part_tiles,
+        judge_weights=tables.judge_weights,
+    )  # fmt: skip
+    for name, array in (
+        ("groups", tables.groups), ("judge_tiles", tables.judge_tiles),
+        ("judge_groups", tables.judge_groups), ("selections", selections),
+        ("tile_counts", before), ("slots", slots), ("pool_first", tables.judge_pool_first),
+        ("parts", parts),
+    ):  # fmt: skip
+        setattr(block, name, array.ctypes.data)
+    unit.work_judge(ctypes.byref(block), 1)
+    judged = counts[:, tables.judge_groups]
+    offered = (judged * np.array(tables.judge_weights)[None, :, None]).sum(1) <= most
+    assert offered.any()
+    assert offered.all() == (most == 1e9)
+    np.testing.assert_array_equal(slots["head"] >= 0, np.repeat(offered[:, None], judges, 1))
+    listed = items[: queue[1]]
+    assert queue[1] == parts.sum()
+    assert items[queue[1]]["rows"] == 0
+    assert sorted(listed["partial"]) == sorted(
+        slot * JUDGE_PARTS + part
+        for slot, count in enumerate(parts.ravel())
+        for part in range(count)
+    )
+    seen: dict[int, list[range]] = {}
+    for item in listed:
+        slot, part = divmod(int(item["partial"]), JUDGE_PARTS)
+        run = sources[item["first_source"] :][: item["sources"]]
+        kinds = [int(source["tensor"]) for source in run]
+        assert (POOLED in kinds, ORIGINAL in kinds) == (part == 0, part == 0)
+        assert item["tiles"] == sum(-(-int(s["keys"]) // TILE) for s in run)
+        first = int(slots.ravel()[slot]["row_first"])
+        for source in run:
+            if source["tensor"] not in (POOLED, ORIGINAL):
+                start = int(source["first_key"]) - first
+                seen.setdefault(slot, []).append(range(start, start + int(source["keys"])))
+    for slot, count in enumerate(judged.ravel()):
+        whole = sorted(key for run in seen.get(slot, []) for key in run)
+        assert whole == (list(range(count)) if slots.ravel()[slot]["head"] >= 0 else [])
+        sized = [len(run) for run in sorted(seen.get(slot, []), key=lambda r: r.start)]
+        assert all(size <= part_tiles * TILE for size in sized[: JUDGE_PARTS - 1])
 
 
 @pytest.mark.parametrize("far_keys", [64, 640, 4096])

@@ -1,4 +1,4 @@
-"""Rows that certify: how many, which of their errors counts, what they err by; landmarks that pay."""
+"""Rows that certify: how many, which of their errors counts; how many landmarks may pay."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from adaattn_core.policies.table import CHOICE, HEAD_MEASURES
 from adaattn_cuda.work.far import (
+    JUDGE_PARTS,
     LEVELS_MAX,
     SLOT,
     TILE,
@@ -116,7 +117,8 @@ def scratch_layout(
     if not levels:  # the items are constants
         return layout
     _add_list(layout, "exact", g.heads, g.heads * exact_tiles + 3 * blocks)
-    _add_list(layout, "landmark", g.heads, g.heads * max(g.tiles, judges * levels))
+    slots = g.heads * judges * levels
+    _add_list(layout, "landmark", g.heads, max(g.heads * g.tiles, slots * JUDGE_PARTS))
     splits = max(probe_splits(g, listed, blocks)[1] for listed in (judges, len(t.rest_groups)))
     layout.add("partial", cells * splits * columns * 8)
     layout.add("partial_weighted", cells * splits * columns * 4)
@@ -125,9 +127,10 @@ def scratch_layout(
     layout.add("codes", g.heads * g.groups * g.code_stride)
     layout.add("tile_counts", g.heads * g.groups * LEVELS_MAX * g.tiles_per_group * 4)
     layout.add("errors", g.heads * (LEVELS_MAX + 1) * 4)
-    layout.add("judge_slots", g.heads * judges * levels * SLOT.itemsize)
-    layout.add("judge_out", g.heads * judges * levels * TILE * g.dim_v * 4)
-    layout.add("judge_lse", g.heads * judges * levels * TILE * 4)
+    layout.add("judge_slots", slots * SLOT.itemsize)
+    layout.add("judge_parts", slots * 4)
+    layout.add("judge_out", slots * JUDGE_PARTS * TILE * g.dim_v * 4)
+    layout.add("judge_lse", slots * JUDGE_PARTS * TILE * 4)
     layout.add("landmark_key", landmark_rows * g.dim_qk * 2)
     layout.add("landmark_value", landmark_rows * g.dim_v * 2)
     pools = g.heads * max(t.pool_rows, t.judge_pool_rows) + TILE

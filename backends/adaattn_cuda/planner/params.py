@@ -177,7 +177,7 @@ Work = _block(
     ("sizes", Sizes),
     *_pointers(
         "groups", "judge_tiles", "judge_groups", "selections", "tile_counts", "decision",
-        "slots", "pool_first",
+        "slots", "pool_first", "parts",
     ),
     ("landmarks", List),
     ("exact", List),
@@ -185,7 +185,7 @@ Work = _block(
     *_ints("tile_stride"),
     ("most_landmarks", _f32),
     ("judge_weights", _f32 * JUDGES_MAX),
-    *_ints("section_heads"),
+    *_ints("section_heads", "part_tiles", "padding"),
 )  # fmt: skip
 ListItems = _block(
     "ListItems",
@@ -200,8 +200,9 @@ Decide = _block(
     "Decide",
     ("sizes", Sizes),
     *_pointers(
-        "groups", "judge_tiles", "judge_groups", "slots", "selections", "exact", "partial_out",
-        "stats", "sample_rows", "errors", "finished", "decision", "verdicts",
+        "groups", "judge_tiles", "judge_groups", "slots", "selections", "exact", "parts",
+        "partial_out", "partial_lse", "stats", "sample_rows", "errors", "finished", "decision",
+        "verdicts",
     ),
     ("table", ctypes.c_ubyte * TABLE.itemsize),
     ("dense_tiles", _f32),

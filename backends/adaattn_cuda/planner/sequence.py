@@ -29,6 +29,9 @@ __all__ = ["Packer"]
 
 _DRAWN, _BESIDE = 2, 1
 """Lanes beside the main one: exact rows, which the device takes up first, and what may wait."""
+_JUDGED_STRETCHES = 8
+"""Where a tile is judged, one item takes as many landmarks as this part of the keys, about what
+all of them would be worth keeping for."""
 
 
 class Packer:
@@ -227,6 +230,8 @@ class Packer:
             tile_stride=g.tiles_per_group, section_heads=g.section_heads,
             most_landmarks=most_landmarks(self.launch.table, self.launch.tables),
             judge_weights=self.launch.tables.judge_weights,
+            parts=self.at.get("judge_parts", 0),
+            part_tiles=-(-g.len_kv // (_JUDGED_STRETCHES * self.tile.tile_n)),
         )  # fmt: skip
         self._lists(
             block, "groups", "judge_tiles", "judge_groups", "selections", "decision", "kept"
@@ -366,7 +371,8 @@ class Packer:
         block = p.Decide(
             sizes=self.sizes, slots=self.at["judge_slots"], exact=self.at["exact_rows"],
             exact_stride=t.drawn_rows.shape[1], finished=self.at["judged"],
-            partial_out=self.at["judge_out"], verdicts=self.at["decisions"],
+            parts=self.at["judge_parts"], partial_out=self.at["judge_out"],
+            partial_lse=self.at["judge_lse"], verdicts=self.at["decisions"],
             dense_tiles=t.dense_tiles, near_tiles=t.near_tiles, far_tiles=t.far_tiles,
             spare_rows=spare, chunk_heads=g.chunk_heads, judge_weights=t.judge_weights,
         )  # fmt: skip

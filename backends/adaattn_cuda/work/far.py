@@ -41,6 +41,8 @@ LEVELS_MAX = 8
 """Landmark masses of a ladder: kLevelsMax."""
 JUDGES_MAX = 2
 """Tiles of a head that judge the ladder: kJudgesMax."""
+JUDGE_PARTS = 4
+"""Items at most that share the landmarks of a judged tile: kJudgeParts."""
 TILE = 128
 """Query rows of a tile, and keys of a tile of the kernels."""
 _EXACT_KEYS = 2048

@@ -28,6 +28,7 @@ using Gather = adaattn::far_gather::Traits<256>;
 using Decide = adaattn::far_decide::Traits<kFormat, 256>;
 using Certify = adaattn::far_certify::Traits<kFormat, 512>;
 using Work = adaattn::far_work::Traits<adaattn::far_work::kAttend>;
+using Judge = adaattn::far_work::Traits<adaattn::far_work::kJudge>;
 using Merge = adaattn::far_merge::Traits<kFormat, 16>;
 using Select = adaattn::far_select::Traits<256>;
 using List = adaattn::far_list::Traits<256>;
@@ -45,6 +46,9 @@ extern "C" void select_levels(const adaattn::far_select::Params* params, int blo
 extern "C" int list_bytes() { return sizeof(adaattn::far_list::Params); }
 extern "C" void work(const adaattn::far_work::Params* params, int blocks) {
     launch<Work, adaattn::far_work::Params, adaattn::far_work::run<Work>>(params, blocks);
+}
+extern "C" void work_judge(const adaattn::far_work::Params* params, int blocks) {
+    launch<Judge, adaattn::far_work::Params, adaattn::far_work::run<Judge>>(params, blocks);
 }
 extern "C" void list(const adaattn::far_list::Params* params, int blocks) {
     launch<List, adaattn::far_list::Params, adaattn::far_list::run<List>>(params, blocks);

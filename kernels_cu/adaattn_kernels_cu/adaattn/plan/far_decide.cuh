@@ -33,7 +33,9 @@ struct Params {
     const far_gather::Slot* slots;  // (batch, heads_q, judges, levels)
     const far::Selection* selections;
     const float* exact;        // (batch, heads_q, exact_stride, dim_v): the judged tiles first
-    const float* partial_out;  // (slots, tile, dim_v)
+    const i32* parts;          // (slots): items of each, whose results are joined
+    const float* partial_out;  // (slots, kJudgeParts, tile, dim_v)
+    const float* partial_lse;  // (slots, kJudgeParts, tile)
     const float4* stats;       // of the probe
     const i32* sample_rows;
     float* errors;              // (batch, heads_q, kLevelsMax + 1): of the levels, and the rms row
@@ -60,6 +62,24 @@ struct Traits {
     static constexpr int kSmemBytes = 0;
     static_assert(kThreads == kRows, "a thread a row");
 };
+
+// Weights of the parts of a row, which add up to 1: e^(l_p - l). Unset beyond `parts`.
+ADAATTN_DEVICE void weigh(const float* lse, int stride, int parts,
+                          float (&weights)[far::kJudgeParts]) {
+    float top = lse[0];
+    for (int part = 1; part < parts; ++part) top = fmaxf(top, lse[part * stride]);
+    float total = 0.0f;
+#pragma unroll
+    for (int part = 0; part < far::kJudgeParts; ++part) {
+        if (part == parts) break;
+        weights[part] = parts == 1 ? 1.0f : expf(lse[part * stride] - top);
+        total += weights[part];
+    }
+#pragma unroll
+    for (int part = 0; part < far::kJudgeParts; ++part) {
+        if (part < parts) weights[part] *= 1.0f / total;
+    }
+}
 
 // Error of one level that all but `spare_rows` of the judged rows keep, and the rms exact row; unset where it is not offered.
 template <class T>
@@ -89,14 +109,26 @@ ADAATTN_DEVICE void judge(const Params& params, int head, int level, float& erro
         if (params.judge_tiles[j] * sizes.tile + row % sizes.tile < sizes.len_q) {
             const float* exact =
                 params.exact + (static_cast<i64>(head) * params.exact_stride + row) * sizes.dim_v;
-            const float* approximate =
-                params.partial_out +
-                (static_cast<i64>((head * sizes.judges + j) * sizes.levels + level) * sizes.tile +
-                 row % sizes.tile) *
-                    sizes.dim_v;
+            const int slot = (head * sizes.judges + j) * sizes.levels + level;
+            const int parts = params.parts[slot];
+            const i64 place =
+                static_cast<i64>(slot) * far::kJudgeParts * sizes.tile + row % sizes.tile;
+            float weights[far::kJudgeParts];
+            weigh(params.partial_lse + place, sizes.tile, parts, weights);
+            const float* approximate = params.partial_out + place * sizes.dim_v;
             for (int dim = 4 * (lane % 8); dim < sizes.dim_v; dim += 32) {
                 const float4 truth = *reinterpret_cast<const float4*>(exact + dim);
-                const float4 found = *reinterpret_cast<const float4*>(approximate + dim);
+                float4 found = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+                for (int part = 0; part < far::kJudgeParts; ++part) {
+                    if (part == parts) break;
+                    const float4 own = *reinterpret_cast<const float4*>(
+                        approximate + static_cast<i64>(part) * sizes.tile * sizes.dim_v + dim);
+                    found.x = fmaf(weights[part], own.x, found.x);
+                    found.y = fmaf(weights[part], own.y, found.y);
+                    found.z = fmaf(weights[part], own.z, found.z);
+                    found.w = fmaf(weights[part], own.w, found.w);
+                }
                 const float x = found.x - truth.x;
                 const float y = found.y - truth.y;
                 const float z = found.z - truth.z;

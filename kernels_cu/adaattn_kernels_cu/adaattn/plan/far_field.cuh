@@ -16,6 +16,7 @@ constexpr int kSlotRows =
     128;  // slots of landmarks and of pools are whole key tiles: what fills them up is zero
 constexpr int kLevelsMax = 8;       // landmark masses of the ladder
 constexpr int kJudgesMax = 2;       // tiles of a head that judge the ladder
+constexpr int kJudgeParts = 4;      // items at most that share the landmarks of a judged tile
 constexpr int kCodesPerOctave = 8;  // resolution of a mass code
 constexpr float kSmallestMassLog2 = -26.0f;
 constexpr int kDenseLevel = -1;  // Decision of a head that has no far field

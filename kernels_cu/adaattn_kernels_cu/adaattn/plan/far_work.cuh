@@ -3,8 +3,9 @@
 // Algorithm    One block. 1. Slots (a group of a head at a level) get consecutive rows of the landmark buffer, by a prefix sum over
 //              their counts; what does not fit is not offered (judging) or makes its head dense (attending). Nor is a level
 //              offered that would cost too much.
-//              kJudge: 2. items of the judged tiles at every possible level, into partial slots: counted by their number of key
-//              tiles in 256 buckets, longest first; the order within a bucket is free, items do not depend on each other.
+//              kJudge: 2. items of the judged tiles at every possible level, into partial slots, up to four a slot where there are
+//              many landmarks: counted by their number of key tiles in 256 buckets, longest first; the order within a bucket
+//              is free, items do not depend on each other.
 //              kAttend: 2. heads are ranked on two lists, those that run by landmarks and those that are exact; far_list writes
 //              the items.
 // Numerics     Integers; mean landmarks in f32.
@@ -34,6 +35,7 @@ struct Params {
     far_gather::Slot*
         slots;  // kJudge: (batch, heads_q, judges, levels); kAttend: (batch, heads_q, groups)
     const i32* pool_first;  // of the same shape
+    i32* parts;             // kJudge: (batch, heads_q, judges, levels): items of a slot
     far::List landmarks;    // kJudge: its items
     far::List exact;        // kAttend
     u64* kept;              // (batch, heads_q): scores computed by landmark heads; 0 from here on
@@ -41,6 +43,8 @@ struct Params {
     float most_landmarks;  // of a far tile in the mean, above which a level is not judged
     float judge_weights[far::kJudgesMax];  // of the judged groups' landmarks in that mean
     i32 section_heads;                     // key heads whose keys and values L2 holds together
+    i32 part_tiles;  // kJudge: key tiles of landmarks of an item but a slot's last
+    i32 padding;
 };
 
 template <int kModeT>
@@ -54,6 +58,8 @@ struct Traits {
 struct Draft {
     i32 head;  // of batch * heads_q
     i32 tile;  // query tile
+    i32 part;  // the first one has pools and near field, too
+    i32 landmark_first;
     i32 landmarks;
     i32 tiles;  // key tiles; 0: no item
 };
@@ -134,20 +140,30 @@ struct Block {
         __syncthreads();
     }
 
-    ADAATTN_DEVICE Draft draft(int index) const {
+    ADAATTN_DEVICE Draft draft(int index, int part) const {
         const far::Sizes& sizes = params.sizes;
         Draft out = {index / sizes.levels / sizes.judges,
-                     params.judge_tiles[index / sizes.levels % sizes.judges], 0, 0};
+                     params.judge_tiles[index / sizes.levels % sizes.judges],
+                     part,
+                     0,
+                     0,
+                     0};
         const far_gather::Slot slot = params.slots[index];
         if (slot.head < 0) return out;  // not offered
         const int first = sizes.near_first(out.tile);
+        const int tile_n = params.landmarks.tile_n;
         const i64 row = static_cast<i64>(slot.head) * sizes.groups + slot.group;
-        out.landmarks =
+        const int all =
             params.tile_counts[(row * far::kLevelsMax + slot.level) * params.tile_stride +
                                out.tile - params.groups[slot.group].tile_first];
-        out.tiles = ceil_div(sizes.near_stop(out.tile) - first, params.landmarks.tile_n) +
-                    ceil_div(out.landmarks, params.landmarks.tile_n) +
-                    ceil_div(first / far::kPoolKeys, params.landmarks.tile_n);
+        out.landmark_first = part * params.part_tiles * tile_n;
+        const int left = larger(all - out.landmark_first, 0);
+        const bool whole = part == far::kJudgeParts - 1;  // the last part takes what is left
+        out.landmarks = whole ? left : smaller(left, params.part_tiles * tile_n);
+        out.tiles = ceil_div(out.landmarks, tile_n);
+        if (part == 0)
+            out.tiles += ceil_div(sizes.near_stop(out.tile) - first, tile_n) +
+                         ceil_div(first / far::kPoolKeys, tile_n);
         return out;
     }
 
@@ -160,11 +176,12 @@ struct Block {
         const far::Sizes& sizes = params.sizes;
         work::WorkItem item =
             far::item_of(sizes, own.head, own.tile * sizes.tile, sizes.tile, number, own.tiles);
-        item.partial = index;
-        item.sources =
-            far::sources_of(sizes, item, sizes.near_first(own.tile), sizes.near_stop(own.tile),
-                            params.pool_first[index], params.slots[index].row_first, own.landmarks,
-                            params.landmarks.sources + 3 * number);
+        item.partial = index * far::kJudgeParts + own.part;
+        const int first = own.part == 0 ? sizes.near_first(own.tile) : 0;
+        const int stop = own.part == 0 ? sizes.near_stop(own.tile) : 0;
+        item.sources = far::sources_of(sizes, item, first, stop, params.pool_first[index],
+                                       params.slots[index].row_first + own.landmark_first,
+                                       own.landmarks, params.landmarks.sources + 3 * number);
         params.landmarks.items[number] = item;
     }
 
@@ -174,8 +191,14 @@ struct Block {
         for (int i = thread; i < 256; i += T::kThreads) buckets[i] = 0;
         __syncthreads();
         for (int i = thread; i < slot_count(); i += T::kThreads) {
-            const Draft own = draft(i);
-            if (own.tiles > 0) atomicAdd(buckets + bucket(own.tiles), 1);
+            int parts = 0;
+            for (int part = 0; part < far::kJudgeParts; ++part) {
+                const Draft own = draft(i, part);
+                if (own.tiles == 0) break;
+                atomicAdd(buckets + bucket(own.tiles), 1);
+                ++parts;
+            }
+            params.parts[i] = parts;
         }
         __syncthreads();
         int total;
@@ -184,8 +207,10 @@ struct Block {
         if (thread < 256) buckets[thread] = first;
         __syncthreads();
         for (int i = thread; i < slot_count(); i += T::kThreads) {
-            const Draft own = draft(i);
-            if (own.tiles > 0) write(i, atomicAdd(buckets + bucket(own.tiles), 1), own);
+            for (int part = 0; part < params.parts[i]; ++part) {
+                const Draft own = draft(i, part);
+                write(i, atomicAdd(buckets + bucket(own.tiles), 1), own);
+            }
         }
         if (thread == 0) {
             const work::WorkItem end = {};
