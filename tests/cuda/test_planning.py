@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,12 +12,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adaattn_core.plan import HeadPlan
+from adaattn_core.policies.table import Candidate, DecisionTable
+from adaattn_core.structure import Landmark
 from adaattn_cuda.jit.compile import build
 from adaattn_cuda.kernels.shipped import budget
 from adaattn_cuda.planner import params
+from adaattn_cuda.planner.drawing import most_landmarks
 from adaattn_cuda.planner.layout import CERTIFICATE, DECISION, kept_layout, scratch_layout
 from adaattn_cuda.planner.specs import kernel_specs
-from adaattn_cuda.work.far import GROUP, POOL_KEYS, SLOT, TILE, FarGeometry, far_tables
+from adaattn_cuda.work.far import (
+    GROUP,
+    POOL_KEYS,
+    PROBE_SPLITS_MAX,
+    SLOT,
+    TILE,
+    FarGeometry,
+    far_tables,
+    probe_splits,
+)
 
 
 def geometry(**changes: Any) -> FarGeometry:
@@ -153,3 +168,66 @@ def test_records_have_the_size_of_their_twins() -> None:
     assert (GROUP.itemsize, SLOT.itemsize) == (16, 16)
     assert (DECISION.itemsize, CERTIFICATE.itemsize) == (128, 32)
     assert ctypes.sizeof(params.Sizes) == 88
+
+
+@pytest.mark.parametrize("length", [4096, 32_768])
+def test_judged_counts_stand_for_all_far_tiles(length: int) -> None:
+    """Where landmarks are a share of the far keys, that share of all far keys is expected."""
+    g = geometry(len_q=length, len_kv=length)
+    tables = far_tables(g, 3, 132, 0)
+    judged = tables.groups["far_keys"][tables.judge_groups]
+    first = g.near_first(np.arange(g.tiles))
+    expected = 0.1 * first[first > 0].mean()
+    found = sum(w * 0.1 * keys for w, keys in zip(tables.judge_weights, judged, strict=True))
+    assert found == pytest.approx(expected, rel=1e-6)
+    # Many in every group but the first ones: never more than if no group had fewer.
+    assert sum(tables.judge_weights) < 1
+
+
+def test_without_a_causal_mask_judged_groups_count_alike() -> None:
+    tables = far_tables(geometry(causal=False), 3, 132, 0)
+    assert tables.judge_weights == (0.5, 0.5)
+
+
+@settings(max_examples=40)
+@given(geometries(), st.integers(1, 40))
+def test_probing_blocks_cover_the_keys(g: FarGeometry, listed: int) -> None:
+    keys, splits = probe_splits(g, listed, 132)
+    assert keys % TILE == 0
+    assert (splits - 1) * keys < g.len_kv <= splits * keys
+    assert splits <= PROBE_SPLITS_MAX
+
+
+def test_few_groups_are_probed_by_more_blocks() -> None:
+    g = geometry(len_q=32_768, len_kv=32_768, heads_q=9, heads_kv=3)
+    blocks = [g.units * listed * probe_splits(g, listed, 132)[1] for listed in (2, 30)]
+    assert blocks[0] >= 132
+    assert blocks[1] >= 8 * g.units * 30
+
+
+def test_no_more_landmarks_are_judged_than_could_pay() -> None:
+    g = geometry(len_q=32_768, len_kv=32_768)
+    tables = far_tables(g, 1, 132, 0)
+    plan = HeadPlan(structure=Landmark(tau=0.1, group=1024, band=256, tile=128))
+    candidate = Candidate(plan, fixed=0.2, slope=1.5)
+    table = DecisionTable((candidate,), HeadPlan(), 0.06, 0.0, 0.95)
+    most = most_landmarks(table, tables)
+    share = (tables.near_tiles + tables.far_tiles * most / TILE) / tables.dense_tiles
+    assert candidate.fixed + candidate.slope * share == pytest.approx(table.worthwhile)
+    assert most_landmarks(replace(table, worthwhile=0.1), tables) == 0
+    assert np.isfinite(most_landmarks(replace(table, worthwhile=math.inf), tables))
+
+
+@pytest.mark.parametrize("heads", [1, 9])
+def test_bits_of_the_last_tile_do_not_depend_on_how_many_heads_there_are(heads: int) -> None:
+    """Its exact rows are an output, so their keys are split alike."""
+    g = geometry(heads_q=heads, heads_kv=1)
+    for tables in (far_tables(g, 2, 132, 0), far_tables(g, 0, 132, 0, given=True)):
+        assert tables.front_tiles >= 1
+        last = np.arange(g.len_q - TILE, g.len_q)
+        np.testing.assert_array_equal(tables.drawn_rows[0, :TILE], last)
+        assert (tables.exact.sources["keys"] <= 2048).all()
+        count = tables.first_partial[1]
+        own = tables.exact.sources[: int(count)]
+        assert own["keys"].tolist() == [2048] * 4
+    assert far_tables(g, 0, 132, 0).front_tiles == 0
