@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 from adaattn_core.backend import Capabilities
 from adaattn_core.budget import ErrorBudget
@@ -22,7 +22,7 @@ from adaattn_core.policies.table import DecisionTable
 from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_core.stats import HeadStats
 
-__all__ = ["Adapted", "Decides", "Repeats", "certificate_later", "compiled_for"]
+__all__ = ["Adapted", "Decides", "Repeats", "certificate_later", "compiled_for", "decides"]
 
 _TABLES_REMEMBERED = 256
 
@@ -112,6 +112,11 @@ class Repeats(Protocol):
             A reason: the plan is then run step by step.
         """
         ...
+
+
+def decides(backend: object) -> TypeGuard[Decides]:
+    """Whether a backend `Decides`; by hand, as asking the protocol takes 15 us of a call."""
+    return hasattr(backend, "adapt") and hasattr(backend, "decides")
 
 
 _tables: OrderedDict[Hashable, DecisionTable | str] = OrderedDict()

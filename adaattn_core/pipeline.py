@@ -13,10 +13,10 @@ from adaattn_core.certificates.data import Certificate
 from adaattn_core.costs import CostModel
 from adaattn_core.deciding import (
     Adapted,
-    Decides,
     Repeats,
     certificate_later,
     compiled_for,
+    decides,
 )
 from adaattn_core.errors import UnsupportedError
 from adaattn_core.escalation import Attempt, check_outcome, escalate
@@ -69,14 +69,14 @@ def run_pipeline(
         lost = left_out(problem, capabilities)
         capabilities = under_rules(problem, capabilities, backend.name)
     reason = ""
-    if ruled and budget and isinstance(backend, Decides):
+    if ruled and budget and decides(backend):
         reason = "a softcap or sinks: planning kernels know neither"
     if budget and problem.paged is None and not ruled:
         adapted: Adapted | str = ""
         if plan is not None and isinstance(backend, Repeats):
             plan.check_fits(problem)
             adapted = backend.repeat(problem, plan, budget, profile=profile)
-        elif plan is None and policy and isinstance(backend, Decides):
+        elif plan is None and policy and decides(backend):
             rules = compiled_for(problem, backend, policy, budget, costs)
             given = None if drawn else seed
             adapted = (
@@ -86,10 +86,13 @@ def run_pipeline(
             )
         if isinstance(adapted, Adapted):
             certificate = certificate_later(problem, adapted, budget)
-            known = plan or Plan(
-                {}, policy=policy.name if policy else "", target=costs.name, layer=layer
-            )
-            plan = replace(known, heads=adapted.plans, seed=adapted.seed)
+            if plan is not None:
+                plan = replace(plan, heads=adapted.plans, seed=adapted.seed)
+            else:
+                plan = Plan(
+                    adapted.plans, seed=adapted.seed, policy=policy.name if policy else "",
+                    target=costs.name, layer=layer,
+                )  # fmt: skip
             clock.lap("host_seconds")
             notes: Notes = {**clock.seconds, **adapted.notes}
             return adapted.raw, plan, certificate, ProblemStats(adapted.stats), notes

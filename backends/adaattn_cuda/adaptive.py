@@ -94,19 +94,15 @@ class AdaptiveCalls:
         profile: bool,
     ) -> Adapted | str:
         query, key, value = input_views(problem)
-        reason = refusal(problem, table, budget, query.device)
-        if reason:
-            return reason
         library = library_of(problem.query)
         shape = (*query.shape[:3], value.shape[3])
-        # The output's address is not known yet: an allocator's alignment is taken for granted.
-        layout_reason = sm90.arrays_refusal(query, key, value)
-        if layout_reason:
-            return layout_reason
         stream = library.stream(query.device)
         inputs = (query, key, value)
         decided = given.decided if given else None
-        launch, used_seed = self._launch(problem, table, budget, inputs, seed, decided, stream)
+        found = self._launch(problem, table, budget, inputs, seed, decided, stream)
+        if isinstance(found, str):
+            return found
+        launch, used_seed = found
         out, lse, written = library.outputs(shape, problem.dtype, problem.query)
         kept = library.empty((-(-launch.kept.size // 4),), "f32", problem.query)
         scratch = library.empty((-(-launch.scratch.size // 4),), "f32", problem.query)
@@ -152,11 +148,17 @@ class AdaptiveCalls:
         seed: int | None,
         decided: tuple[int, ...] | None,
         stream: int,
-    ) -> tuple[FarLaunch, int]:
-        device = arrays[0].device
+    ) -> tuple[FarLaunch, int] | str:
+        """Return the launch of such a call and its seed, or why there is none.
+
+        What a refusal depends on is part of what a launch is known by: it is asked for once.
+        """
+        device, mask = arrays[0].device, problem.mask
         known_by: Hashable = (
-            tuple(array[1:] for array in arrays),
-            (problem.mask.right, problem.mask.alignment, problem.scale),
+            tuple((array.pointer % 16, *array[1:]) for array in arrays),
+            (mask.left, mask.right, mask.alignment, mask.is_structural),
+            (mask.lengths is None, mask.cu_seqlens_q is None),
+            (problem.scale, problem.softcap, problem.sinks is None),
             table,
             (budget.rel, budget.rows, budget.confidence),
             seed,
@@ -164,6 +166,11 @@ class AdaptiveCalls:
         )
         found = self._launches.get(known_by)
         if found is None:
+            # The output's address is unknown: an allocator's alignment is taken for granted.
+            layout = sm90.arrays_refusal(*arrays)
+            reason = refusal(problem, table, budget, device) or layout
+            if reason:
+                return reason
             used = seed if seed is not None else int(np.random.default_rng().integers(2**48))
             launch = FarLaunch(
                 geometry(problem, table, budget),
