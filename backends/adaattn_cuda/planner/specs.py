@@ -99,7 +99,7 @@ def exact_tile(dim_qk: int, dim_v: int) -> Tile:
 def probe_smem(dim: int, samples: int, heads: int, kind: int, stats: int) -> int:
     """Shared memory of a probe; the kernel asserts it."""
     panels, columns = dim // 64, samples * heads
-    stages = 4 if dim <= 64 else 2
+    stages = 2 if dim > 64 else 4 if kind == 0 else 3
     barrier = -(-panels * columns * 128 // 1024) * 1024 + stages * panels * TILE * 128
     merge = barrier + -(-16 * stages // 128) * 128 + 12 * columns
     floats = (3 if stats else 2) if kind == 0 else 0

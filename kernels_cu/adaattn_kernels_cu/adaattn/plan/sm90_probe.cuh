@@ -2,7 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Algorithm    A block takes `split_keys` keys of one group of query tiles and kHeads query heads of one key head.
-//              1. s = k q^T: rows are keys, columns the sampled queries of the heads, so sums over queries stay in a thread.
+//              1. s = k q^T: rows are keys, columns the sampled queries of the heads, so sums over queries stay in a thread. Heads go one
+//                 after the other; the next one's product is computed under the exponentials.
 //              kPass 0 (lse):  2. per column the running reference and sum of 2^(c s - c r), over the keys that the row sees;
 //                              3. partial (c r, sum) of every split; the last block of a group merges them, in order of splits (sm90_probe_merge.cuh);
 //                              4. with kStats: entropy, largest weight and largest score of every column.
@@ -16,7 +17,7 @@
 //              | limits  | i32    | kColumns x 2; f32 kColumns          | none    | whole block        |
 //              | merge   | f32    | 8 warps x kColumns x 3              | none    | after the last key |
 //              Nothing is aliased.
-// Registers    Up to 240 with statistics; two blocks on a multiprocessor where kColumns <= 96.
+// Registers    Three heads: 165 with statistics, 127 without (two blocks on a multiprocessor), 76 for the mass (three).
 // Budget: registers<=255 spill_bytes=0 smem_bytes<=232448
 // Barriers     | name             | kind     | arrivals      | producer -> consumer   | phase          |
 //              | key full / empty | mbarrier | 1 + bytes / 8 | copy engine <-> warps  | count / stages |
@@ -60,13 +61,15 @@ struct Traits {
     static constexpr int kSamples = kSamplesT;
     static constexpr int kHeads = kHeadsT;
     static constexpr int kColumns = kSamples * kHeads;
+    static constexpr int kOwnScores = kSamples / 2;  // of a head and tile, in a thread
     static constexpr int kPass = kPassT;
     static constexpr bool kStats = kStatsT != 0;
     static constexpr int kTileKeys = 128;
-    static constexpr int kStages = kDimQk <= 64 ? 4 : 2;
+    // The mass pass has the registers for three blocks on a multiprocessor, and so few buffers.
+    static constexpr int kStages = kDimQk > 64 ? 2 : kPass == 0 ? 4 : 3;
     static constexpr int kConsumerWarps = 8;
     static constexpr int kAhead =
-        kStages == 4 ? 2 : 1;  // copies in flight; the spare buffer lets warps drift apart
+        kStages > 2 ? 2 : 1;  // copies in flight; the spare buffer lets warps drift apart
     static constexpr int kThreads = kConsumerWarps * kWarpThreads;
     static constexpr int kPanels = kDimQk / ptx::kPanelColumns;
     static constexpr int kSampleBytes = round_up(kPanels * kColumns * ptx::kPanelRowBytes, 1024);
@@ -181,26 +184,44 @@ struct Block {
         for (int tile = 0; tile < T::kAhead; ++tile) start_copy(tile);
     }
 
-    ADAATTN_DEVICE void scores_of(int tile, float (&scores)[T::kColumns / 2]) const {
-        start_copy(tile + T::kAhead);
-        const int stage = tile % T::kStages;
+    // One head's scores with a tile of keys, started.
+    ADAATTN_DEVICE void start_scores(int stage, int head, float (&scores)[T::kOwnScores]) const {
         const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroupThreads;
         const u64 keys = ptx::matrix_descriptor(
             smem + T::kKeyOffset + stage * T::kKeyBytes + warpgroup * 64 * ptx::kPanelRowBytes, 0);
-        const u64 samples = ptx::matrix_descriptor(smem, 0);
-        ptx::mbarrier_wait(full(stage), static_cast<u32>(tile / T::kStages) & 1u);
+        const u64 samples =
+            ptx::matrix_descriptor(smem + head * T::kSamples * ptx::kPanelRowBytes, 0);
         ptx::pin(scores);
         ptx::wgmma_fence();
 #pragma unroll
         for (int k = 0; k < T::kDimQk / 16; ++k) {
-            ptx::Wgmma<T::kFormat, T::kColumns>::ss(
+            ptx::Wgmma<T::kFormat, T::kSamples>::ss(
                 scores, ptx::advance(keys, ptx::k_slice_bytes(k, T::kTileKeys)),
                 ptx::advance(samples, ptx::k_slice_bytes(k, T::kColumns)), k != 0);
         }
         ptx::wgmma_commit();
-        ptx::wgmma_wait<0>();
-        ptx::pin(scores);
-        if (threadIdx.x % kWarpThreads == 0) ptx::mbarrier_arrive(empty(stage));
+    }
+
+    // Calls `take(head, scores)` for every head's scores with a tile; the next head's are computed meanwhile.
+    template <class Take>
+    ADAATTN_DEVICE void for_scores(int tile, const Take& take) const {
+        start_copy(tile + T::kAhead);
+        const int stage = tile % T::kStages;
+        ptx::mbarrier_wait(full(stage), static_cast<u32>(tile / T::kStages) & 1u);
+        float scores[T::kHeads > 1 ? 2 : 1][T::kOwnScores];
+        start_scores(stage, 0, scores[0]);
+#pragma unroll
+        for (int h = 0; h < T::kHeads; ++h) {
+            if (h + 1 < T::kHeads) {
+                start_scores(stage, h + 1, scores[(h + 1) % 2]);
+                ptx::wgmma_wait<1>();
+            } else {
+                ptx::wgmma_wait<0>();
+                if (threadIdx.x % kWarpThreads == 0) ptx::mbarrier_arrive(empty(stage));
+            }
+            ptx::pin(scores[h % 2]);
+            take(h, scores[h % 2]);
+        }
     }
 
     // First of this thread's two keys within a tile; the other is 8 further on.
@@ -210,11 +231,11 @@ struct Block {
         return warp * 16 + lane / 4;
     }
 
-    // Hides keys at or beyond a column's limit. Call only where some limit lies inside the tile.
-    ADAATTN_DEVICE void hide(float (&scores)[T::kColumns / 2], int key) const {
+    // Hides keys at or beyond a sample's limit, which is alike for every head. Call only where some limit lies inside the tile.
+    ADAATTN_DEVICE void hide(float (&scores)[T::kOwnScores], int key) const {
         const int column = 2 * (static_cast<int>(threadIdx.x) % 4);
 #pragma unroll
-        for (int j = 0; j < T::kColumns / 8; ++j) {
+        for (int j = 0; j < T::kSamples / 8; ++j) {
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 const int stop = stops()[8 * j + column + e];
@@ -241,45 +262,49 @@ struct Block {
         }
         constexpr float kSlack =
             T::kStats ? 0.0f : 8.0f;  // without slack the reference is the largest score
+        constexpr int kHeadOwn = T::kSamples / 4;
         for (int tile = 0; tile < tiles; ++tile) {
-            float scores[T::kColumns / 2];
-            scores_of(tile, scores);
             const int tile_first = key_first + tile * T::kTileKeys;
-            if (tile_first + T::kTileKeys > first_stop()) hide(scores, tile_first + own_key());
-            bool grown = false;
+            const bool cut = tile_first + T::kTileKeys > first_stop();
+            for_scores(tile, [&](int h, float (&scores)[T::kOwnScores]) {
+                if (cut) hide(scores, tile_first + own_key());
+                bool grown = false;
 #pragma unroll
-            for (int i = 0; i < T::kColumns / 2; ++i) scores[i] *= c;
+                for (int i = 0; i < T::kOwnScores; ++i) scores[i] *= c;
 #pragma unroll
-            for (int i = 0; i < kOwn; ++i) {
-                const int at = 4 * (i / 2) + i % 2;
-                const float high = fmaxf(scores[at], scores[at + 2]);
-                grown |= high > reference[i] + kSlack;
-            }
-            if (__any_sync(kFullWarp, grown)) {
-#pragma unroll
-                for (int i = 0; i < kOwn; ++i) {
+                for (int i = 0; i < kHeadOwn; ++i) {
                     const int at = 4 * (i / 2) + i % 2;
-                    const float next = fmaxf(reference[i], fmaxf(scores[at], scores[at + 2]));
-                    const float factor =
-                        next == reference[i] ? 1.0f : ptx::exp2_approx(reference[i] - next);
-                    reference[i] = next;
-                    sum[i] *= factor;
-                    if constexpr (T::kStats) weighted[i] *= factor;
+                    const float high = fmaxf(scores[at], scores[at + 2]);
+                    grown |= high > reference[h * kHeadOwn + i] + kSlack;
                 }
-            }
+                if (__any_sync(kFullWarp, grown)) {
 #pragma unroll
-            for (int i = 0; i < kOwn; ++i) {
-                const int at = 4 * (i / 2) + i % 2;
-                const float shift = reference[i] == -ptx::infinity() ? 0.0f : reference[i];
-                const float first = ptx::exp2_approx(scores[at] - shift);
-                const float second = ptx::exp2_approx(scores[at + 2] - shift);
-                sum[i] += first + second;
-                if constexpr (T::kStats) {
-                    // A hidden score is -inf and weighs nothing: keep 0 * inf out of the sum.
-                    weighted[i] += (first > 0.0f ? first * scores[at] : 0.0f) +
-                                   (second > 0.0f ? second * scores[at + 2] : 0.0f);
+                    for (int i = 0; i < kHeadOwn; ++i) {
+                        const int at = 4 * (i / 2) + i % 2;
+                        const int own = h * kHeadOwn + i;
+                        const float next = fmaxf(reference[own], fmaxf(scores[at], scores[at + 2]));
+                        const float factor =
+                            next == reference[own] ? 1.0f : ptx::exp2_approx(reference[own] - next);
+                        reference[own] = next;
+                        sum[own] *= factor;
+                        if constexpr (T::kStats) weighted[own] *= factor;
+                    }
                 }
-            }
+#pragma unroll
+                for (int i = 0; i < kHeadOwn; ++i) {
+                    const int at = 4 * (i / 2) + i % 2;
+                    const int own = h * kHeadOwn + i;
+                    const float shift = reference[own] == -ptx::infinity() ? 0.0f : reference[own];
+                    const float first = ptx::exp2_approx(scores[at] - shift);
+                    const float second = ptx::exp2_approx(scores[at + 2] - shift);
+                    sum[own] += first + second;
+                    if constexpr (T::kStats) {
+                        // A hidden score is -inf and weighs nothing: keep 0 * inf out of the sum.
+                        weighted[own] += (first > 0.0f ? first * scores[at] : 0.0f) +
+                                         (second > 0.0f ? second * scores[at + 2] : 0.0f);
+                    }
+                }
+            });
         }
         // Lanes of one column differ in bits 2..4; then the eight warps meet in shared memory.
         const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
@@ -312,40 +337,36 @@ struct Block {
         const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
         const int far_keys = params.groups[group].far_keys;
         for (int tile = 0; tile < tiles; ++tile) {
-            float scores[T::kColumns / 2];
-            scores_of(tile, scores);
             const int tile_first = key_first + tile * T::kTileKeys;
             const int key = tile_first + own_key();
-            if (tile_first + T::kTileKeys > first_stop()) hide(scores, key);
-            // Log2 of the weights; where none of a warp's could leave code 0, no exponential is taken.
-            float highest = -ptx::infinity();
+            const bool cut = tile_first + T::kTileKeys > first_stop();
+            for_scores(tile, [&](int h, float (&scores)[T::kOwnScores]) {
+                if (cut) hide(scores, key);
+                // Log2 of the weights; where none of a warp's could leave code 0, no exponential is taken.
+                float highest = -ptx::infinity();
 #pragma unroll
-            for (int j = 0; j < T::kColumns / 8; ++j) {
-                const float2 shift =
-                    *reinterpret_cast<const float2*>(lse() + 8 * j + 2 * (lane % 4));
+                for (int i = 0; i < T::kSamples / 8; ++i) {
+                    const float2 shift = *reinterpret_cast<const float2*>(lse() + h * T::kSamples +
+                                                                          8 * i + 2 * (lane % 4));
 #pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    float& low = scores[4 * j + 2 * r];
-                    float& high = scores[4 * j + 2 * r + 1];
-                    low = fmaf(low, c, -shift.x);
-                    high = fmaf(high, c, -shift.y);
-                    highest = fmaxf(highest, fmaxf(low, high));
+                    for (int r = 0; r < 2; ++r) {
+                        float& low = scores[4 * i + 2 * r];
+                        float& high = scores[4 * i + 2 * r + 1];
+                        low = fmaf(low, c, -shift.x);
+                        high = fmaf(high, c, -shift.y);
+                        highest = fmaxf(highest, fmaxf(low, high));
+                    }
                 }
-            }
-            constexpr float kNothing =
-                far::kSmallestMassLog2 - 6.0f;  // 64 such weights make the smallest mass
-            const bool something = __any_sync(kFullWarp, highest > kNothing);
-#pragma unroll
-            for (int h = 0; h < T::kHeads; ++h) {
+                constexpr float kNothing =
+                    far::kSmallestMassLog2 - 6.0f;  // 64 such weights make the smallest mass
                 float mass[2] = {0.0f, 0.0f};
-                if (something) {
+                if (__any_sync(kFullWarp, highest > kNothing)) {
 #pragma unroll
                     for (int i = 0; i < T::kSamples / 8; ++i) {
-                        const int j = h * (T::kSamples / 8) + i;
 #pragma unroll
                         for (int r = 0; r < 2; ++r) {
-                            mass[r] += ptx::exp2_approx(scores[4 * j + 2 * r]);
-                            mass[r] += ptx::exp2_approx(scores[4 * j + 2 * r + 1]);
+                            mass[r] += ptx::exp2_approx(scores[4 * i + 2 * r]);
+                            mass[r] += ptx::exp2_approx(scores[4 * i + 2 * r + 1]);
                         }
                     }
                 }
@@ -362,7 +383,7 @@ struct Block {
                             static_cast<unsigned char>(far::code_of(mass[r]));
                     }
                 }
-            }
+            });
         }
     }
 };
