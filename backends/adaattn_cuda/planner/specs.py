@@ -112,5 +112,5 @@ def row_dim(dim_qk: int, dim_v: int) -> int:
 
 
 def pool_shape(dim: int) -> int:
-    """Blocks of keys that a pooling block holds."""
-    return {64: 8, 128: 4}.get(dim, 2)
+    """Blocks of keys that a pooling block holds: so few that three share a multiprocessor."""
+    return {64: 4, 128: 2}.get(dim, 1)
