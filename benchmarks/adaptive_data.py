@@ -20,7 +20,7 @@ COVERAGE_MIN = 0.95
 PARTS = {
     "exact rows": ("exact", "merge"),
     "probes": ("probe_stats", "probe_mass", "probe_lse", "select"),
-    "gather, pool, fit": ("gather", "pool", "fit"),
+    "gather, pool, fit": ("nest", "gather", "pool", "fit"),
     "judge, decide": ("work_judge", "judge", "decide"),
     "attend": ("work_attend", "list", "attend", "attend_exact"),
     "certify, escalate": ("certify", "list_again", "escalate", "certify_again"),

@@ -71,6 +71,7 @@ def sizes(len_kv: int, **changed: int) -> Any:
 
 def test_parameter_blocks_have_the_size_of_their_twins(unit: ctypes.CDLL) -> None:
     assert unit.gather_bytes() == ctypes.sizeof(p.Gather)
+    assert unit.nest_bytes() == ctypes.sizeof(p.Nest)
     assert unit.decide_bytes() == ctypes.sizeof(p.Decide)
     assert unit.certify_bytes() == ctypes.sizeof(p.Certify)
     assert unit.work_bytes() == ctypes.sizeof(p.Work)
@@ -120,6 +121,65 @@ def test_gather_copies_the_landmarks_in_order(
         expected_value[rows.stop : first[h] + room[h]] = 0  # what fills a slot is finite
     np.testing.assert_array_equal(buffer_key, expected_key)
     np.testing.assert_array_equal(buffer_value, expected_value)
+
+
+@pytest.mark.parametrize("tiles", [12, 71, 75])
+def test_a_judged_tile_has_the_landmarks_of_every_level_in_its_first_rows(
+    unit: ctypes.CDLL, tiles: int
+) -> None:
+    """Two judged tiles, the last and one before it; of head 2 not every level is offered."""
+    rng = np.random.default_rng(tiles)
+    levels, len_kv = 3, tiles * TILE
+    size = sizes(len_kv, levels=levels, judges=2)
+    key, value = (rng.standard_normal((HEADS_KV, len_kv, DIM)).astype(np.float16) for _ in "kv")
+    codes = rng.integers(0, 256, (HEADS, 1, size.code_stride), np.uint8)
+    judge_tiles = np.array([tiles - 1, tiles - 5], np.int32)
+    stops = np.maximum(judge_tiles * TILE - 256, 0) // 64 * 64
+    groups = np.zeros(1, GROUP)
+    groups["tiles"], groups["far_keys"] = tiles, stops[0]
+    thresholds = np.array([256, 240, 150])
+    selections = np.zeros((HEADS, 1, LEVELS_MAX, 2), np.int32)
+    selections[:, 0, :levels, 0] = thresholds
+    selections[1, 0, :levels, 0] = [250, 250, 0]
+    counts = np.zeros((HEADS, 1, LEVELS_MAX, tiles), np.int32)
+    slots = np.zeros((HEADS, 2, levels), SLOT)
+    slots["head"] = np.arange(HEADS)[:, None, None]
+    slots["level"] = np.arange(levels)
+    slots["head"][2, :, 2] = slots["head"][3, 1] = -1
+    rows, expected = [], []
+    first = 128
+    for h in range(HEADS):
+        for j, (tile, stop) in enumerate(zip(judge_tiles, stops, strict=True)):
+            own, offered = codes[h, 0, :stop], slots["head"][h, j] >= 0
+            chosen = [np.flatnonzero(own >= t) for t in selections[h, 0, :levels, 0]]
+            for level in range(levels):
+                counts[h, 0, level, tile] = len(chosen[level])
+            slots["row_first"][h, j] = first
+            if not offered.any():
+                continue
+            order = [chosen[0]]
+            for fewer, more in pairwise([c for c, o in zip(chosen, offered, strict=True) if o]):
+                order.append(np.setdiff1d(more, fewer))
+            keys = np.concatenate(order)
+            room = -(-len(keys) // SLOT_ROWS) * SLOT_ROWS
+            rows.append(slice(first, first + len(keys)))
+            expected.append((h // 2, keys, room))
+            first += room
+    buffers = [np.full((first + 3, DIM), POISON, np.float16) for _ in "kv"]
+    wanted = [buffer.copy() for buffer in buffers]
+    for at, (head, keys, room) in zip(rows, expected, strict=True):
+        wanted[0][at], wanted[1][at] = key[head, keys], value[head, keys]
+        wanted[1][at.stop : at.start + room] = 0
+    block = p.Nest(sizes=size, key=rows_of(key), value=rows_of(value), tile_stride=tiles)
+    for name, array in (
+        ("groups", groups), ("judge_tiles", judge_tiles), ("codes", codes),
+        ("selections", selections), ("tile_counts", counts), ("slots", slots),
+        ("landmark_key", buffers[0]), ("landmark_value", buffers[1]),
+    ):  # fmt: skip
+        setattr(block, name, array.ctypes.data)
+    unit.nest(ctypes.byref(block), HEADS * 2 * -(-len_kv // GATHER_KEYS))
+    np.testing.assert_array_equal(buffers[0], wanted[0])
+    np.testing.assert_array_equal(buffers[1], wanted[1])
 
 
 @pytest.mark.parametrize("drawn", [59, 128, 130, 512])
@@ -398,6 +458,11 @@ def test_judged_items_share_the_landmarks_of_a_slot(
     assert offered.any()
     assert offered.all() == (most == 1e9)
     np.testing.assert_array_equal(slots["head"] >= 0, np.repeat(offered[:, None], judges, 1))
+    last = offered.sum(1) - 1  # levels share the rows of the last that is offered
+    wanted = judged[np.arange(HEADS), :, np.maximum(last, 0)] * (last >= 0)[:, None]
+    room = (-(-wanted // SLOT_ROWS) * SLOT_ROWS).ravel()
+    first = (np.cumsum(room) - room).reshape(HEADS, judges, 1)
+    assert (slots["row_first"] == first)[slots["head"] >= 0].all()
     listed = items[: queue[1]]
     assert queue[1] == parts.sum()
     assert items[queue[1]]["rows"] == 0

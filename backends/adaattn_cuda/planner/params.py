@@ -19,6 +19,7 @@ __all__ = [
     "List",
     "ListItems",
     "Merge",
+    "Nest",
     "Pool",
     "Prepare",
     "Probe",
@@ -131,6 +132,17 @@ Gather = _block(
     ("value", Rows),
     *_pointers("groups", "codes", "selections", "slots", "landmark_key", "landmark_value"),
 )
+Nest = _block(
+    "Nest",
+    ("sizes", Sizes),
+    ("key", Rows),
+    ("value", Rows),
+    *_pointers(
+        "groups", "judge_tiles", "codes", "selections", "tile_counts", "slots", "landmark_key",
+        "landmark_value",
+    ),
+    *_ints("tile_stride", "padding"),
+)  # fmt: skip
 Pool = _block(
     "Pool",
     ("sizes", Sizes),

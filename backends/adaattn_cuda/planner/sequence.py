@@ -101,9 +101,9 @@ class Packer:
 
     def _judge(self, exact: int) -> None:
         """Judge every level, and decide for every head."""
-        launch, g = self.launch, self.launch.geometry
+        launch = self.launch
         placed = self._work("work_judge", "judge_slots", "judge_pool_first")
-        gathered = self._gather("judge_slots", g.heads * launch.judges * launch.levels, placed)
+        gathered = self._nest(placed)
         self._pool("judge_slots", "judge_pool_first", launch.judges * launch.levels)
         self._fit("judge_slots", "judge_pool_first", launch.judges * launch.levels)
         self._attend("judge", "judge_out", "judge_lse", gathered)
@@ -252,6 +252,21 @@ class Packer:
         block.tile_counts = self.at.get("tile_counts", 0)
         grid = (threads + g.heads * launch.exact_tiles + LIST_THREADS - 1) // LIST_THREADS
         return self._add(name, "list", block, grid, lane, *after)
+
+    def _nest(self, placed: int) -> int:
+        """Copy the landmarks of the judged tiles, once for all levels."""
+        g = self.launch.geometry
+        block = p.Nest(
+            sizes=self.sizes, key=self._rows(self.arrays.key),
+            value=self._rows(self.arrays.value), slots=self.at["judge_slots"],
+            tile_stride=g.tiles_per_group,
+        )  # fmt: skip
+        self._set(
+            block, "groups", "judge_tiles", "codes", "selections", "tile_counts",
+            "landmark_key", "landmark_value",
+        )  # fmt: skip
+        grid = g.heads * self.launch.judges * -(-g.len_kv // GATHER_KEYS)
+        return self._add("nest", "nest", block, grid, _BESIDE, placed)
 
     def _gather(self, slots: str, count: int, placed: int) -> int:
         g = self.launch.geometry

@@ -25,7 +25,7 @@ LIST_THREADS = 256
 ROWS_MAX = 512
 """Drawn rows of a head at most: ``kRowsMax`` of far_certify.cuh."""
 GATHER_KEYS = 16 * _GATHER_THREADS
-"""Keys that one block looks for landmarks in: ``kStretch`` of far_gather.cuh."""
+"""Keys that one block looks for landmarks in: ``kStretch`` of far_gather.cuh, far_nest.cuh."""
 _PROBES = {"probe_stats": (0, 1), "probe_lse": (0, 0), "probe_mass": (1, 0)}
 """Pass and statistics of each specialisation of the probe."""
 
@@ -67,6 +67,7 @@ def kernel_specs(g: FarGeometry, dtype: str, levels: int) -> dict[str, tuple[Ker
             "attend": (attend.spec(dtype), attend.threads),
             "select": (plan("far_select", _SELECT_THREADS), _SELECT_THREADS),
             "gather": (plan("far_gather", _GATHER_THREADS), _GATHER_THREADS),
+            "nest": (plan("far_nest", _GATHER_THREADS), _GATHER_THREADS),
             "pool": (plan("far_pool", kind, pool_dim, pool_blocks, smem=pool_smem), 256),
             "fit": (plan("far_fit", kind, dim_qk, g.samples, smem=fit_smem), 128),
             "work_judge": (plan("far_work", 0), 1024),

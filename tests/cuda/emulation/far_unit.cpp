@@ -6,6 +6,7 @@
 #include "adaattn/plan/far_gather.cuh"
 #include "adaattn/plan/far_list.cuh"
 #include "adaattn/plan/far_merge.cuh"
+#include "adaattn/plan/far_nest.cuh"
 #include "adaattn/plan/far_select.cuh"
 #include "adaattn/plan/far_work.cuh"
 
@@ -24,6 +25,7 @@ void launch(const Params* params, int blocks) {
 }
 
 constexpr auto kFormat = adaattn::Format::f16;
+using Nest = adaattn::far_nest::Traits<256>;
 using Gather = adaattn::far_gather::Traits<256>;
 using Decide = adaattn::far_decide::Traits<kFormat, 256>;
 using Certify = adaattn::far_certify::Traits<kFormat, 512>;
@@ -56,6 +58,10 @@ extern "C" void list(const adaattn::far_list::Params* params, int blocks) {
 extern "C" int merge_bytes() { return sizeof(adaattn::far_merge::Params); }
 extern "C" void merge(const adaattn::far_merge::Params* params, int blocks) {
     launch<Merge, adaattn::far_merge::Params, adaattn::far_merge::run<Merge>>(params, blocks);
+}
+extern "C" int nest_bytes() { return sizeof(adaattn::far_nest::Params); }
+extern "C" void nest(const adaattn::far_nest::Params* params, int blocks) {
+    launch<Nest, adaattn::far_nest::Params, adaattn::far_nest::run<Nest>>(params, blocks);
 }
 extern "C" void gather(const adaattn::far_gather::Params* params, int blocks) {
     launch<Gather, adaattn::far_gather::Params, adaattn::far_gather::run<Gather>>(params, blocks);

@@ -2,7 +2,7 @@
 //
 // Algorithm    One block. 1. Slots (a group of a head at a level) get consecutive rows of the landmark buffer, by a prefix sum over
 //              their counts; what does not fit is not offered (judging) or makes its head dense (attending). Nor is a level
-//              offered that would cost too much.
+//              offered that would cost too much. A judged tile's levels share the rows of the last of them (far_nest).
 //              kJudge: 2. items of the judged tiles at every possible level, into partial slots, up to four a slot where there are
 //              many landmarks: counted by their number of key tiles in 256 buckets, longest first; the order within a bucket
 //              is free, items do not depend on each other.
@@ -93,15 +93,36 @@ struct Block {
     }
 
     // Landmarks of a far tile in the mean, at a level.
-    ADAATTN_DEVICE float landmarks_of(const far_gather::Slot& slot) const {
+    ADAATTN_DEVICE float landmarks_of(const far_gather::Slot& slot, int level) const {
         const far::Sizes& sizes = params.sizes;
         float mean = 0.0f;
         for (int j = 0; j < sizes.judges; ++j) {
             const i64 row = static_cast<i64>(slot.head) * sizes.groups + params.judge_groups[j];
             mean += params.judge_weights[j] *
-                    static_cast<float>(params.selections[row * far::kLevelsMax + slot.level].count);
+                    static_cast<float>(params.selections[row * far::kLevelsMax + level].count);
         }
         return mean;
+    }
+
+    // kJudge: the last level that is worth judging; below the slot's own if that one is not.
+    ADAATTN_DEVICE int last_offered(const far_gather::Slot& slot) const {
+        if (landmarks_of(slot, slot.level) > params.most_landmarks) return slot.level - 1;
+        int last = slot.level;
+        while (last + 1 < params.sizes.levels &&
+               landmarks_of(slot, last + 1) <= params.most_landmarks)
+            ++last;
+        return last;
+    }
+
+    // kJudge: landmarks before the near field of a slot's tile, at a level.
+    ADAATTN_DEVICE int tile_count(int index, int level) const {
+        const far::Sizes& sizes = params.sizes;
+        const int judge = index / sizes.levels % sizes.judges;
+        const int group = params.judge_groups[judge];
+        const i64 row =
+            static_cast<i64>(index / sizes.levels / sizes.judges) * sizes.groups + group;
+        return params.tile_counts[(row * far::kLevelsMax + larger(level, 0)) * params.tile_stride +
+                                  params.judge_tiles[judge] - params.groups[group].tile_first];
     }
 
     // Step 1.
@@ -111,6 +132,7 @@ struct Block {
         for (int first = 0; first < slot_count(); first += T::kThreads) {
             const int index = first + static_cast<int>(threadIdx.x);
             int wanted = 0;
+            bool taken = true;  // whether these rows are counted for this slot
             far_gather::Slot slot = {};
             slot.head = -1;
             if (index < slot_count()) {
@@ -121,15 +143,18 @@ struct Block {
                 } else {
                     const i64 row = static_cast<i64>(slot.head) * sizes.groups + slot.group;
                     wanted = params.selections[row * far::kLevelsMax + slot.level].count;
-                    if (T::kMode == kJudge && landmarks_of(slot) > params.most_landmarks) {
-                        wanted = 0;
-                        slot.head = -1;
+                    if constexpr (T::kMode == kJudge) {
+                        const int last = last_offered(slot);
+                        wanted = tile_count(index, last);
+                        taken = slot.level == last;
+                        if (last < slot.level) slot.head = -1;
                     }
                 }
             }
             int total;
-            slot.row_first = done + far::block_before<T::kThreads>(round_up(wanted, far::kSlotRows),
-                                                                   total, warp_sums);
+            slot.row_first =
+                done + far::block_before<T::kThreads>(taken ? round_up(wanted, far::kSlotRows) : 0,
+                                                      total, warp_sums);
             done += total;
             if (slot.head >= 0 && slot.row_first + wanted > sizes.landmark_rows) {
                 if constexpr (T::kMode == kAttend) params.decision[slot.head] = far::kDenseLevel;
@@ -152,10 +177,7 @@ struct Block {
         if (slot.head < 0) return out;  // not offered
         const int first = sizes.near_first(out.tile);
         const int tile_n = params.landmarks.tile_n;
-        const i64 row = static_cast<i64>(slot.head) * sizes.groups + slot.group;
-        const int all =
-            params.tile_counts[(row * far::kLevelsMax + slot.level) * params.tile_stride +
-                               out.tile - params.groups[slot.group].tile_first];
+        const int all = tile_count(index, slot.level);
         out.landmark_first = part * params.part_tiles * tile_n;
         const int left = larger(all - out.landmark_first, 0);
         const bool whole = part == far::kJudgeParts - 1;  // the last part takes what is left
