@@ -70,7 +70,8 @@ class BudgetPolicy:
     lams : tuple of float
         Weight thresholds of score-then-skip tried, cheapest first.
     table_taus, table_lams : tuple of float
-        The same where the policy is compiled (`compile`), which fits nothing between them.
+        The same where the policy is compiled (`compile`), which fits nothing between them. The
+        first mass leaves everything to pools: heads whose mass is everywhere may be served so.
     margin, table_margin : float
         Share of the budget that a *sampled estimate* may use up; the rest is for the
         certificate, which is an upper confidence limit and so lies above the estimate. Where
@@ -80,14 +81,15 @@ class BudgetPolicy:
         the policy is compiled, the first (on usual heads) decides whether anything is measured
         at all, and the larger of both what is taken of what was: measuring is paid for by then.
     diffuse : float
-        Relative entropy from which no far-field structure is tried: the mass is everywhere.
+        Relative entropy from which no far-field structure is tried: the mass is everywhere. A
+        compiled policy has the error of every candidate measured, and needs no such rule.
     low_rank_participation : float
         A feature rank is tried where the keys' participation ratio is below this share of dim.
     """
 
     taus: tuple[float, ...] = (0.3, 0.1, 0.02)
     lams: tuple[float, ...] = (5e-3, 2e-3, 1e-3, 5e-4)
-    table_taus: tuple[float, ...] = (0.3, 0.15, 0.07, 0.03, 0.012, 0.005, 0.002, 8e-4)
+    table_taus: tuple[float, ...] = (0.999, 0.2, 0.07, 0.03, 0.012, 0.005, 0.002, 8e-4)
     table_lams: tuple[float, ...] = (1e-2, 3e-3, 1e-3, 3e-4)
     margin: float = 0.6
     table_margin: float = 0.65
@@ -328,9 +330,8 @@ class BudgetPolicy:
         if "score_skip" in kinds:
             structures += [_score_skip(lam, context) for lam in self.table_lams]
         for structure in structures:
-            limit = self.diffuse if isinstance(structure, Landmark) else math.inf
             plan = HeadPlan(structure=structure, qk=exact, pv=exact)
-            candidates.append(compiling.priced(plan, context, entropy_below=limit))
+            candidates.append(compiling.priced(plan, context))
         return DecisionTable(
             compiling.worth_measuring(candidates, context, self.worthwhile, LANDMARK_SHARE),
             compiling.dense_fallback(context),
