@@ -23,7 +23,7 @@ PARTS = {
     "gather, pool, fit": ("nest", "gather", "pool", "fit"),
     "judge, decide": ("work_judge", "judge", "decide"),
     "attend": ("work_attend", "list", "attend", "attend_exact"),
-    "certify, escalate": ("certify", "list_again", "escalate", "certify_again"),
+    "certify, escalate": ("prove", "certify", "list_again", "escalate", "certify_again"),
 }
 """Stages of a call by what they are for; those named nowhere are `REST`."""
 REST = "rest"

@@ -103,6 +103,12 @@ class Whole:
         for index in self._heads:
             found = read.certificates[index]
             upper = float(found["upper"])
+            if found["proved"]:
+                out[index] = HeadCertificate(
+                    "worst_case", upper, rows=1.0, confidence=1.0, terms={"arithmetic": upper},
+                    nonfinite=bool(found["nonfinite"]),
+                )  # fmt: skip
+                continue
             oracle = float(found["oracle"])
             out[index] = HeadCertificate(
                 "sampled",

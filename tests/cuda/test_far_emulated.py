@@ -72,6 +72,7 @@ def sizes(len_kv: int, **changed: int) -> Any:
 def test_parameter_blocks_have_the_size_of_their_twins(unit: ctypes.CDLL) -> None:
     assert unit.gather_bytes() == ctypes.sizeof(p.Gather)
     assert unit.nest_bytes() == ctypes.sizeof(p.Nest)
+    assert unit.prove_bytes() == ctypes.sizeof(p.Prove)
     assert unit.decide_bytes() == ctypes.sizeof(p.Decide)
     assert unit.certify_bytes() == ctypes.sizeof(p.Certify)
     assert unit.work_bytes() == ctypes.sizeof(p.Work)
@@ -223,6 +224,44 @@ def test_certify_takes_the_order_statistic(unit: ctypes.CDLL, drawn: int) -> Non
     assert (verdicts["upper"] >= upper).all()
     np.testing.assert_allclose(verdicts["upper"], upper, rtol=1e-4)
     np.testing.assert_array_equal(failed, (upper > budget).astype(np.int32))
+
+
+def test_rows_are_asked_for_only_where_a_theorem_says_too_little(unit: ctypes.CDLL) -> None:
+    """One head is proved; others miss the budget, have a NaN, or norms beyond the factors."""
+    len_q, budget = 1000, 0.05
+    size = sizes(len_q)
+    squares = np.full((HEADS, -(-len_q // 16)), 16.0, np.float32)
+    squares[1] /= 100
+    norms = np.array([[2.0, 3.0], [10.0, 2e12]], np.float32)  # of values, then of keys
+    query_norms = np.array([5.0, 5.0, 5.0, np.nan], np.float32)
+    counts = np.array([2, 0, 3, 1])
+    first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    items = np.zeros(first[-1], ITEM)
+    items["head"], items["rows"] = np.repeat(np.arange(HEADS), counts), TILE
+    asked, queue = np.zeros(first[-1] + 1, ITEM), np.zeros(4, np.int32)
+    failed, verdicts = np.full(HEADS, 9, np.int32), np.zeros(HEADS, CERTIFICATE)
+    block = p.Prove(
+        sizes=size, budget=budget, value_factor=0.01, score_factor=1e-5, lost=1e-9,
+        square_stride=squares.shape[1], head_tiles=1,
+    )  # fmt: skip
+    for name, array in (
+        ("squares", squares), ("norms", norms), ("query_norms", query_norms),
+        ("failed", failed), ("verdicts", verdicts), ("items", items), ("first_item", first),
+        ("asked", asked), ("queue", queue),
+    ):  # fmt: skip
+        setattr(block, name, array.ctypes.data)
+    unit.prove(ctypes.byref(block), HEADS)
+    rms = np.sqrt(squares.sum(1, dtype=np.float64) / len_q) * (1 - 2.0**-8)
+    upper = (2.0 * (0.01 + 1e-5 * 50.0) + 1e-9) / rms[:2]
+    np.testing.assert_allclose(verdicts["upper"], [*upper, np.inf, np.inf], rtol=1e-4)
+    assert (verdicts["upper"][:2] >= upper).all()
+    np.testing.assert_allclose(verdicts["rms"], rms, rtol=1e-5)
+    assert np.isnan(verdicts["estimate"]).all()
+    assert (verdicts["proved"] == 1).all()
+    np.testing.assert_array_equal(failed, [0, 1, 1, 1])
+    assert queue.tolist() == [0, 4, 0, 0]
+    assert asked["head"][:4].tolist() == [2, 2, 2, 3]
+    assert asked[4:]["rows"].tolist() == [0, 0, 0]  # the list ends
 
 
 def test_decide_measures_the_spared_quantile(unit: ctypes.CDLL) -> None:
@@ -578,7 +617,13 @@ def test_splits_are_merged_as_if_they_were_one(unit: ctypes.CDLL) -> None:
     assert (returned[:, : 2 * TILE] == POISON).all()
     assert (squares[:, :16] == POISON).all()
     block.tail_first = -1
-    returned[...] = POISON
+    returned[...] = merged[...] = POISON
+    failed = np.array([0, 1], np.int32)
+    block.failed = failed.ctypes.data
+    unit.merge(ctypes.byref(block), len(counts) * TILE // 16)
+    assert (merged[:2] == POISON).all()
+    assert not (merged[2:] == POISON).all(axis=(1, 2)).any()
+    block.failed = 0
     unit.merge(ctypes.byref(block), len(counts) * TILE // 16)
     assert (returned == POISON).all()
     assert not (merged == POISON).all(axis=(1, 2)).any()

@@ -12,13 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adaattn_core.certificates.theorem import theorem_certificate
+from adaattn_core.facts import RunFacts
 from adaattn_core.plan import HeadPlan
 from adaattn_core.policies.table import Candidate, DecisionTable
 from adaattn_core.structure import Landmark
+from adaattn_cuda.facts import kernel_arithmetic
 from adaattn_cuda.jit.compile import build
 from adaattn_cuda.kernels.shipped import budget
 from adaattn_cuda.planner import params
-from adaattn_cuda.planner.drawing import most_landmarks
+from adaattn_cuda.planner.drawing import most_landmarks, theorem_factors
 from adaattn_cuda.planner.layout import CERTIFICATE, DECISION, kept_layout, scratch_layout
 from adaattn_cuda.planner.specs import kernel_specs
 from adaattn_cuda.work.far import (
@@ -231,3 +234,32 @@ def test_bits_of_the_last_tile_do_not_depend_on_how_many_heads_there_are(heads: 
         own = tables.exact.sources[: int(count)]
         assert own["keys"].tolist() == [2048] * 4
     assert far_tables(g, 0, 132, 0).front_tiles == 0
+
+
+@settings(max_examples=60)
+@given(
+    st.floats(-30, 30), st.floats(-30, 30), st.floats(-30, 30), st.sampled_from([0.01, 0.125]),
+    st.sampled_from(["bf16", "f16"]),
+)  # fmt: skip
+def test_factors_of_the_theorem_bound_it_everywhere(
+    value: float, query: float, key: float, scale: float, dtype: str
+) -> None:
+    """Of norms between 2^-30 and 2^30."""
+    g = geometry(len_q=16_384, len_kv=16_384, dim_v=128)
+    a, b, c = theorem_factors(g, dtype, scale)
+    norms = [2.0**x for x in (value, query, key)]
+    tiny = 2.0**-126 * math.sqrt(128)
+    facts = RunFacts(
+        keys_max=g.len_kv, value_norm_upper=norms[0], query_norm_upper=norms[1],
+        key_norm_upper=norms[2], value_residual_upper=tiny, query_residual_upper=tiny,
+        key_residual_upper=tiny, value_diameter_upper=2 * norms[0], score_residual_upper=0.0,
+        dropped_mass_upper=0.0, bias_max_abs=0.0, sink_abs=0.0, output_rms=1.0,
+        arithmetic=kernel_arithmetic(dtype, dtype, g.dim_qk, g.len_kv, 32),
+    )  # fmt: skip
+    said = theorem_certificate(
+        facts, HeadPlan(qk=dtype, pv=dtype), len_q=g.len_q, dim_qk=g.dim_qk, dim_v=g.dim_v,
+        scale=scale, dtype=dtype,
+    ).upper  # fmt: skip
+    found = norms[0] * (a + b * norms[1] * norms[2]) + c
+    assert said <= found * (1 + 2.0**-16)
+    assert found <= said * 1.01 or b * norms[1] * norms[2] > 0.1  # and it is no looser

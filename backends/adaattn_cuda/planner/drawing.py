@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from adaattn_core import bounds
 from adaattn_core.budget import ErrorBudget
+from adaattn_core.certificates.theorem import theorem_certificate
+from adaattn_core.facts import RunFacts
+from adaattn_core.plan import HeadPlan
 from adaattn_core.policies.table import DecisionTable
+from adaattn_cuda.facts import REPAIR_STEP_KEYS, kernel_arithmetic
 from adaattn_cuda.planner.specs import ROWS_MAX
 from adaattn_cuda.work.far import TILE, FarGeometry, FarTables
 
-__all__ = ["certifying_orders", "certifying_rows", "most_landmarks", "oracle_factors"]
+__all__ = [
+    "certifying_orders",
+    "certifying_rows",
+    "most_landmarks",
+    "oracle_factors",
+    "theorem_factors",
+]
 
 _TILE_ROWS, _FEW_ROWS, _LONG = 128, 256, 16_384
 _FIRST_SHARES = (0.9, 0.5)
@@ -71,3 +83,31 @@ def oracle_factors(g: FarGeometry, split_keys: int, scale: float) -> tuple[float
     truncation = 2.0**-22
     sums = (split_keys / 8 + 16) * truncation + 2.0**-16 + 2.0**-20
     return sums, (g.dim_qk / 8 + 8) * truncation * scale
+
+
+def theorem_factors(g: FarGeometry, dtype: str, scale: float) -> tuple[float, float, float]:
+    """Return what a dense row errs by: a |v| + b |v| |q| |k| + c, of the largest norms.
+
+    The theorem of a dense head (theorem 8) is that at most, wherever norms lie below 1e12: it
+    is asked at three points. Scores enter it by tanh(x / 2) <= x / 2 of something linear, and
+    norms alone, beside their product, by what underflow costs.
+    """
+    plan = HeadPlan(qk=dtype, pv=dtype)
+    said = kernel_arithmetic(dtype, dtype, g.dim_qk, g.len_kv, REPAIR_STEP_KEYS)
+    subnormal = 2.0**-126 * math.sqrt(max(g.dim_qk, g.dim_v))
+
+    def error(value: float, norm: float) -> float:
+        facts = RunFacts(
+            keys_max=g.len_kv, query_norm_upper=norm, key_norm_upper=norm,
+            value_norm_upper=value, query_residual_upper=subnormal,
+            key_residual_upper=subnormal, value_residual_upper=subnormal,
+            value_diameter_upper=2 * value, score_residual_upper=0.0, dropped_mass_upper=0.0,
+            bias_max_abs=0.0, sink_abs=0.0, arithmetic=said, output_rms=1.0,
+        )  # fmt: skip
+        question = {"dim_qk": g.dim_qk, "dim_v": g.dim_v, "scale": scale, "dtype": dtype}
+        return theorem_certificate(facts, plan, len_q=g.len_q, **question).upper
+
+    lost = error(2.0**-60, 0.0)
+    still, moved = error(1.0, 0.0), error(1.0, 1.0)
+    slack = 1e-18  # of underflow in scores, whose operands are as large as 1e12 here
+    return still + slack, (moved - still) * (1 + 1e-6), lost

@@ -129,6 +129,7 @@ class FarLaunch:
             dense = self.dense
             listed = exact_work(self.geometry, dense.tile_m, dense.tile_n, self.blocks)
             parts |= {
+                "exact_each": t.exact_each.tobytes(),
                 "exact_items": listed.items.tobytes(),
                 "exact_sources": listed.sources.tobytes(),
             }

@@ -32,7 +32,7 @@ DECISION = np.dtype([("measures", HEAD_MEASURES), ("choice", CHOICE)])
 CERTIFICATE = np.dtype(
     [
         ("upper", "<f4"), ("estimate", "<f4"), ("rms", "<f4"), ("oracle", "<f4"),
-        ("rounds", "<i4"), ("nonfinite", "<i4"), ("first_upper", "<f4"), ("padding", "<i4"),
+        ("rounds", "<i4"), ("nonfinite", "<i4"), ("first_upper", "<f4"), ("proved", "<i4"),
     ]
 )  # fmt: skip
 """``far_certify::Verdict``."""
@@ -107,6 +107,9 @@ def scratch_layout(
     layout.add("query_norms", g.heads * 4)
     layout.add("judged", g.heads * 4)
     layout.add("certified", 4)
+    layout.add("asked_queue", 16)
+    if not levels:
+        layout.add("asked_items", (int(t.first_partial[-1]) + 1) * ITEM.itemsize)
     layout.add("zero_end", 0)
     layout.add("drawn_query", g.heads * t.drawn_rows.shape[1] * g.dim_qk * 2)
     partials = int(t.first_partial[-1])

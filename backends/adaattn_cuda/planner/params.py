@@ -23,6 +23,7 @@ __all__ = [
     "Pool",
     "Prepare",
     "Probe",
+    "Prove",
     "Rows",
     "Select",
     "Sizes",
@@ -170,7 +171,7 @@ Merge = _block(
     *_pointers("partial_out", "partial_lse", "first_partial", "exact"),
     ("out", Rows),
     ("lse", Rows),
-    *_pointers("squares"),
+    *_pointers("squares", "failed"),
     *_ints(
         "tiles", "dim_v", "head_tiles", "heads_q", "len_q", "tail_first", "square_stride",
         "padding",
@@ -182,7 +183,7 @@ Prepare = _block(
     ("query", Rows),
     ("arrays", Rows * 2),
     *_pointers("drawn_rows", "drawn_query", "norms", "query_norms"),
-    *_ints("drawn", "copy_blocks", "stretches", "stretch_rows"),
+    *_ints("drawn", "copy_blocks", "stretches", "stretch_rows", "queries", "padding"),
 )
 Work = _block(
     "Work",
@@ -234,10 +235,20 @@ Certify = _block(
     ("sum_factor", _f32),
     ("score_factor", _f32),
     *_ints(
-        "drawn", "drawn_stride", "drawn_first", "square_stride", "padding", "order", "second",
+        "drawn", "drawn_stride", "drawn_first", "square_stride", "unproved", "order", "second",
         "section_heads",
     ),
     ("again", List),
     *_pointers("finished"),
+)  # fmt: skip
+Prove = _block(
+    "Prove",
+    ("sizes", Sizes),
+    *_pointers(
+        "squares", "norms", "query_norms", "failed", "verdicts", "items", "first_item", "asked",
+        "queue",
+    ),
+    *((name, _f32) for name in ("budget", "value_factor", "score_factor", "lost")),
+    *_ints("square_stride", "head_tiles"),
 )  # fmt: skip
 assert MAX_CANDIDATES >= LEVELS_MAX

@@ -10,7 +10,7 @@ from adaattn_cuda.device import driver
 from adaattn_cuda.device.lanes import Step
 from adaattn_cuda.kernels import sm90_attn_fwd_f16 as sm90
 from adaattn_cuda.planner import params as p
-from adaattn_cuda.planner.drawing import most_landmarks, oracle_factors
+from adaattn_cuda.planner.drawing import most_landmarks, oracle_factors, theorem_factors
 from adaattn_cuda.planner.layout import square_stride
 from adaattn_cuda.planner.specs import (
     GATHER_KEYS,
@@ -58,11 +58,12 @@ class Packer:
         launch = self.launch
         zero = self._zero()
         if not launch.levels:  # nothing is planned, and there is no safer plan to escalate to
-            copied = self._copy(0)
-            exact = self._exact(_DRAWN, copied)
-            norms = self._norms(_BESIDE, zero)
+            copied = self._copy(_BESIDE, zero)
+            norms = self._norms(_BESIDE)
             self._attend_exact("attend_exact")
-            self._certify(exact, norms, second=False)
+            self._prove(copied, norms)
+            self._exact(0)  # and what follows: only if some head was not proved
+            self._certify(second=False)
             return self.out
         self._copy(_DRAWN, zero)
         exact = self._exact(_DRAWN)
@@ -170,15 +171,19 @@ class Packer:
         return self._add("copy", "prepare", block, blocks, lane, *after)
 
     def _norms(self, lane: int, *after: int) -> int:
-        """Find the largest norms of keys and values."""
+        """Find the largest norms of keys and values; of queries where nothing is planned."""
         g = self.launch.geometry
         stretch = 256
         stretches = -(-g.len_kv // stretch)
+        queries = not self.launch.levels  # theorems speak about all rows
+        if queries:
+            stretches = max(stretches, -(-g.len_q // stretch))
         block = p.Prepare(sizes=self.sizes, stretches=stretches, stretch_rows=stretch)
+        block.query, block.queries = self._rows(self.arrays.query), int(queries)
         block.arrays[0] = self._rows(self.arrays.value)
         block.arrays[1] = self._rows(self.arrays.key)
-        self._set(block, "norms")
-        grid = 2 * g.batch * g.heads_kv * stretches
+        self._set(block, "norms", "query_norms")
+        grid = (2 * g.batch * g.heads_kv + (g.heads if queries else 0)) * stretches
         return self._add("norms", "prepare", block, grid, lane, *after)
 
     def _probe(self, kernel: str, listed: tuple[int, int], decision: int) -> None:
@@ -364,6 +369,10 @@ class Packer:
         block.items, block.sources = t.exact.addresses(self.at["exact"])
         block.rounds = t.exact.rounds
         block.row_stops = self.at["drawn_stops"]
+        asked = not launch.levels  # only rows of heads that no theorem serves
+        if asked:
+            block.items, block.queue = self.at["asked_items"], self.at["asked_queue"]
+            block.rounds = 2**31 - 1
         block.partial_out, block.partial_lse = self.at["exact_out"], self.at["exact_lse"]
         self._add("exact", "exact", block, t.exact.grid, lane, *after)
         tiles = t.drawn_rows.size // TILE
@@ -372,6 +381,7 @@ class Packer:
             len_q=g.len_q, square_stride=square_stride(g), out=self._rows(self.arrays.out),
             lse=self._rows(self.arrays.lse),
             tail_first=(g.tiles - 1) * TILE if launch.tail else -1,
+            failed=self.at["failed"] if asked else 0,
         )  # fmt: skip
         merged.partial_out, merged.partial_lse = self.at["exact_out"], self.at["exact_lse"]
         merged.exact = self.at["exact_rows"]
@@ -398,6 +408,21 @@ class Packer:
         )  # fmt: skip
         return self._add("decide", "decide", block, g.heads * launch.levels, 0, *after)
 
+    def _prove(self, *after: int) -> None:
+        """Certify heads by theorem; those it says too little of are left to drawn rows."""
+        launch = self.launch
+        g = launch.geometry
+        value, score, lost = theorem_factors(g, launch.dtype, launch.scale)
+        block = p.Prove(
+            sizes=self.sizes, verdicts=self.at["certificates"], budget=launch.budget.rel,
+            value_factor=value, score_factor=score, lost=lost, square_stride=square_stride(g),
+            head_tiles=launch.tables.drawn_rows.shape[1] // TILE,
+            items=self.at["exact_each"], first_item=self.at["first_partial"],
+            asked=self.at["asked_items"], queue=self.at["asked_queue"],
+        )  # fmt: skip
+        self._set(block, "squares", "norms", "query_norms", "failed")
+        self._add("prove", "prove", block, g.heads, 0, *after)
+
     def _certify(self, *after: int, second: bool) -> None:
         launch = self.launch
         g, t, budget = launch.geometry, launch.tables, launch.budget
@@ -410,6 +435,7 @@ class Packer:
             drawn_stride=t.drawn_rows.shape[1], drawn_first=first,
             square_stride=square_stride(g), order=launch.orders[second], second=int(second),
             section_heads=g.section_heads, finished=self.at["certified"],
+            unproved=int(not launch.levels),
         )  # fmt: skip
         if launch.levels and not second:
             block.again = self._exact_list()

@@ -47,6 +47,7 @@ def kernel_specs(g: FarGeometry, dtype: str, levels: int) -> dict[str, tuple[Ker
         "attend_exact": (dense.spec(dtype), dense.threads),
         "exact": (exact.spec(dtype), exact.threads),
         "certify": (plan("far_certify", kind, ROWS_MAX), ROWS_MAX),
+        "prove": (plan("far_prove", ROWS_MAX), ROWS_MAX),
         "work_attend": (plan("far_work", 1), 1024),
         "list": (plan("far_list", LIST_THREADS), LIST_THREADS),
     }

@@ -180,6 +180,8 @@ class FarTables:
         first is its last tile; that one alone where nothing is judged.
     exact : WorkList
         Items of these rows, split over the keys.
+    exact_each : ndarray of ITEM
+        The same items, tile by tile.
     first_partial : ndarray of int32, shape (tiles of exact rows + 1,)
         First partial result of each tile.
     dense_tiles, near_tiles, far_tiles : float
@@ -202,6 +204,7 @@ class FarTables:
     drawn_stops: NDArray[np.int32]
     front_tiles: int
     exact: WorkList
+    exact_each: NDArray[np.void]
     first_partial: NDArray[np.int32]
     dense_tiles: float
     near_tiles: float
@@ -243,7 +246,7 @@ def far_tables(
     front = judge_tiles if levels else judge_tiles[: int(given and g.causal)]
     drawn = _exact_rows(g, front, seed)
     stops = g.visible(drawn.astype(np.int64)).astype(np.int32)
-    exact, first_partial = _exact_work(g, stops, blocks, planned=bool(levels) or given)
+    exact, each, first_partial = _exact_work(g, stops, blocks, planned=bool(levels) or given)
     tile = np.arange(g.tiles, dtype=np.int64)
     first, stop = g.near_first(tile), g.near_stop(tile)
     near = -(-(stop - first) // TILE) + -(-(first // POOL_KEYS) // TILE)
@@ -261,6 +264,7 @@ def far_tables(
         drawn_stops=stops,
         front_tiles=len(front),
         exact=exact,
+        exact_each=each,
         first_partial=first_partial,
         dense_tiles=float((-(-stop // TILE)).sum()),
         near_tiles=float(near.sum()),
@@ -314,8 +318,10 @@ def _exact_rows(g: FarGeometry, judge_tiles: NDArray[np.int32], seed: int) -> ND
 
 def _exact_work(
     g: FarGeometry, stops: NDArray[np.int32], blocks: int, *, planned: bool
-) -> tuple[WorkList, NDArray[np.int32]]:
+) -> tuple[WorkList, NDArray[np.void], NDArray[np.int32]]:
     """Items of the exact rows: every tile of them over stretches of keys, partial results.
+
+    Returns them dealt to blocks, then one by one, and the first of every tile.
 
     Where landmarks may run some rows are an output, whose bits must not depend on how many
     heads there are: stretches of one length then.
@@ -354,7 +360,7 @@ def _exact_work(
     dealt = np.zeros((max(len(c) for c in columns), len(columns)), ITEM)
     for block, column in enumerate(columns):
         dealt[: len(column), block] = items[order[column]]
-    return WorkList(dealt, sources), first_partial
+    return WorkList(dealt, sources), items, first_partial
 
 
 def probe_splits(g: FarGeometry, listed: int, blocks: int) -> tuple[int, int]:

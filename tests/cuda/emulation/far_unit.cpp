@@ -7,6 +7,7 @@
 #include "adaattn/plan/far_list.cuh"
 #include "adaattn/plan/far_merge.cuh"
 #include "adaattn/plan/far_nest.cuh"
+#include "adaattn/plan/far_prove.cuh"
 #include "adaattn/plan/far_select.cuh"
 #include "adaattn/plan/far_work.cuh"
 
@@ -25,6 +26,7 @@ void launch(const Params* params, int blocks) {
 }
 
 constexpr auto kFormat = adaattn::Format::f16;
+using Prove = adaattn::far_prove::Traits<512>;
 using Nest = adaattn::far_nest::Traits<256>;
 using Gather = adaattn::far_gather::Traits<256>;
 using Decide = adaattn::far_decide::Traits<kFormat, 256>;
@@ -58,6 +60,10 @@ extern "C" void list(const adaattn::far_list::Params* params, int blocks) {
 extern "C" int merge_bytes() { return sizeof(adaattn::far_merge::Params); }
 extern "C" void merge(const adaattn::far_merge::Params* params, int blocks) {
     launch<Merge, adaattn::far_merge::Params, adaattn::far_merge::run<Merge>>(params, blocks);
+}
+extern "C" int prove_bytes() { return sizeof(adaattn::far_prove::Params); }
+extern "C" void prove(const adaattn::far_prove::Params* params, int blocks) {
+    launch<Prove, adaattn::far_prove::Params, adaattn::far_prove::run<Prove>>(params, blocks);
 }
 extern "C" int nest_bytes() { return sizeof(adaattn::far_nest::Params); }
 extern "C" void nest(const adaattn::far_nest::Params* params, int blocks) {

@@ -43,7 +43,7 @@ struct AttentionParams {
     const work::WorkItem* items;  // (rounds, gridDim.x)
     const work::Source* sources;  // the table that items point into
     const float* bias;            // per-key addends to the scaled scores, or null
-    work::Queue* queue;           // kAdaptive: items are taken from `items` in order; null: dealt
+    work::Queue* queue;           // of a planning kernel: items are taken in order; null: dealt
     const i32* row_stops;  // kExactRows: row r sees keys before row_stops[item.row_stops + r]
     float* partial_out;    // (partials, tile_m, dim_v) and (partials, tile_m)
     float* partial_lse;

@@ -25,7 +25,7 @@ struct SourceRun {
 template <int kRole>
 ADAATTN_DEVICE SourceRun sources_of(const AttentionParams& params, int round) {
     i64 place = static_cast<i64>(round) * gridDim.x + blockIdx.x;
-    if constexpr (kRole == kAdaptive) {
+    if constexpr (kRole != kDense) {
         if (params.queue != nullptr)
             place = smaller(atomicAdd(&params.queue->next, 1), params.queue->items);
     }

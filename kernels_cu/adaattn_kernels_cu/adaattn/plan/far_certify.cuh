@@ -28,7 +28,7 @@ struct Verdict {
     i32 rounds;      // outputs of this head that were tested
     i32 nonfinite;
     float first_upper;  // of the first output tested
-    i32 padding;
+    i32 proved;         // 1: by theorem (far_prove); nothing was drawn
 };
 
 struct Params {
@@ -48,7 +48,7 @@ struct Params {
     i32 drawn_stride;  // rows of a head in drawn_rows
     i32 drawn_first;   // the rows before it judged
     i32 square_stride;
-    i32 padding;
+    i32 unproved;       // 1: only heads that failed are tested, none of which was before
     i32 order;          // the order-th smallest error counts, from 1
     i32 second;         // 1: only heads that failed are tested, again
     i32 section_heads;  // key heads whose keys and values L2 holds together
@@ -172,6 +172,7 @@ ADAATTN_DEVICE void test(const Params& params, int head) {
     verdict.rms = rms;
     verdict.oracle = oracle / rms;
     verdict.nonfinite = nonfinite;
+    verdict.proved = 0;
     params.failed[head] = !(upper <= params.budget);
 }
 
@@ -180,7 +181,7 @@ ADAATTN_DEVICE void run(const Params& params) {
     __shared__ int space[T::kWarps];
     __shared__ bool last;
     const int head = static_cast<int>(blockIdx.x);
-    if (params.second && params.failed[head] == 0) return;
+    if ((params.second || params.unproved) && params.failed[head] == 0) return;
     test<T>(params, head);
     if (params.again.places == nullptr) return;
     if (threadIdx.x == 0) {

@@ -23,8 +23,9 @@ struct Params {
     const i32* first_partial;  // (tiles + 1): of the splits of a tile of rows
     float* exact;              // (tiles, 128, dim_v)
     far::Rows out;
-    far::Rows lse;   // f32, in units of its elements
-    float* squares;  // (batch, heads_q, square_stride): sums of squares of 16 rows each
+    far::Rows lse;      // f32, in units of its elements
+    float* squares;     // (batch, heads_q, square_stride): sums of squares of 16 rows each
+    const i32* failed;  // (batch, heads_q): heads of 0 are passed over; null: none is
     i32 tiles;
     i32 dim_v;
     i32 head_tiles;  // of a head: consecutive
@@ -53,6 +54,7 @@ ADAATTN_DEVICE void run(const Params& params) {
     const int index = static_cast<int>(blockIdx.x) * T::kWarps + warp;
     const int tile = index / kTile;
     const int row = index % kTile;
+    if (params.failed != nullptr && params.failed[tile / params.head_tiles] == 0) return;
     const int first = params.first_partial[tile];
     const int stop = params.first_partial[tile + 1];
     float top = -ptx::infinity();

@@ -2,7 +2,7 @@
 // bound what exact rows may themselves err by. SPDX-License-Identifier: Apache-2.0
 //
 // Algorithm    The first blocks copy the drawn query rows of every head to a compact array; the others take stretches of
-//              values, then of keys. The norm of every row, scaled where its square would under- or overflow, goes to a maximum per head by
+//              values, then of keys, then of queries where all of these count. The norm of every row, scaled where its square would under- or overflow, goes to a maximum per head by
 //              atomicMax on the bits.
 // Numerics     Norms in f32, rounded up by 2^-20; NaN counts as the largest. Zero rows make every warp of theirs go twice.
 // Tiles        256 threads, a warp a row.
@@ -24,11 +24,13 @@ struct Params {
     const i32* drawn_rows;  // (batch, heads_q, drawn)
     u16* drawn_query;       // (batch, heads_q, drawn, dim_qk)
     u32* norms;             // (2, batch, heads_kv): bits of the largest |v| and |k|
-    u32* query_norms;       // (batch, heads_q): of the drawn rows
+    u32* query_norms;       // (batch, heads_q): of the drawn rows, or of all
     i32 drawn;
     i32 copy_blocks;  // blocks that copy; the rest measure
-    i32 stretches;    // measuring blocks of one key head
+    i32 stretches;    // measuring blocks of one head
     i32 stretch_rows;
+    i32 queries;  // 1: all queries are measured, too
+    i32 padding;
 };
 
 template <Format kFormatT, int kDimT, int kThreadsT>
@@ -116,11 +118,13 @@ ADAATTN_DEVICE void run(const Params& params) {
     }
     const int heads = sizes.batch * sizes.heads_kv;
     const int unit = (block - params.copy_blocks) / params.stretches;
-    const int head = unit % heads;
-    const far::Rows& array = params.arrays[unit / heads];
+    const bool of_query = unit >= 2 * heads;
+    const int head = of_query ? unit - 2 * heads : unit % heads;
+    const int heads_each = of_query ? sizes.heads_q : sizes.heads_kv;
+    const far::Rows& array = of_query ? params.query : params.arrays[unit / heads];
     const int dim = unit < heads ? sizes.dim_v : sizes.dim_qk;
     const int first = (block - params.copy_blocks) % params.stretches * params.stretch_rows;
-    const int stop = smaller(first + params.stretch_rows, sizes.len_kv);
+    const int stop = smaller(first + params.stretch_rows, of_query ? sizes.len_q : sizes.len_kv);
     float largest = 0.0f;
     constexpr int kAhead = 4;  // rows in flight a thread
     for (int row = first; row < stop; row += kAhead * kBlockRows) {
@@ -131,7 +135,7 @@ ADAATTN_DEVICE void run(const Params& params) {
             words[i] = nothing;
             if (own < stop && 8 * piece < dim) {
                 words[i] = __ldg(reinterpret_cast<const uint4*>(
-                                     array.at(head / sizes.heads_kv, head % sizes.heads_kv, own)) +
+                                     array.at(head / heads_each, head % heads_each, own)) +
                                  piece);
             }
         }
@@ -146,7 +150,7 @@ ADAATTN_DEVICE void run(const Params& params) {
         const float other = __shfl_xor_sync(kFullWarp, largest, step);
         largest = other > largest || other != other ? other : largest;
     }
-    if (lane == 0) raise(params.norms + unit, largest);
+    if (lane == 0) raise(of_query ? params.query_norms + head : params.norms + unit, largest);
 }
 
 }  // namespace adaattn::far_prepare
