@@ -27,7 +27,7 @@ from adaattn_cuda.work.far import TILE, FarGeometry, exact_work, far_tables
 
 __all__ = ["FarArrays", "FarLaunch"]
 
-_LANDMARK_SHARE = 0.1
+_LANDMARK_SHARE = 0.16
 """Room for landmarks over the keys, on average over groups and heads."""
 _LANDMARK_ROWS_LEAST, _LANDMARK_BYTES_MOST = 2048, 6 << 30
 """Rows of a group that there is room for in any case; bytes of the buffer at most."""
