@@ -45,6 +45,8 @@ JUDGE_PARTS = 4
 """Items at most that share the landmarks of a judged tile: kJudgeParts."""
 TILE = 128
 """Query rows of a tile, and keys of a tile of the kernels."""
+_EXACT_BLOCKS = 0.75
+"""Part of the multiprocessors that exact rows take, whole ones, while levels are judged."""
 _EXACT_KEYS = 2048
 """Keys that one block sums for exact rows: the bound of their error grows with it."""
 _PROBE_SPLITS, PROBE_SPLITS_MAX = 8, 32
@@ -356,6 +358,8 @@ def _exact_work(
     sources["first_bias"] = NO_BIAS
     items["tiles"] = -(-sources["keys"] // TILE)
     order = np.argsort(-items["tiles"], kind="stable")
+    if planned:  # probes and what follows them run on the other multiprocessors meanwhile
+        blocks = max(1, int(blocks * _EXACT_BLOCKS))
     columns = deal(items["tiles"][order] + 1.0, min(blocks, len(items)))
     dealt = np.zeros((max(len(c) for c in columns), len(columns)), ITEM)
     for block, column in enumerate(columns):
