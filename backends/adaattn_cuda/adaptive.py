@@ -94,15 +94,14 @@ class AdaptiveCalls:
         profile: bool,
     ) -> Adapted | str:
         query, key, value = input_views(problem)
-        library = library_of(problem.query)
-        shape = (*query.shape[:3], value.shape[3])
-        stream = library.stream(query.device)
         inputs = (query, key, value)
         decided = given.decided if given else None
-        found = self._launch(problem, table, budget, inputs, seed, decided, stream)
+        found = self._launch(problem, table, budget, inputs, seed, decided)
         if isinstance(found, str):
             return found
         launch, used_seed = found
+        library = library_of(problem.query)
+        stream, shape = library.stream(query.device), (*query.shape[:3], value.shape[3])
         out, lse, written = library.outputs(shape, problem.dtype, problem.query)
         kept = library.empty((-(-launch.kept.size // 4),), "f32", problem.query)
         scratch = library.empty((-(-launch.scratch.size // 4),), "f32", problem.query)
@@ -147,7 +146,6 @@ class AdaptiveCalls:
         arrays: tuple[ArrayView, ...],
         seed: int | None,
         decided: tuple[int, ...] | None,
-        stream: int,
     ) -> tuple[FarLaunch, int] | str:
         """Return the launch of such a call and its seed, or why there is none.
 
@@ -180,7 +178,7 @@ class AdaptiveCalls:
                 budget,
                 used,
                 device,
-                stream,
+                library_of(problem.query).stream(device),
                 decided,
             )
             found = launch, used
