@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ from adaattn_core.mask import Mask
 from adaattn_core.paged import HOLE, PagedKV, wide_entry
 from adaattn_core.pages import Pages, quantise_pages
 from adaattn_core.problem import AttentionProblem
+from adaattn_core.testing.oracles import ExactAttention, exact_attention
 
 Send = Callable[[NDArray[Any]], Any]
 SPARE_PAGES = 2
@@ -37,6 +38,9 @@ class PagedSpec:
         Whether the rows are those of the newest keys.
     skew : float
         Factor on the scores of every eighth key: attention that is not diffuse.
+    peak : float
+        How far a row leans towards the newest key of its sequence: above 0 its scores have a
+        peak there, and other pages matter little.
     order : int
         Seed of where pages lie; `seed` is that of what is on them.
     """
@@ -53,6 +57,7 @@ class PagedSpec:
     narrow: str = ""
     causal: bool = False
     skew: float = 1.0
+    peak: float = 0.0
     seed: int = 0
     order: int = 0
 
@@ -70,11 +75,15 @@ class PagedSpec:
     def arrays(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
         """Query, key and value; keys from a sequence's own position 0 on."""
         longest = max(self.lengths)
-        return (
-            self._dense(0, self.heads_kv * self.group, self.len_q, self.dim_qk),
-            self._dense(1, self.heads_kv, longest, self.dim_qk),
-            self._dense(2, self.heads_kv, longest, self.dim_v),
-        )
+        query = self._dense(0, self.heads_kv * self.group, self.len_q, self.dim_qk)
+        key = self._dense(1, self.heads_kv, longest, self.dim_qk)
+        if self.peak:
+            for b, stop in enumerate(self.lengths):
+                newest = key[b, :, max(stop - 1, 0)].astype(np.float64)
+                newest[:, ::3] -= 4  # what all keys have in common
+                leaning = np.repeat(newest, self.group, axis=0)[:, None]
+                query[b] = (query[b] + self.peak * leaning).astype(query.dtype)
+        return query, key, self._dense(2, self.heads_kv, longest, self.dim_v)
 
     @property
     def mask(self) -> Mask:
@@ -149,6 +158,25 @@ class PagedSpec:
             *wides, key_narrow=narrows[0], value_narrow=narrows[1], table=table,
             lengths=self.lengths, starts=self.starts,
         )  # fmt: skip
+
+    def stored(self, scale: float | None = None, left: int = -1) -> ExactAttention:
+        """Return exact attention of what the pages hold, rounded as it may be.
+
+        Parameters
+        ----------
+        scale : float, optional
+        left : int
+            Keys before its own that a row sees; -1: all.
+        """
+        dense = self.dense()
+        key, value = (x.astype(np.float64) for x in self.paged().gather())
+        mask = dense.mask
+        if left >= 0:
+            window = Mask.sliding_window(left, 0, "bottom_right")
+            mask = replace(window, lengths=dense.mask.lengths)
+        query = dense.query.astype(np.float64)
+        wide = replace(dense, query=query, key=key, value=value, dtype="f64", mask=mask)
+        return exact_attention(wide if scale is None else replace(wide, scale=scale))
 
     def problem(self, send: Send = lambda x: x) -> AttentionProblem:
         """Return the problem on pages."""

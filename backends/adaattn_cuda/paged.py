@@ -6,8 +6,8 @@ is dense with a threshold, so heads of both kinds run in one launch each.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any, cast
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -35,12 +35,20 @@ ROWS_MOST = 64
 """Rows of a head: a decode step, a speculative one, a short chunk."""
 
 
+class _Step(NamedTuple):
+    """What is remembered of decode steps of one kind."""
+
+    launch: Decode
+    device: int
+    shape: tuple[int, ...]
+
+
 class PagedRuns:
     """The backend's `run` for problems on pages; launches are remembered by kind."""
 
     def __init__(self) -> None:
         self._launches: Recent[Decode] = Recent(256)
-        self._steps: Recent[tuple[Decode, int]] = Recent(256)
+        self._steps: Recent[_Step] = Recent(256)
 
     def run(
         self,
@@ -73,8 +81,7 @@ class PagedRuns:
                 out, lse, written = library.outputs(shape, problem.dtype, problem.query)
                 dropped = library.empty(shape[:3], "f32", problem.query)
                 launch = self._launch(problem, kv, query, lam, stream)
-                partials = library.empty((max(launch.partial_floats, 1),), "f32", problem.query)
-                addresses = (*written, library.pointer(dropped), library.pointer(partials))
+                addresses = (*written, library.pointer(dropped))
                 launch.start(query.pointer, *addresses, pages, stream)
                 made.append(launch)
                 parts.append((lam, out, lse, dropped))
@@ -105,31 +112,25 @@ class PagedRuns:
     ) -> tuple[Any, Any, Any]:
         """See `adaattn_core.decoding.Decodes.decode`."""
         library = library_of(query)
-        shape = tuple(query.shape)
+        key, value, narrow, narrow_value = pages[:4]
+        _, heads, count = pages.table.shape
         known_by = (
-            library.layout(query), tuple(pages.table.shape[1:2]), tuple(pages.key.shape[1:]),
-            tuple(pages.value.shape[1:]), pages.format, _rounded_up(pages.keys_max), scale,
-            causal, left, lam,
+            library.layout(query), heads, key.shape, value.shape, pages.format,
+            _rounded_up(pages.keys_max), scale, causal, left, lam,
         )  # fmt: skip
         known = self._steps.get(known_by)
         if known is None:
             known = self._first_step(query, pages, scale, causal, left, lam, library)
             self._steps.put(known_by, known)
-        launch, device = known
+        launch, device, shape = known
         out, lse, written = library.outputs(shape, "", query)
         dropped = library.empty(shape[:3], "f32", query)
-        partials = library.empty((max(launch.partial_floats, 1),), "f32", query)
         pointer = library.pointer
-        key, value = (
-            (0, 0, 0, 0) if parts is None
-            else (pointer(parts[0]), pointer(parts[1]), pointer(parts[2]), pointer(parts[3]))
-            for parts in (pages.key_narrow, pages.value_narrow)
-        )  # fmt: skip
-        _, heads, count = pages.table.shape
         launch.start(
-            pointer(query), *written, pointer(dropped), pointer(partials),
+            pointer(query), *written, pointer(dropped),
             PageAddresses(
-                pointer(pages.key), pointer(pages.value), key, value, pointer(pages.table),
+                pointer(key), pointer(value), _four(pointer, narrow),
+                _four(pointer, narrow_value), pointer(pages.table),
                 (heads * count, count), pointer(pages.lengths), pointer(pages.starts),
             ),
             library.stream(device),
@@ -139,7 +140,7 @@ class PagedRuns:
     def _first_step(
         self, query: Any, pages: DevicePages, scale: float, causal: bool, left: int, lam: float,
         library: Library,
-    ) -> tuple[Decode, int]:  # fmt: skip
+    ) -> _Step:  # fmt: skip
         found = view(query)
         page_len, dim = (int(n) for n in pages.key.shape[1:])
         _check_sizes(found, found.dtype, dim, int(pages.value.shape[2]), page_len)
@@ -150,7 +151,7 @@ class PagedRuns:
             len_q, dim, page_len, _rounded_up(pages.keys_max), causal, left, scale, lam,
             found.strides, strides, found.device,
         )  # fmt: skip
-        return Decode(rows, library.stream(found.device)), found.device
+        return _Step(Decode(rows, library.stream(found.device)), found.device, found.shape)
 
     def _launch(
         self, problem: AttentionProblem, kv: PagedKV, query: Any, lam: float, stream: int
@@ -171,6 +172,18 @@ class PagedRuns:
             known = Decode(rows, stream)
             self._launches.put(rows, known)
         return known
+
+
+_NOWHERE = (0, 0, 0, 0)
+
+
+def _four(
+    pointer: Callable[[Any], int], parts: tuple[Any, ...] | None
+) -> tuple[int, int, int, int]:
+    """Addresses of the parts of narrow pages."""
+    if parts is None:
+        return _NOWHERE
+    return pointer(parts[0]), pointer(parts[1]), pointer(parts[2]), pointer(parts[3])
 
 
 def _rounded_up(keys: int) -> int:

@@ -7,8 +7,9 @@
 them: every mask and every head dim, not each with each, for the tools that take a second a
 launch; "rules": softcaps and sinks; "eight_bit": operands of 8 bits; "blocks": given block
 masks, chosen ones, landmarks by a plan, drawn rows; "backward": gradients, in any order and in
-one; "adaptive": what plans, runs and certifies a budget on the device. The figures of
-certificates are read. Nothing is compared here. Needs torch with CUDA.
+one; "decode": pages of every format and dim, read whole and in part; "adaptive": what plans,
+runs and certifies a budget on the device. The figures of certificates are read. Nothing is
+compared here. Needs torch with CUDA.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import math
 import sys
 from itertools import accumulate
 
+import ml_dtypes
 import numpy as np
 import torch
 
@@ -25,7 +27,8 @@ from adaattn_core.mask import Mask
 from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.policies import BudgetPolicy
 from adaattn_core.problem import AttentionProblem
-from adaattn_core.structure import BlockSparse, Landmark
+from adaattn_core.structure import BlockSparse, Landmark, ScoreSkip
+from adaattn_core.testing.paged import PagedSpec
 from adaattn_cuda.adaptive import LEAST_KEYS
 from adaattn_cuda.backend import CudaBackend
 
@@ -207,6 +210,34 @@ def adaptive() -> int:
     return heads
 
 
+def decode() -> int:
+    """Decode steps over pages that lie anyhow, ragged and padded; one split, and many."""
+    backend, heads = CudaBackend(), 0
+    for dim in (64, 128, 256):
+        for narrow in ("", "i8", "e4m3"):
+            for lam in (0.0, 1e-3):
+                for len_q, lengths in ((1, (1500, 90, 0)), (3, (700, 5))):
+                    spec = PagedSpec(
+                        starts=(0,) * len(lengths), lengths=lengths, heads_kv=2, group=4,
+                        len_q=len_q, page_len=128, dim_qk=dim, dim_v=dim, dtype="bf16",
+                        narrow=narrow, causal=True, peak=0.5,
+                    )  # fmt: skip
+                    problem = spec.problem(on_device)
+                    head = HeadPlan(qk="bf16", pv="bf16")
+                    if lam:
+                        head = HeadPlan(qk="bf16", pv="bf16", structure=ScoreSkip(lam=lam))
+                    raw = backend.run(problem, Plan.uniform(problem, head))
+                    heads += len(dict(raw.facts))
+    return heads
+
+
+def on_device(x: np.ndarray) -> torch.Tensor:
+    """Send an array to the device; NumPy's bf16 is a stranger to torch."""
+    if x.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(x.view(np.uint16).copy()).view(torch.bfloat16).cuda()
+    return torch.from_numpy(np.ascontiguousarray(x)).cuda()
+
+
 def main() -> None:
     """Run what the command line names and say how many heads were looked at."""
     chosen = sys.argv[1:] or ["exact", "adaptive"]
@@ -214,7 +245,7 @@ def main() -> None:
     for what in chosen:
         others = {
             "adaptive": adaptive, "backward": backward, "rules": rules, "eight_bit": eight_bit,
-            "blocks": blocks,
+            "blocks": blocks, "decode": decode,
         }  # fmt: skip
         heads += others[what]() if what in others else exact(few=what == "few")
     torch.cuda.synchronize()

@@ -44,7 +44,7 @@ def run(command: list[str], environment: dict[str, str]) -> None:
     [("memcheck", "exact"), ("racecheck", "few"), ("synccheck", "exact")]
     + [
         (tool, what)
-        for what in ("adaptive", "backward", "rules", "eight_bit", "blocks")
+        for what in ("adaptive", "backward", "rules", "eight_bit", "blocks", "decode")
         for tool in TOOLS
     ],
 )

@@ -9,13 +9,18 @@ import pytest
 
 from adaattn_cuda.jit.compile import build
 from adaattn_cuda.kernels.shipped import budget
-from adaattn_cuda.kernels.smxx_attn_decode import Params, shipped
+from adaattn_cuda.kernels.smxx_attn_decode import _ADDRESSES, Params, shipped
 from adaattn_cuda.tuning.sm80_attn_fwd import ARCHITECTURES
 from adaattn_cuda.tuning.smxx_attn_decode import (
     COLUMNS,
+    has_copy_engine,
     specialise,
     splits_for,
 )
+
+
+def test_what_a_start_changes_is_the_first_of_the_parameters() -> None:
+    assert _ADDRESSES.size == Params.query_batch.offset
 
 
 def test_parameters_have_the_kernels_size() -> None:
@@ -28,9 +33,11 @@ def test_parameters_have_the_kernels_size() -> None:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_specialisations_are_legal(arch: str, dim: int, packed: int, skip: bool) -> None:
     most = 1024 * ARCHITECTURES[arch][0]
-    s = specialise("bf16", "i8", "i8", dim, packed, skip, most)
-    assert s.stages - 1 <= (1 if skip else 2) * dim // 64, "copies run beyond the next chunk"
-    assert skip or s.stages - 1 >= dim // 64, "values of a narrow chunk do not fit"
+    s = specialise("bf16", "i8", "i8", dim, packed, skip, most, has_copy_engine(arch))
+    assert s.bulk <= has_copy_engine(arch)
+    if arch in ("sm_90a", "sm_100"):
+        assert s.bulk
+    assert s.stages >= (1 if skip else dim // 64) + s.bulk, "a ring with too few slots"
     assert s.smem_bytes <= most
     assert s.tiles * COLUMNS >= min(packed, COLUMNS)
 
@@ -55,6 +62,8 @@ def test_shipped_are_distinct() -> None:
 def test_budget_is_kept(arch: str, tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADAATTN_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("ADAATTN_QUIET", "1")
-    spec = specialise("bf16", "i8", "i8", 64, 1, False, 99 * 1024).spec(arch)
+    spec = specialise("bf16", "i8", "i8", 64, 1, False, 99 * 1024, has_copy_engine(arch)).spec(
+        arch
+    )
     built = build(spec)
     assert budget(spec).violations(built.resources, spec.smem_bytes) == []

@@ -7,6 +7,7 @@ streams, its graph captures and its memory limits.
 from __future__ import annotations
 
 import importlib
+import operator
 import sys
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol
@@ -52,6 +53,10 @@ class Library(Protocol):
 class TorchLibrary:
     """Torch tensors."""
 
+    # A C function: a decode step asks for sixteen.
+    pointer: Callable[[Any], int] = staticmethod(operator.methodcaller("data_ptr"))
+    """Address by `data_ptr`."""
+
     def __init__(self) -> None:
         self._torch = sys.modules["torch"]
         self._float32 = self._torch.float32
@@ -87,11 +92,6 @@ class TorchLibrary:
         return (
             array.shape, array.stride(), array.dtype, array.device, array.requires_grad
         )  # fmt: skip
-
-    def pointer(self, array: Any) -> int:
-        """Address by `data_ptr`."""
-        pointer: int = array.data_ptr()
-        return pointer
 
     def inputs(self, query: Any, key: Any, value: Any) -> tuple[tuple[int, int, int], Hashable]:
         """By attributes alone, the device by its number: this is on the path of every call."""

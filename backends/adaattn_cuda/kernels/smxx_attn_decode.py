@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import struct
 import threading
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from adaattn_cuda.tuning.smxx_attn_decode import (
     COLUMNS,
     STATS,
     Specialisation,
+    has_copy_engine,
     specialise,
     splits_for,
 )
@@ -23,6 +25,8 @@ from adaattn_cuda.tuning.smxx_attn_decode import (
 __all__ = ["Decode", "PageAddresses", "Params", "Rows", "shipped"]
 
 LOG2_E = 1.4426950408889634
+_ADDRESSES = struct.Struct("19Q")
+"""What a start changes: the first fields of `Params`, up to the strides."""
 
 
 class NarrowPool(ctypes.Structure):
@@ -137,8 +141,8 @@ class Decode:
 
     Attributes
     ----------
-    partial_floats : int
-        float32 numbers that a start needs as workspace.
+    workspace_bytes : int
+        Device memory of partial results.
     """
 
     def __init__(self, rows: Rows, stream: int, special: Specialisation | None = None) -> None:
@@ -148,7 +152,7 @@ class Decode:
         if special is None:
             special = specialise(
                 rows.dtype, rows.key_code, rows.value_code, rows.dim, packed, rows.lam > 0,
-                facts.smem_bytes,
+                facts.smem_bytes, has_copy_engine(facts.arch),
             )  # fmt: skip
         columns = special.tiles * COLUMNS
         row_tiles = -(-packed // columns)
@@ -157,7 +161,8 @@ class Decode:
         splits = splits_for(units, chunks, facts.multiprocessors * special.resident)
         self.special, self.splits, self._device = special, splits, rows.device
         self.name = special.spec(facts.arch).name
-        self.partial_floats = units * splits * columns * (rows.dim + STATS) if splits > 1 else 0
+        parts = units * splits * columns * (rows.dim + STATS) if splits > 1 else 0
+        self.workspace_bytes = 4 * parts
         kernel = kernel_of(special.spec(facts.arch), 32 * special.warps, stream)
         kernel.prepare(rows.device)
         self._params = Params(
@@ -171,49 +176,63 @@ class Decode:
         p.out_batch, p.out_head, p.out_row = rows.out_strides[:3]
         self._call = driver.Call(kernel, p, units * splits)
         self._units = units
-        self._arrivals: dict[int, driver.DeviceTable] = {}
+        self._scratch: dict[int, tuple[int, int]] = {}  # by stream: partial results, counters
+        self._keep: list[driver.DeviceTable] = []
         self._lock = threading.Lock()
 
     step_keys = CHUNK_KEYS
 
-    @property
-    def workspace_bytes(self) -> int:
-        """Device memory of partial results."""
-        return 4 * self.partial_floats
-
     def start(
-        self, query: int, out: int, lse: int, dropped: int, partials: int,
-        pages: PageAddresses, stream: int,
-    ) -> None:  # fmt: skip
-        """Enqueue it; `dropped` may be 0."""
+        self, query: int, out: int, lse: int, dropped: int, pages: PageAddresses, stream: int
+    ) -> None:
+        """Enqueue it; `dropped` may be 0.
+
+        Starts on one stream follow each other and share what they need besides; so do the
+        graphs that were recorded on it, wherever they are replayed.
+        """
         p = self._params
         with self._lock:  # the driver copies the parameters before a start returns
-            p.query, p.out, p.lse, p.dropped, p.partials = query, out, lse, dropped, partials
-            p.key, p.value = pages.key, pages.value
-            for pool, where in (
-                (p.key_narrow, pages.key_narrow), (p.value_narrow, pages.value_narrow),
-            ):  # fmt: skip
-                pool.data, pool.unit, pool.centre, pool.reach = where
-            p.table, p.lengths, p.starts = pages.table, pages.lengths, pages.starts
+            _ADDRESSES.pack_into(
+                p, 0, query, out, lse, dropped, pages.key, pages.value, *pages.key_narrow,
+                *pages.value_narrow, pages.table, pages.lengths, pages.starts,
+                *(self._scratch.get(stream) or self._make_scratch(stream)),
+            )  # fmt: skip
             p.table_batch, p.table_head = pages.table_strides
-            p.arrivals = self._counters(stream)
             self._call.to(stream).start(self._device)
 
-    def _counters(self, stream: int) -> int:
-        """Counters of one stream, on which starts follow each other; every start leaves 0."""
+    def _make_scratch(self, stream: int) -> tuple[int, int]:
+        """Room of one stream for partial results, and counters: every start leaves 0."""
         if self.splits == 1:
-            return 0
-        if stream not in self._arrivals:
+            found = (0, 0)
+        else:
             refuse_capture(stream, "makes its counters")
-            self._arrivals[stream] = driver.DeviceTable(bytes(4 * self._units), self._device)
-        return self._arrivals[stream].address
+            partials = _partials_of(self._device, stream, self.workspace_bytes)
+            arrivals = driver.DeviceTable(bytes(4 * self._units), self._device)
+            self._keep += [partials, arrivals]
+            found = (partials.address, arrivals.address)
+        self._scratch[stream] = found
+        return found
+
+
+_partials: dict[tuple[int, int], driver.DeviceTable] = {}
+_partials_lock = threading.Lock()
+
+
+def _partials_of(device: int, stream: int, size_bytes: int) -> driver.DeviceTable:
+    """Room that all starts on a stream share; it grows, and launches keep the old one."""
+    with _partials_lock:
+        found = _partials.get((device, stream))
+        if found is None or found.size_bytes < size_bytes:
+            room = max(size_bytes, 2 * found.size_bytes if found else 0)
+            found = _partials[device, stream] = driver.DeviceTable(bytes(room), device)
+        return found
 
 
 def shipped(arch: str) -> list[KernelSpec]:
     """Specialisations that `adaattn warmup` and `adaattn kernels` build for an architecture."""
     smem = 1024 * ARCHITECTURES[arch][0]
     return [
-        specialise("bf16", "i8", "i8", dim, 4, skip, smem).spec(arch)
+        specialise("bf16", "i8", "i8", dim, 4, skip, smem, has_copy_engine(arch)).spec(arch)
         for dim in (64, 128)
         for skip in (False, True)
     ]

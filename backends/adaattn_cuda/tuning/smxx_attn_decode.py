@@ -16,6 +16,7 @@ __all__ = [
     "DIMS",
     "STATS",
     "Specialisation",
+    "has_copy_engine",
     "specialise",
     "splits_for",
 ]
@@ -28,8 +29,9 @@ COLUMNS = 8
 DIMS = (64, 128, 256)
 STATS = 3
 SLICE_BYTES = 4096
-HOPPER_SMEM_BYTES = 227 * 1024
 SPLITS_MAX = 256
+STAGES_MOST = {False: 5, True: 4}
+"""Slots of a warp's ring, without and with a copy engine: more only crowds the memory."""
 START_CHUNKS, MERGE_CHUNKS = 3.0, 0.02
 """Time of a block's start, and of merging one more split, in the time that a multiprocessor
 takes for 64 keys."""
@@ -47,6 +49,7 @@ class Specialisation:
     warps: int
     stages: int
     skip: bool
+    bulk: bool
 
     @property
     def resident(self) -> int:
@@ -57,17 +60,24 @@ class Specialisation:
     def smem_bytes(self) -> int:
         """Dynamic shared memory of a block: the larger of what is read and what is merged."""
         columns = self.tiles * COLUMNS
+        slots = self.warps * (self.stages + (self.dim // 32 if self.skip else 0))
+        barriers = _round_up(8 * self.warps * (self.stages + 1))
         queries = 2 * self.tiles * (self.dim // 8) * 32 * 4 + 3 * columns * 4
-        reading = -(-queries // 128) * 128 + self.warps * self.stages * SLICE_BYTES
-        merging = self.warps * columns * (self.dim + STATS) * 4
-        return max(reading, merging)
+        reading = _round_up(barriers + queries) + slots * (SLICE_BYTES + 4 * self.dim)
+        merging = barriers + self.warps * columns * (self.dim + STATS) * 4
+        of_splits = SPLITS_MAX * columns + -(-columns * STATS // 4) * 4 + 4 * 32 * self.warps
+        return max(reading, merging, barriers + 4 * of_splits)
 
     def spec(self, arch: str) -> KernelSpec:
         """Return the kernel to build."""
         codes = (f"adaattn::{STEM}::Code::{x}" for x in (self.key_code, self.value_code))
-        sizes = (self.dim, self.tiles, self.warps, self.stages, self.skip)
+        sizes = (self.dim, self.tiles, self.warps, self.stages, self.skip, self.bulk)
         traits: tuple[Trait, ...] = (f"adaattn::Format::{self.input}", *codes, *sizes)
         return KernelSpec(STEM, traits, self.smem_bytes, arch)
+
+
+def _round_up(size: int) -> int:
+    return -(-size // 128) * 128
 
 
 @cache
@@ -78,26 +88,37 @@ def specialise(
     dim: int,
     packed: int,
     skip: bool,
-    smem_bytes: int = HOPPER_SMEM_BYTES,
+    smem_bytes: int,
+    bulk: bool,
 ) -> Specialisation:
     """Specialisation for `packed` query rows per key/value head, within a block's memory.
 
-    Copies run ahead into the next chunk and never beyond it; without `skip`, the values of a
-    narrow chunk are all there at once.
+    `bulk`: whether the device has a copy engine (Hopper and newer). Without `skip`, the values
+    of a narrow chunk are all in the ring at once.
     """
     tiles = 2 if packed > COLUMNS and dim <= 128 else 1
-    slices = dim // 64
-    fewest, most = (2, 1 + slices) if skip else (1 + slices, min(5, 1 + 2 * slices))
+    fewest = (1 if skip else dim // 64) + bulk
     legal = [
         made
         for warps in (8, 4, 2)
-        for stages in range(most, fewest - 1, -1)
+        for stages in range(max(STAGES_MOST[bulk], fewest), fewest - 1, -1)
         if (
-            made := Specialisation(dtype, key_code, value_code, dim, tiles, warps, stages, skip)
+            made := Specialisation(
+                dtype, key_code, value_code, dim, tiles, warps, stages, skip, bulk
+            )
         ).smem_bytes
         <= smem_bytes
     ]
+    if bulk and not legal:  # one slot less will do without it
+        return specialise(
+            dtype, key_code, value_code, dim, packed, skip, smem_bytes, False
+        )  # fmt: skip
     return max(legal, key=lambda s: (s.warps * s.stages, s.warps))
+
+
+def has_copy_engine(arch: str) -> bool:
+    """Whether an architecture copies contiguous memory by itself (``cp.async.bulk``)."""
+    return int("".join(c for c in arch if c.isdigit())) >= 90
 
 
 @cache

@@ -49,7 +49,9 @@ class PagedSteps:
         self.pages, self.lam, self.certify = pages, lam, certify
         self.steps = 0
         self.worst: torch.Tensor | None = None
+        self._backends: dict[torch.device, Decodes | None] = {}
         self._version = -1
+        self._pools: tuple[Any, Any, Any, Any, str] = (None, None, None, None, "")
         self._table = self._ruler = self._zeros = torch.empty(0)
         self._residuals = torch.empty(0)
         self._starts: tuple[Any, torch.Tensor] | None = None
@@ -63,11 +65,14 @@ class PagedSteps:
         return self._backend(key.device) is not None
 
     def _backend(self, device: torch.device) -> Decodes | None:
-        try:
-            backend = backend_for("auto", device.type)
-        except AdaAttnError:
-            return None
-        return backend if isinstance(backend, Decodes) else None
+        """Backend for tensors on a device; asked for once, since every step wants it."""
+        if device not in self._backends:
+            try:
+                backend = backend_for("auto", device.type)
+            except AdaAttnError:
+                return None
+            self._backends[device] = backend if isinstance(backend, Decodes) else None
+        return self._backends[device]
 
     def stand_in(self, key: torch.Tensor, dim: int) -> torch.Tensor:
         """Return what stands for all keys (or values) so far: their shape, and NaN."""
@@ -137,11 +142,10 @@ class PagedSteps:
             room = max(2 * layer.length, 1024)
             ruler = torch.arange(room, dtype=torch.int32, device=self._table.device)
             self._ruler = ruler[:, None].expand(room, batch).contiguous()
-        wide, codes = layer.pools()
+        key, value, narrow, narrow_value, format = self._pools
         return DevicePages(
-            wide[0], wide[1], codes[:4] if codes else None, codes[5:9] if codes else None,
-            layer.format if codes else "i8", self._table, self._ruler[layer.length], starts,
-            layer.length,
+            key, value, narrow, narrow_value, format, self._table,
+            self._ruler[layer.length], starts, layer.length,
         )  # fmt: skip
 
     def _refresh(self) -> None:
@@ -150,6 +154,10 @@ class PagedSteps:
         table = np.concatenate([layer.table, open_page], axis=2).astype(np.int32)
         device = layer.device
         self._table = torch.from_numpy(np.ascontiguousarray(table)).to(device)
+        wide, codes = layer.pools()
+        self._pools = (wide[0], wide[1], None, None, "i8")
+        if codes:
+            self._pools = (wide[0], wide[1], codes[:4], codes[5:9], layer.format)
         if self.certify:
             self._residuals = torch.from_numpy(layer.residuals()).to(device)
         self._version = layer.version

@@ -49,6 +49,8 @@ T exchange(T value, int from) {
 #define gridDim (words::Index{words::grid})
 
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline void __syncthreads() {
     adaattn::ptx::emulation::meet(words::machine.everyone, words::machine.threads);
 }

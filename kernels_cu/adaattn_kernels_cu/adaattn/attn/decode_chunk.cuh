@@ -6,69 +6,136 @@
 
 namespace adaattn::smxx_attn_decode {
 
-template <class T>
-ADAATTN_DEVICE Chunk chunk_at(const Params& p, const i32* table, const Lane& me, int number) {
-    Chunk chunk;
-    chunk.number = number;
-    const i32 entry = table[number / p.page_chunks];
-    chunk.narrow = entry >= 0;
-    chunk.page = chunk.narrow ? entry : -1 - static_cast<i64>(entry);
-    const i64 first = (chunk.page * p.page_chunks + number % p.page_chunks) * kChunkKeys;
-    const int bytes = chunk.narrow ? T::kDim : 2 * T::kDim;
-    const void* keys = chunk.narrow ? p.key_narrow.data : p.key;
-    const void* values = chunk.narrow ? p.value_narrow.data : p.value;
-    chunk.keys = static_cast<const char*>(keys) + first * bytes;
-    chunk.all_values = static_cast<const char*>(values) + first * bytes;
-    chunk.values = chunk.all_values + 2 * me.place * bytes + (chunk.narrow ? 8 : 16) * me.key;
-    return chunk;
-}
-
-// A warp's slices on their way: copied kAhead before they are needed, one group each.
+// A warp's slices on their way through its ring in shared memory: those of its chunks in their order,
+// keys before values (kSkip: keys alone), as many as there are slots.
 template <class T>
 struct Stream {
-    static constexpr int kAhead = T::kStages - 1;
-    u32 base;  // shared, of the warp's ring
+    u32 base, barriers;  // shared, of the warp's ring
     int lane;
-    int turn;   // slot of the next slice to be read
-    int start;  // slot of the next slice to be copied
+    int turn, start;  // slots of the next slice to be read, and to be copied
+    int owed;         // copies that wait until what was read is surely in registers (kBulk)
+    u32 parity;       // of the round in which `turn` is
+    u32 value_parity;
+    // What is copied next: slice `slice` of a chunk; none where the chunk is not before `end`.
+    Chunk chunk;
+    const char *keys, *values;  // of that chunk
+    const i32* table;
+    int end, slice;
+    i32 entry;  // of the chunk after
 
     ADAATTN_DEVICE static int after(int slot) { return slot + 1 == T::kStages ? 0 : slot + 1; }
 
-    // Every call is one group, also where there is nothing to copy.
-    ADAATTN_DEVICE void copy(bool exists, const Chunk& chunk, int slice) {
-        if (exists) start_slice<T>(chunk, slice, base + start * kSliceBytes, lane);
-        ptx::copy_async_commit();
-        start = after(start);
+    ADAATTN_DEVICE i32 entry_of(const Params& p, int number) const {
+        return number < end ? table[number / p.page_chunks] : 0;
     }
-    // Address of the next slice; it and `more` further ones have arrived, for all lanes. What lanes
-    // have read before may be overwritten from here on.
-    template <int kMore>
-    ADAATTN_DEVICE u32 next() {
-        ptx::copy_async_wait<kAhead - 1 - kMore>();
-        __syncwarp();
-        return take();
+    // Begins at chunk `number`; the ring is empty.
+    ADAATTN_DEVICE void begin(const Params& p, int number, int stop) {
+        end = stop;
+        slice = owed = 0;
+        look_at(p, chunk_of(p, entry_of(p, number), number));
+#pragma unroll 1
+        for (int i = 0; i < T::kStages; ++i) copy(p);
     }
-    ADAATTN_DEVICE u32 take() {
-        const u32 slot = base + turn * kSliceBytes;
+    ADAATTN_DEVICE void look_at(const Params& p, const Chunk& next) {
+        chunk = next;
+        keys = side_of<T>(p, chunk, true);
+        values = side_of<T>(p, chunk, false);
+        entry = entry_of(p, chunk.number + T::kWarps);
+    }
+    // Starts the next copy, to the slot that was read first of those that are full. Groups of copies
+    // are counted: there is one for every call.
+    ADAATTN_DEVICE void copy(const Params& p) {
+        if (chunk.number < end) {
+            const int side = slices_of<T>(chunk);
+            const bool key = slice < side;
+            start_slice<T>(p, chunk, key ? keys : values, key, key ? slice : slice - side,
+                           base + start * Slices<T>::kSlotBytes, barriers + 8 * start, 1, lane);
+            start = after(start);
+            if (++slice == (T::kSkip ? side : 2 * side)) {
+                slice = 0;
+                const int number = chunk.number + T::kWarps;
+                look_at(p, chunk_of(p, entry, number));
+            }
+        }
+        if constexpr (!T::kBulk) ptx::copy_async_commit();
+    }
+    // Address of the next slice, which has arrived for all lanes; `kHeld` before it are not
+    // released yet.
+    template <int kHeld>
+    ADAATTN_DEVICE u32 take(const Params& p) {
+        if constexpr (T::kBulk) {
+            ptx::mbarrier_wait(barriers + 8 * turn, parity);
+            settle();
+#pragma unroll 1
+            for (; owed > 0; --owed) copy(p);
+        } else {
+            ptx::copy_async_wait<T::kStages - 1 - kHeld>();
+            __syncwarp();
+        }
+        const u32 slot = base + turn * Slices<T>::kSlotBytes;
         turn = after(turn);
+        if (turn == 0) parity ^= 1u;
         return slot;
+    }
+    // What lanes have read stays before what the copy engine will write, and the warp is together.
+    ADAATTN_DEVICE void settle() const {
+        if constexpr (T::kBulk) ptx::async_proxy_fence();
+        __syncwarp();
+    }
+    // With kSkip the values of one chunk are fetched by themselves, when it is known that they count.
+    ADAATTN_DEVICE u32 value_slot(int i) const {
+        return base + (T::kStages + i) * Slices<T>::kSlotBytes;
+    }
+    ADAATTN_DEVICE void fetch_values(const Params& p, const Chunk& of) {
+        const u32 barrier = barriers + 8 * T::kStages;
+        const int side = slices_of<T>(of);
+        settle();
+        const char* from = side_of<T>(p, of, false);
+#pragma unroll 1
+        for (int i = 0; i < side; ++i) {
+            const int announced = i == 0 ? side : 0;
+            start_slice<T>(p, of, from, false, i, value_slot(i), barrier, announced, lane);
+        }
+        if constexpr (!T::kBulk) ptx::copy_async_commit();
+    }
+    ADAATTN_DEVICE void await_values() {
+        if constexpr (T::kBulk) {
+            ptx::mbarrier_wait(barriers + 8 * T::kStages, value_parity);
+            value_parity ^= 1u;
+        } else {
+            ptx::copy_async_wait<0>();
+        }
+        __syncwarp();
+    }
+    // All lanes have read `count` slices: others may come there. The copy engine is told when the
+    // next slice is taken: a load from shared memory may still be under way now, and nothing
+    // would keep it before the engine's write.
+    ADAATTN_DEVICE void release(const Params& p, int count) {
+        if constexpr (T::kBulk) {
+            owed += count;
+        } else {
+            __syncwarp();
+            for (int i = 0; i < count; ++i) copy(p);
+        }
     }
 };
 
-// How many slices of a chunk pass through the stream: with kSkip keys alone.
+// All slices of narrow values.
 template <class T>
-ADAATTN_DEVICE int streamed(const Chunk& chunk) {
-    const int side = chunk.narrow ? Slices<T>::kNarrow : Slices<T>::kWide;
-    return T::kSkip ? side : 2 * side;
+ADAATTN_DEVICE void take_all(const Params& p, Stream<T>& stream, u32 (&slots)[Slices<T>::kNarrow]) {
+    slots[0] = stream.template take<0>(p);
+    if constexpr (Slices<T>::kNarrow > 1) slots[1] = stream.template take<1>(p);
+    if constexpr (Slices<T>::kNarrow > 2) {
+        slots[2] = stream.template take<2>(p);
+        slots[3] = stream.template take<3>(p);
+    }
 }
 
 // Queries for a narrow page: times the page's reach; and the scores of its centre.
 template <class T>
-ADAATTN_DEVICE void fold_scales(const Params& p, const Chunk& chunk, const Lane& me,
-                                const float* factors, u32 (&query)[T::kTiles][T::kWords],
-                                float (&factor)[T::kTiles][2], float (&offset)[T::kTiles][2]) {
-    const i64 scales = chunk.page * T::kDim;
-    const float unit = p.key_narrow.unit[chunk.page];
+ADAATTN_DEVICE void fold_scales(float unit, u32 scales, const Lane& me, const float* factors,
+                                u32 (&query)[T::kTiles][T::kWords], float (&factor)[T::kTiles][2],
+                                float (&offset)[T::kTiles][2]) {
     float middle[T::kTiles][4];
 #pragma unroll
     for (int tile = 0; tile < T::kTiles; ++tile) {
@@ -76,10 +143,10 @@ ADAATTN_DEVICE void fold_scales(const Params& p, const Chunk& chunk, const Lane&
     }
 #pragma unroll
     for (int w = 0; w < T::kWords; w += 4) {
-        const i64 channel = scales + narrow_channel(w, me.place);
+        const u32 at = scales + 2 * narrow_channel(w, me.place);
         u32 centre[4], reach[4];
-        ptx::load_stream_128(centre, p.key_narrow.centre + channel);
-        ptx::load_stream_128(reach, p.key_narrow.reach + channel);
+        ptx::load_shared_128(centre, at);
+        ptx::load_shared_128(reach, at + 2 * T::kDim);
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {
             const bool first_key = me.key == 0;  // row 0 of A, the others are 0
@@ -128,12 +195,14 @@ ADAATTN_DEVICE void hide_unseen(const Params& p, const Place& at, const Lane& me
     }
 }
 
-// Scores of 64 keys in units of log2, S[step][tile]: keys 16 step + key and + 8, columns 2 place
-// and + 1; -inf for what a row does not see. `read(x, i)` provides slice i of the keys.
-template <class T, class Read>
+// Scores of the 64 keys of a chunk, whose slices are next in the stream, in units of log2.
+// S[step][tile]: keys 16 step + key and + 8, columns 2 place and + 1; -inf for what a row does not see.
+// `unit` is the page's, if it is narrow.
+template <class T>
 ADAATTN_DEVICE void chunk_scores(const Params& p, const Place& at, const Lane& me,
-                                 const Chunk& chunk, const u32* words, const float* factors,
-                                 float (&s)[kChunkSteps][T::kTiles][4], Read read) {
+                                 const Chunk& chunk, float unit, const u32* words,
+                                 const float* factors, float (&s)[kChunkSteps][T::kTiles][4],
+                                 Stream<T>& stream) {
     u32 query[T::kTiles][T::kWords];
     Slice x;
 #pragma unroll
@@ -147,7 +216,8 @@ ADAATTN_DEVICE void chunk_scores(const Params& p, const Place& at, const Lane& m
         read_words<T>(query, words, me.lane);
 #pragma unroll
         for (int i = 0; i < Slices<T>::kWide; ++i) {
-            read(x, i);
+            read_keys<T, false>(x, stream.template take<0>(p), me.lane);
+            stream.release(p, 1);
             use_wide_keys<T>(s, x, i, query);
         }
 #pragma unroll
@@ -161,10 +231,14 @@ ADAATTN_DEVICE void chunk_scores(const Params& p, const Place& at, const Lane& m
     } else {
         float factor[T::kTiles][2], offset[T::kTiles][2];
         read_words<T>(query, words + T::kTiles * T::kWords * 32, me.lane);
-        fold_scales<T>(p, chunk, me, factors, query, factor, offset);
 #pragma unroll
         for (int i = 0; i < Slices<T>::kNarrow; ++i) {
-            read(x, i);
+            const u32 slot = stream.template take<0>(p);
+            read_keys<T, true>(x, slot, me.lane);
+            if (i == 0) {
+                fold_scales<T>(unit, slot + kSliceBytes, me, factors, query, factor, offset);
+            }
+            stream.release(p, 1);
             use_narrow_keys<T>(s, x, i, query);
         }
 #pragma unroll
@@ -228,16 +302,16 @@ ADAATTN_DEVICE u32 seen_keys(const Place& at, const Lane& me, int chunk) {
     return sees;
 }
 
-// O += step * sums + middle * total, for 64 channels.
+// O += step * sums + middle * total, for 64 channels; the page's centres and reaches are at `scales`.
 template <class T>
-ADAATTN_DEVICE void add_scaled(const Params& p, const Chunk& chunk, const Lane& me, int slice,
-                               float unit, const float (&sums)[T::kTiles][4][4],
+ADAATTN_DEVICE void add_scaled(u32 scales, const Lane& me, int slice, float unit,
+                               const float (&sums)[T::kTiles][4][4],
                                const float (&total)[T::kTiles][2],
                                float (&o)[T::kTiles][T::kOutTiles][4]) {
     u32 centre[4], reach[4];
-    const i64 channel = chunk.page * T::kDim + 64 * slice + 8 * me.key;
-    ptx::load_stream_128(centre, p.value_narrow.centre + channel);
-    ptx::load_stream_128(reach, p.value_narrow.reach + channel);
+    const u32 at = scales + 2 * (64 * slice + 8 * me.key);
+    ptx::load_shared_128(centre, at);
+    ptx::load_shared_128(reach, at + 2 * T::kDim);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
 #pragma unroll
@@ -257,41 +331,69 @@ ADAATTN_DEVICE void add_scaled(const Params& p, const Chunk& chunk, const Lane& 
     }
 }
 
-// Adds the weighted values of 64 keys to O; `s` holds the weights. `read(x, i)` provides slice i of
-// the values.
-template <class T, class Read>
-ADAATTN_DEVICE void chunk_values(const Params& p, const Place& at, const Lane& me,
-                                 const Chunk& chunk, const float (&s)[kChunkSteps][T::kTiles][4],
-                                 float (&o)[T::kTiles][T::kOutTiles][4], Read read) {
+// Weights of a chunk, ready to meet its values.
+template <class T>
+struct Held {
+    Chunk chunk;
+    float unit;  // of its values, where the page is narrow
     u32 weights[kChunkSteps][T::kTiles][2];
+    float total[T::kTiles][2];  // of the weights, in units of the page
+
+    ADAATTN_DEVICE void hold(const Chunk& of, float page_unit,
+                             const float (&s)[kChunkSteps][T::kTiles][4]) {
+        chunk = of;
+        unit = page_unit;
+        if (!chunk.narrow) {
+            round_weights<T, T::kInput>(s, weights);
+            return;
+        }
+        round_weights<T, Format::f16>(s, weights);
+#pragma unroll
+        for (int tile = 0; tile < T::kTiles; ++tile) {
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                float sum = 0.0f;
+#pragma unroll
+                for (int step = 0; step < kChunkSteps; ++step) {
+                    sum += s[step][tile][j] + s[step][tile][2 + j];
+                }
+                total[tile][j] = over_keys(sum, Sum{}) * unit;
+            }
+        }
+    }
+};
+
+// Adds the weighted values of a chunk to O: next in the stream or, with kSkip, fetched before.
+template <class T>
+ADAATTN_DEVICE void add_values(const Params& p, const Place& at, const Lane& me,
+                               const Held<T>& held, float (&o)[T::kTiles][T::kOutTiles][4],
+                               Stream<T>& stream) {
     Slice x;
-    if (!chunk.narrow) {
-        round_weights<T, T::kInput>(s, weights);
-        const u32 sees = seen_keys(at, me, chunk.number);
+    if constexpr (T::kSkip) stream.await_values();
+    if (!held.chunk.narrow) {
+        const u32 sees = seen_keys(at, me, held.chunk.number);
 #pragma unroll
         for (int i = 0; i < Slices<T>::kWide; ++i) {
-            read(x, i);
-            use_wide_values<T>(o, x, i, weights, sees);
+            if constexpr (T::kSkip) {
+                read_wide_values<T>(x, stream.value_slot(i), me.lane);
+            } else {
+                read_wide_values<T>(x, stream.template take<0>(p), me.lane);
+                stream.release(p, 1);
+            }
+            use_wide_values<T>(o, x, i, held.weights, sees);
         }
         return;
     }
-    round_weights<T, Format::f16>(s, weights);
-    const float unit = p.value_narrow.unit[chunk.page];
-    float total[T::kTiles][2];
+    constexpr int kNarrow = Slices<T>::kNarrow;
+    u32 slots[kNarrow];
+    if constexpr (T::kSkip) {
 #pragma unroll
-    for (int tile = 0; tile < T::kTiles; ++tile) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-            float sum = 0.0f;
-#pragma unroll
-            for (int step = 0; step < kChunkSteps; ++step) {
-                sum += s[step][tile][j] + s[step][tile][2 + j];
-            }
-            total[tile][j] = over_keys(sum, Sum{}) * unit;
-        }
+        for (int i = 0; i < kNarrow; ++i) slots[i] = stream.value_slot(i);
+    } else {
+        take_all(p, stream, slots);
     }
 #pragma unroll
-    for (int i = 0; i < Slices<T>::kNarrow; ++i) {
+    for (int i = 0; i < kNarrow; ++i) {
         float sums[T::kTiles][4][4];
 #pragma unroll
         for (int tile = 0; tile < T::kTiles; ++tile) {
@@ -300,10 +402,11 @@ ADAATTN_DEVICE void chunk_values(const Params& p, const Place& at, const Lane& m
                 sums[tile][j][0] = sums[tile][j][1] = sums[tile][j][2] = sums[tile][j][3] = 0.0f;
             }
         }
-        read(x, i);
-        use_narrow_values<T>(sums, x, weights);
-        add_scaled<T>(p, chunk, me, i, unit, sums, total, o);
+        read_narrow_values<T>(x, slots, i, me.lane);
+        use_narrow_values<T>(sums, x, held.weights);
+        add_scaled<T>(slots[0] + kSliceBytes, me, i, held.unit, sums, held.total, o);
     }
+    if constexpr (!T::kSkip) stream.release(p, kNarrow);
 }
 
 }  // namespace adaattn::smxx_attn_decode

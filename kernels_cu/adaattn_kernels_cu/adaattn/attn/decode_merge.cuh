@@ -46,6 +46,16 @@ struct Columns {
         return total > 0.0f ? top[tile][j] + __log2f(total) : -ptx::infinity();
     }
 
+    // Whether scores like these would move a reference; alike in all lanes.
+    ADAATTN_DEVICE bool moves(const float (&largest)[T::kTiles][2]) const {
+        bool moved = false;
+#pragma unroll
+        for (int tile = 0; tile < T::kTiles; ++tile) {
+            moved = moved || largest[tile][0] > top[tile][0] || largest[tile][1] > top[tile][1];
+        }
+        return ptx::warp_any(moved);
+    }
+
     // Scores to weights in place; they count as kept, or as dropped.
     ADAATTN_DEVICE void exponentiate(float (&s)[kChunkSteps][T::kTiles][4],
                                      const float (&largest)[T::kTiles][2], bool skip,
@@ -86,31 +96,151 @@ struct Columns {
 
 // Parts of one column, in base 2: tops, sums and dropped sums lie kStats floats apart.
 constexpr int kStats = 3;
+constexpr int kSplitsMost = 256;
 
-// Merges `count` parts of four channels of a column: parts at `values` and `stats`, `value_step` and
-// `stat_step` floats apart, in this order.
+// Shared bytes of `merge_splits`: weights, columns, and four channels for every thread.
+__host__ __device__ constexpr int split_scratch(int columns, int threads) {
+    return (kSplitsMost * columns + round_up(columns * kStats, 4) + 4 * threads) * 4;
+}
+__host__ __device__ constexpr int larger_of(int a, int b) { return a > b ? a : b; }
+
+// Four channels of a column, merged.
 struct Merged {
     float x[4];
     float top, sum, dropped;
+
+    ADAATTN_DEVICE void add(const float4& part, float factor) {
+        x[0] = fmaf(part.x, factor, x[0]);
+        x[1] = fmaf(part.y, factor, x[1]);
+        x[2] = fmaf(part.z, factor, x[2]);
+        x[3] = fmaf(part.w, factor, x[3]);
+    }
 };
-ADAATTN_DEVICE Merged merge(const float* values, const float* stats, i64 value_step, i64 stat_step,
-                            int count) {
+
+// What a part weighs whose reference is `own`; no part weighs anything where all are -inf.
+ADAATTN_DEVICE float part_factor(float own, float top) {
+    return ptx::exp2_approx(own - (top == -ptx::infinity() ? 0.0f : top));
+}
+
+// Merges the warps' parts, which lie in shared memory, in their order.
+template <class T>
+ADAATTN_DEVICE Merged merge_warps(const float* values, const float* stats, int column,
+                                  int channel) {
     Merged all = {{0.0f, 0.0f, 0.0f, 0.0f}, -ptx::infinity(), 0.0f, 0.0f};
-    for (int i = 0; i < count; ++i) all.top = fmaxf(all.top, stats[i * stat_step]);
-    const float shift = all.top == -ptx::infinity() ? 0.0f : all.top;
-#pragma unroll 4
-    for (int i = 0; i < count; ++i) {
-        const float* own = stats + i * stat_step;
-        const float factor = ptx::exp2_approx(own[0] - shift);
-        const float4 part = *reinterpret_cast<const float4*>(values + i * value_step);
-        all.x[0] = fmaf(part.x, factor, all.x[0]);
-        all.x[1] = fmaf(part.y, factor, all.x[1]);
-        all.x[2] = fmaf(part.z, factor, all.x[2]);
-        all.x[3] = fmaf(part.w, factor, all.x[3]);
-        all.sum = fmaf(own[1], factor, all.sum);
-        all.dropped = fmaf(own[2], factor, all.dropped);
+#pragma unroll
+    for (int i = 0; i < T::kWarps; ++i) {
+        all.top = fmaxf(all.top, stats[(i * T::kAllColumns + column) * kStats]);
+    }
+#pragma unroll
+    for (int i = 0; i < T::kWarps; ++i) {
+        const int at = i * T::kAllColumns + column;
+        const float factor = part_factor(stats[at * kStats], all.top);
+        all.add(*reinterpret_cast<const float4*>(values + at * T::kDim + channel), factor);
+        all.sum = fmaf(stats[at * kStats + 1], factor, all.sum);
+        all.dropped = fmaf(stats[at * kStats + 2], factor, all.dropped);
     }
     return all;
+}
+
+template <class T>
+ADAATTN_DEVICE void store_row(const Params& p, const Place& at, int column, int channel,
+                              const Merged& x) {
+    const int row = at.first_row + column;
+    int low, high;
+    row_interval(p, at, row, low, high);
+    const float sum = softmax::known_sum(x.sum, low < high);
+    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+    const i64 place = row_offset(at, p.group, row, p.out_batch, p.out_head, p.out_row) + channel;
+    uint2 packed;
+    packed.x = quant::pack_pair<T::kInput>(x.x[0] * inverse, x.x[1] * inverse);
+    packed.y = quant::pack_pair<T::kInput>(x.x[2] * inverse, x.x[3] * inverse);
+    *reinterpret_cast<uint2*>(static_cast<u16*>(p.out) + place) = packed;
+    if (channel == 0) {
+        const i64 head = (static_cast<i64>(at.batch) * p.heads_kv + at.head_kv) * p.group;
+        const i64 flat = (head + row % p.group) * p.len_q + row / p.group;
+        p.lse[flat] = softmax::natural_lse(x.top, 1.0f, sum);
+        if (p.dropped) {
+            p.dropped[flat] = x.dropped > 0.0f ? x.dropped / (x.dropped + x.sum) : 0.0f;
+        }
+    }
+}
+
+// Merges the splits of a unit, in their order, and stores its rows. Partial results come from other
+// multiprocessors: they are read past L1. Loads do not wait for each other: first what all splits
+// weigh, for every column, then values, by as many threads as there are.
+template <class T>
+ADAATTN_DEVICE void merge_splits(const Params& p, const Place& at, int unit, float* scratch) {
+    constexpr int kQuads = T::kDim / 4;
+    const int thread = static_cast<int>(threadIdx.x);
+    const i64 first = static_cast<i64>(unit) * p.splits * T::kAllColumns;
+    const float* values = p.partials + first * T::kDim;
+    const float* stats = p.partials +
+                         static_cast<i64>(p.units) * p.splits * T::kAllColumns * T::kDim +
+                         first * kStats;
+    float* factors = scratch;                                       // [split][column]
+    float* columns = factors + p.splits * T::kAllColumns;           // [column]: top, sum, dropped
+    float* parts = columns + round_up(T::kAllColumns * kStats, 4);  // [group][slot]: 4 channels
+    for (int column = thread / 32; column < at.rows; column += T::kWarps) {
+        const int lane = thread % 32;
+        float top = -ptx::infinity();
+        for (int split = lane; split < p.splits; split += 32) {
+            const float own = __ldcg(stats + (split * T::kAllColumns + column) * kStats);
+            factors[split * T::kAllColumns + column] = own;
+            top = fmaxf(top, own);
+        }
+        top = over_keys(softmax::quad_max(top), Larger{});
+        float sum = 0.0f, dropped = 0.0f;
+        for (int split = lane; split < p.splits; split += 32) {
+            float& own = factors[split * T::kAllColumns + column];
+            const float* part = stats + (split * T::kAllColumns + column) * kStats;
+            own = part_factor(own, top);
+            sum = fmaf(__ldcg(part + 1), own, sum);
+            dropped = fmaf(__ldcg(part + 2), own, dropped);
+        }
+        sum = over_keys(softmax::quad_sum(sum), Sum{});
+        dropped = over_keys(softmax::quad_sum(dropped), Sum{});
+        if (lane == 0) {
+            columns[column * kStats] = top;
+            columns[column * kStats + 1] = sum;
+            columns[column * kStats + 2] = dropped;
+        }
+    }
+    __syncthreads();  // (8)
+    const int slots = at.rows * kQuads;
+    const int groups = larger(T::kThreads / slots, 1);
+    for (int place = thread; place < larger(slots, groups * slots); place += T::kThreads) {
+        const int group = place / slots, slot = place % slots;
+        const int column = slot / kQuads, channel = slot % kQuads * 4;
+        Merged x = {{0.0f, 0.0f, 0.0f, 0.0f},
+                    columns[column * kStats],
+                    columns[column * kStats + 1],
+                    columns[column * kStats + 2]};
+#pragma unroll 8
+        for (int split = group; split < p.splits; split += groups) {
+            const int row = split * T::kAllColumns + column;
+            x.add(__ldcg(reinterpret_cast<const float4*>(values + static_cast<i64>(row) * T::kDim +
+                                                         channel)),
+                  factors[row]);
+        }
+        if (groups == 1) {
+            store_row<T>(p, at, column, channel, x);
+        } else {
+            *reinterpret_cast<float4*>(parts + place * 4) =
+                make_float4(x.x[0], x.x[1], x.x[2], x.x[3]);
+        }
+    }
+    if (groups == 1) return;
+    __syncthreads();  // (9)
+    if (thread >= slots) return;
+    const int column = thread / kQuads;
+    Merged x = {{0.0f, 0.0f, 0.0f, 0.0f},
+                columns[column * kStats],
+                columns[column * kStats + 1],
+                columns[column * kStats + 2]};
+    for (int group = 0; group < groups; ++group) {
+        x.add(*reinterpret_cast<const float4*>(parts + (group * slots + thread) * 4), 1.0f);
+    }
+    store_row<T>(p, at, column, thread % kQuads * 4, x);
 }
 
 // Merges the warps of a block, and the blocks of a unit, and stores the rows.
@@ -118,7 +248,7 @@ template <class T>
 ADAATTN_DEVICE void merge_and_store(const Params& p, const Place& at, int lane, int warp, int unit,
                                     int split, unsigned char* smem, const Columns<T>& mine,
                                     const float (&o)[T::kTiles][T::kOutTiles][4]) {
-    float* values = reinterpret_cast<float*>(smem);
+    float* values = reinterpret_cast<float*>(smem + T::kValuesAt);
     float* stats = reinterpret_cast<float*>(smem + T::kStatsAt);
     const int key = lane / 4, place = lane % 4;
 #pragma unroll
@@ -144,61 +274,37 @@ ADAATTN_DEVICE void merge_and_store(const Params& p, const Place& at, int lane, 
     }
     __syncthreads();  // (4)
     constexpr int kQuads = T::kDim / 4;
-    const int slots = at.rows * kQuads;
-    const i64 part = static_cast<i64>(unit) * p.splits;
-    float* all_stats = p.partials + static_cast<i64>(p.units) * p.splits * T::kAllColumns * T::kDim;
     const int thread = static_cast<int>(threadIdx.x);
-    if (p.splits > 1) {
-        for (int slot = thread; slot < slots; slot += T::kThreads) {
-            const int column = slot / kQuads, channel = slot % kQuads * 4;
-            const Merged x = merge(values + column * T::kDim + channel, stats + column * kStats,
-                                   T::kAllColumns * T::kDim, T::kAllColumns * kStats, T::kWarps);
-            const i64 at_column = (part + split) * T::kAllColumns + column;
-            *reinterpret_cast<float4*>(p.partials + at_column * T::kDim + channel) =
-                make_float4(x.x[0], x.x[1], x.x[2], x.x[3]);
-            if (channel == 0) {
-                all_stats[at_column * kStats] = x.top;
-                all_stats[at_column * kStats + 1] = x.sum;
-                all_stats[at_column * kStats + 2] = x.dropped;
-            }
-        }
-        __threadfence();
-        __syncthreads();  // (5)
-        u32* arrived = reinterpret_cast<u32*>(smem);
-        if (thread == 0) *arrived = atomicAdd(p.arrivals + unit, 1u);
-        __syncthreads();  // (6)
-        if (*arrived + 1 != static_cast<u32>(p.splits)) return;
-        __threadfence();
-        if (thread == 0) p.arrivals[unit] = 0u;
-        values = p.partials + part * T::kAllColumns * T::kDim;
-        stats = all_stats + part * T::kAllColumns * kStats;
-    }
-    const int parts = p.splits > 1 ? p.splits : T::kWarps;
-    for (int slot = thread; slot < slots; slot += T::kThreads) {
+    const i64 part = (static_cast<i64>(unit) * p.splits + split) * T::kAllColumns;
+    float* all_stats = p.partials + static_cast<i64>(p.units) * p.splits * T::kAllColumns * T::kDim;
+    for (int slot = thread; slot < at.rows * kQuads; slot += T::kThreads) {
         const int column = slot / kQuads, channel = slot % kQuads * 4;
-        const Merged x = merge(values + column * T::kDim + channel, stats + column * kStats,
-                               T::kAllColumns * T::kDim, T::kAllColumns * kStats, parts);
-        const int row = at.first_row + column;
-        int low, high;
-        row_interval(p, at, row, low, high);
-        const float sum = softmax::known_sum(x.sum, low < high);
-        const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-        const i64 place_out =
-            row_offset(at, p.group, row, p.out_batch, p.out_head, p.out_row) + channel;
-        uint2 packed;
-        packed.x = quant::pack_pair<T::kInput>(x.x[0] * inverse, x.x[1] * inverse);
-        packed.y = quant::pack_pair<T::kInput>(x.x[2] * inverse, x.x[3] * inverse);
-        *reinterpret_cast<uint2*>(static_cast<u16*>(p.out) + place_out) = packed;
+        const Merged x = merge_warps<T>(values, stats, column, channel);
+        if (p.splits == 1) {
+            store_row<T>(p, at, column, channel, x);
+            continue;
+        }
+        *reinterpret_cast<float4*>(p.partials + (part + column) * T::kDim + channel) =
+            make_float4(x.x[0], x.x[1], x.x[2], x.x[3]);
         if (channel == 0) {
-            const i64 flat =
-                (static_cast<i64>(at.batch * p.heads_kv + at.head_kv) * p.group + row % p.group) *
-                    p.len_q +
-                row / p.group;
-            p.lse[flat] = softmax::natural_lse(x.top, 1.0f, sum);
-            if (p.dropped)
-                p.dropped[flat] = x.dropped > 0.0f ? x.dropped / (x.dropped + x.sum) : 0.0f;
+            float* own = all_stats + (part + column) * kStats;
+            own[0] = x.top;
+            own[1] = x.sum;
+            own[2] = x.dropped;
         }
     }
+    if (p.splits == 1) return;
+    __threadfence();
+    __syncthreads();  // (5)
+    u32* arrived = reinterpret_cast<u32*>(smem + T::kValuesAt);
+    if (thread == 0) *arrived = atomicAdd(p.arrivals + unit, 1u);
+    __syncthreads();  // (6)
+    const bool last = *arrived + 1 == static_cast<u32>(p.splits);
+    __syncthreads();  // (7)
+    if (!last) return;
+    __threadfence();
+    if (thread == 0) p.arrivals[unit] = 0u;
+    merge_splits<T>(p, at, unit, values);
 }
 
 }  // namespace adaattn::smxx_attn_decode

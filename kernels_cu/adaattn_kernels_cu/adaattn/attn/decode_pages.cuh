@@ -9,8 +9,11 @@
 #pragma once
 
 #include "adaattn/attn/decode_params.cuh"
+#include "adaattn/ptx/mbarrier.cuh"
 #include "adaattn/ptx/packed.cuh"
 #include "adaattn/ptx/sm80.cuh"
+#include "adaattn/ptx/sm90.cuh"
+#include "adaattn/ptx/tma.cuh"
 #include "adaattn/quant/convert.cuh"
 
 namespace adaattn::smxx_attn_decode {
@@ -75,73 +78,101 @@ struct Slices {
     static constexpr int kParts = T::kDim == 256 ? 2 : 1;               // slices of the same keys
     static constexpr int kNarrowSteps = 256 / T::kDim;
     static constexpr int kWideWidth = T::kDim < 128 ? T::kDim : 128;  // channels of a slice
+    static constexpr int kSlotBytes = kSliceBytes + 4 * T::kDim;      // and a page's scales
 };
 
-// 64 keys on one page: where they begin, and where this lane reads values by itself, at key 2 (lane %
-// 4) and its 16 (narrow: 8) bytes.
+// 64 keys on one page.
 struct Chunk {
     int number;  // of the sequence's; its first key over 64
     bool narrow;
     i64 page;
-    const char* keys;
-    const char* all_values;
-    const char* values;
+    i64 first;  // its first key's place in the pool
 };
 
-// Bytes from there to load `l` of a slice.
-template <class T>
-ADAATTN_DEVICE int wide_value_at(int slice, int l) {
-    constexpr int kLoads = Slices<T>::kWideWidth / 64;
-    const int key = slice / Slices<T>::kParts * Slices<T>::kWideSteps * kStepKeys +
-                    l / (4 * kLoads) * kStepKeys + l % 2 + l / 2 % 2 * 8;
-    return key * 2 * T::kDim + slice % Slices<T>::kParts * 256 + l / 4 % kLoads * 128;
-}
-template <class T>
-ADAATTN_DEVICE int narrow_value_at(int slice, int l) {  // 16 loads of 8 bytes
-    const int key = l / 4 * kStepKeys + l % 2 + l / 2 % 2 * 8;
-    return key * T::kDim + 64 * slice;
+ADAATTN_DEVICE Chunk chunk_of(const Params& p, i32 entry, int number) {
+    Chunk chunk;
+    chunk.number = number;
+    chunk.narrow = entry >= 0;
+    chunk.page = chunk.narrow ? entry : -1 - static_cast<i64>(entry);
+    chunk.first = (chunk.page * p.page_chunks + number % p.page_chunks) * kChunkKeys;
+    return chunk;
 }
 
-// Slices are whole lines of memory, copied as they lie, 512 bytes of a warp at a time; only wide values
-// are copied by the lane that reads them (lines are whole there as well). Chunks of 16 bytes are
-// permuted within 128, by the key, so that no bank is asked twice when fragments are read.
+struct Units {
+    float key, value;  // 0 for wide pages
+};
+ADAATTN_DEVICE Units units_of(const Params& p, i32 entry) {
+    if (entry < 0 || !p.key_narrow.unit) return {0.0f, 0.0f};
+    return {p.key_narrow.unit[entry], p.value_narrow.unit[entry]};
+}
+
+// Slices lie in shared memory as they do on the page, whole lines; a narrow side's first slice is
+// followed by the page's centres and reaches. Without the copy engine, pieces of 16 bytes are permuted
+// within 128, by the key, so that no bank is asked twice when fragments are read.
+template <class T>
 ADAATTN_DEVICE int key_place(int byte, int pitch) {
-    return pitch < 128 ? byte : byte ^ (byte / pitch % 2 * 64);
+    return T::kBulk || pitch < 128 ? byte : byte ^ (byte / pitch % 2 * 64);
 }
-ADAATTN_DEVICE int value_place(int byte, int pitch) { return byte ^ (byte / pitch / 2 % 4 * 32); }
-
-// Starts the copy of slice `i` of a chunk, keys first, to `slot` in shared memory.
 template <class T>
-ADAATTN_DEVICE void start_slice(const Chunk& chunk, int i, u32 slot, int lane) {
-    constexpr int kWideBytes = 2 * Slices<T>::kWideWidth;  // of a key in a slice
-    if (!chunk.narrow) {
-        if (i < Slices<T>::kWide) {
-            constexpr int kKeys = kSliceBytes / kWideBytes;
-            const char* from = chunk.keys +
-                               static_cast<i64>(i / Slices<T>::kParts) * kKeys * 2 * T::kDim +
-                               i % Slices<T>::kParts * kWideBytes;
-#pragma unroll
-            for (int l = 0; l < 8; ++l) {
-                const int byte = 512 * l + 16 * lane;
-                const int at = byte / kWideBytes * 2 * T::kDim + byte % kWideBytes;
-                ptx::copy_async_16(slot + key_place(byte, kWideBytes), from + at, true);
+ADAATTN_DEVICE int value_place(int byte, int pitch) {
+    return T::kBulk ? byte : byte ^ (byte / pitch / 2 % 4 * 32);
+}
+
+template <class T>
+ADAATTN_DEVICE int slices_of(const Chunk& chunk) {
+    return chunk.narrow ? Slices<T>::kNarrow : Slices<T>::kWide;
+}
+
+// Where a side of a chunk begins.
+template <class T>
+ADAATTN_DEVICE const char* side_of(const Params& p, const Chunk& chunk, bool keys) {
+    const NarrowPool& pool = keys ? p.key_narrow : p.value_narrow;
+    const void* data = chunk.narrow ? pool.data : keys ? p.key : p.value;
+    return static_cast<const char*>(data) + chunk.first * (chunk.narrow ? T::kDim : 2 * T::kDim);
+}
+
+// Starts the copy of slice `i` of a side, which begins at `side`, to `slot` in shared memory. With the
+// copy engine `announced` slices arrive at the barrier with this one; wide ones of 256 channels are 16
+// runs of 256 bytes.
+template <class T>
+ADAATTN_DEVICE void start_slice(const Params& p, const Chunk& chunk, const char* side, bool keys,
+                                int i, u32 slot, u32 barrier, int announced, int lane) {
+    const bool scales = chunk.narrow && i == 0;
+    const NarrowPool& pool = keys ? p.key_narrow : p.value_narrow;
+    const char* centre = reinterpret_cast<const char*>(pool.centre + chunk.page * T::kDim);
+    const char* reach = reinterpret_cast<const char*>(pool.reach + chunk.page * T::kDim);
+    const bool runs = T::kDim == 256 && !chunk.narrow;
+    const char* from = side + (runs ? i / 2 * 2 * kSliceBytes + i % 2 * 256 : i * kSliceBytes);
+    if constexpr (T::kBulk) {
+        if (ptx::elect_lane()) {
+            if (announced > 0) {
+                const int bytes = announced * kSliceBytes + (scales ? 4 * T::kDim : 0);
+                ptx::mbarrier_arrive_expect(barrier, bytes);
             }
-        } else {
-#pragma unroll
-            for (int l = 0; l < 8; ++l) {
-                const int at = wide_value_at<T>(i - Slices<T>::kWide, l);
-                ptx::copy_async_16(slot + 512 * l + 16 * lane, chunk.values + at, true);
+            if (!runs) ptx::bulk_load(slot, from, kSliceBytes, barrier);
+            if (scales) {
+                ptx::bulk_load(slot + kSliceBytes, centre, 2 * T::kDim, barrier);
+                ptx::bulk_load(slot + kSliceBytes + 2 * T::kDim, reach, 2 * T::kDim, barrier);
             }
         }
+        if (runs && lane < 16) ptx::bulk_load(slot + 256 * lane, from + 512 * lane, 256, barrier);
     } else {
-        const bool keys = i < Slices<T>::kNarrow;
-        const char* from = keys ? chunk.keys + i * kSliceBytes
-                                : chunk.all_values + (i - Slices<T>::kNarrow) * kSliceBytes;
+        const int pitch = chunk.narrow ? T::kDim : 2 * Slices<T>::kWideWidth;
 #pragma unroll
         for (int l = 0; l < 8; ++l) {
             const int byte = 512 * l + 16 * lane;
-            const int place = keys ? key_place(byte, T::kDim) : value_place(byte, T::kDim);
-            ptx::copy_async_16(slot + place, from + byte, true);
+            const int place = keys ? key_place<T>(byte, pitch) : value_place<T>(byte, pitch);
+            ptx::copy_async_16(slot + place, from + (runs ? byte + byte / 256 * 256 : byte), true);
+        }
+        if (scales) {
+#pragma unroll
+            for (int byte = 0; byte < 4 * T::kDim; byte += 512) {
+                const int at = byte + 16 * lane;
+                if (at < 4 * T::kDim) {
+                    const char* source = at < 2 * T::kDim ? centre + at : reach + at - 2 * T::kDim;
+                    ptx::copy_async_16(slot + kSliceBytes + at, source, true);
+                }
+            }
         }
     }
 }
@@ -156,18 +187,22 @@ ADAATTN_DEVICE void read_keys(Slice& x, u32 slot, int lane) {
         const int key = l / (2 * kLoads) * kStepKeys + l % 2 * 8 + lane / 4;
         const int byte = key * kPitch + l / 2 % kLoads * 64 + lane % 4 * 16;
         u32 four[4];
-        ptx::load_shared_128(four, slot + key_place(byte, kPitch));
+        ptx::load_shared_128(four, slot + key_place<T>(byte, kPitch));
 #pragma unroll
         for (int w = 0; w < 4; ++w) x[4 * l + w] = four[w];
     }
 }
 
+// Values of a slice: a lane's keys are 2 (lane % 4) + {0, 1, 8, 9} of every 16.
 template <class T>
 ADAATTN_DEVICE void read_wide_values(Slice& x, u32 slot, int lane) {
+    constexpr int kPitch = 2 * Slices<T>::kWideWidth, kLoads = kPitch / 128;
 #pragma unroll
     for (int l = 0; l < 8; ++l) {
+        const int key = l / (4 * kLoads) * kStepKeys + l % 2 + l / 2 % 2 * 8 + lane % 4 * 2;
+        const int byte = key * kPitch + l / 4 % kLoads * 128 + lane / 4 * 16;
         u32 four[4];
-        ptx::load_shared_128(four, slot + 512 * l + 16 * lane);
+        ptx::load_shared_128(four, slot + value_place<T>(byte, kPitch));
 #pragma unroll
         for (int w = 0; w < 4; ++w) x[4 * l + w] = four[w];
     }
@@ -183,29 +218,7 @@ ADAATTN_DEVICE void read_narrow_values(Slice& x, const u32 (&slots)[Slices<T>::k
         const int key = l / 4 * kStepKeys + l % 2 + l / 2 % 2 * 8;  // and 2 (lane % 4) more
         const int byte = (key % kKeys + lane % 4 * 2) * T::kDim + 64 * block + lane / 4 * 8;
         ptx::load_shared_64(x[2 * l], x[2 * l + 1],
-                            slots[key / kKeys] + value_place(byte, T::kDim));
-    }
-}
-
-// Values of a slice straight to registers, for chunks whose values are rarely read.
-template <class T>
-ADAATTN_DEVICE void load_values(Slice& x, const Chunk& chunk, int slice) {
-    if (!chunk.narrow) {
-#pragma unroll
-        for (int l = 0; l < 8; ++l) {
-            u32 four[4];
-            ptx::load_stream_128(four, chunk.values + wide_value_at<T>(slice, l));
-#pragma unroll
-            for (int w = 0; w < 4; ++w) x[4 * l + w] = four[w];
-        }
-    } else {
-#pragma unroll
-        for (int l = 0; l < 16; ++l) {
-            u32 two[2];
-            ptx::load_stream_64(two, chunk.values + narrow_value_at<T>(slice, l));
-            x[2 * l] = two[0];
-            x[2 * l + 1] = two[1];
-        }
+                            slots[key / kKeys] + value_place<T>(byte, T::kDim));
     }
 }
 

@@ -10,9 +10,12 @@
 //                2. online softmax in base 2, a reference per column;
 //                3. with kSkip: if no column's scores come within skip_log2 of a lower bound of its
 //                   final log-sum-exp, the values are not read, and what they weigh is added up;
+//                   values that are read arrive while the next keys are looked at;
 //                4. O^T += V^T P^T; narrow pages into sums of their own, then scaled.
-//              Warps merge in shared memory; the last block of a unit to arrive merges the splits
-//              (attn/decode_merge.cuh), in their order: the same bits every time.
+//              Keys, values and the scales of narrow pages pass through a ring of the warp's own, by
+//              the copy engine (kBulk) or cp.async. Warps merge in shared memory; the last block of
+//              a unit to arrive merges the splits (attn/decode_merge.cuh), in their order: the same
+//              bits every time.
 //              The lower bound: log-sum-exp of the unit's first and last 64 keys, which are always
 //              kept, or of what the warp has kept. Source: docs/math/11-pages.md, theorem 11.
 //              Split keys and packed heads: FlashDecoding (Dao, 2023).
@@ -23,16 +26,18 @@
 //              and sums of V P, f32; (r6) out to the input's format.
 // Tiles        16 keys x 8 columns x kDim, kTiles column tiles; kWarps warps of 64 keys.
 // Shared mem   | name   | type | shape                          | live                    |
-//              | ring   | byte | kWarps x kStages x 4096        | until the last key      |
+//              | ring   | byte | kWarps x kSlots x kSlotBytes   | until the last key      |
 //              | Q      | 16 b | 2 orders x kTiles x kDim x 8   | until the last key      |
 //              | f      | f32  | kTiles x 8 x (scale, 2 floors) | until the last key      |
 //              | O      | f32  | kWarps x kTiles x 8 x kDim     | merging                 |
 //              | stats  | f32  | kWarps x kTiles x 8 x 3        | merging                 |
-//              O and stats alias Q, f and the ring.
+//              O and stats alias Q, f and the ring. A slot is 4 KiB and a page's scales; with kSkip
+//              the last kDim / 32 of a warp's are for the values of one chunk.
 // Registers    O takes kTiles kDim / 4 of them, a narrow page's sums 16 kTiles.
-// Barriers     Block barriers only: (1) Q is there; (2) the floors are there (kSkip); (3) all warps
-//              are done with Q before O overwrites it; (4) O is there; (5) partials are written
-//              before the arrival is counted; (6) the count is known.
+// Barriers     With kBulk an mbarrier a slot, and one for a chunk's values. Of the block: (1) Q is
+//              there; (2) the floors are there (kSkip); (3) all warps are done with Q before O
+//              overwrites it; (4) O is there; (5) partials are written before the arrival is
+//              counted; (6) the count is there, (7) and known; (8, 9) merging splits.
 // Limits       The host has checked: kDim in 64, 128, 256 for keys and values; 16-byte rows;
 //              page_len a multiple of 64; the table's entries. A NaN or Inf in a value that only
 //              some columns of a tile see makes all columns of that tile NaN.
@@ -46,36 +51,43 @@
 namespace adaattn::smxx_attn_decode {
 
 template <Format kInput_, Code kKeyCode_, Code kValueCode_, int kDim_, int kTiles_, int kWarps_,
-          int kStages_, bool kSkip_>
+          int kStages_, bool kSkip_, bool kBulk_>
 struct Traits {
     static constexpr Format kInput = kInput_;
     static constexpr Code kKeyCode = kKeyCode_, kValueCode = kValueCode_;
     static constexpr int kDim = kDim_, kTiles = kTiles_;
-    static constexpr bool kSkip = kSkip_;
+    static constexpr bool kSkip = kSkip_, kBulk = kBulk_;
     static constexpr int kWarps = kWarps_, kStages = kStages_;
     static constexpr int kThreads = 32 * kWarps;
     static constexpr int kWords = kDim / 8;      // of a lane's part of 8 queries
     static constexpr int kOutTiles = kDim / 16;  // of 16 channels
     static constexpr int kAllColumns = kTiles * kColumns;
     static constexpr int kQueryBytes = 2 * kTiles * kWords * 32 * 4;
-    static constexpr int kFactorAt = kQueryBytes;  // then the floors of two warps
-    static constexpr int kRingAt = round_up(kQueryBytes + 3 * kAllColumns * 4, 128);
-    static constexpr int kReadBytes = kRingAt + kWarps * kStages * kSliceBytes;
-    static constexpr int kStatsAt = kWarps * kAllColumns * kDim * 4;
-    static constexpr int kMergeBytes = kStatsAt + kWarps * kAllColumns * 3 * 4;
-    static constexpr int kSmemBytes = kMergeBytes > kReadBytes ? kMergeBytes : kReadBytes;
-    // Copies run ahead into the next chunk, never beyond it: a chunk has so many slices.
-    static_assert(kStages - 1 <= (kSkip ? 1 : 2) * kDim / 64, "slices ahead");
-    static_assert(kSkip || kStages - 1 >= kDim / 64, "values of a chunk at once");
+    static constexpr int kBarrierBytes = round_up(kWarps * (kStages + 1) * 8, 128);
+    static constexpr int kQueriesAt = kBarrierBytes;
+    static constexpr int kFactorAt = kQueriesAt + kQueryBytes;  // then the floors of two warps
+    static constexpr int kRingAt = round_up(kFactorAt + 3 * kAllColumns * 4, 128);
+    static constexpr int kSlotBytes = kSliceBytes + 4 * kDim;
+    static constexpr int kSlots = kStages + (kSkip ? kDim / 32 : 0);  // of a warp
+    static constexpr int kReadBytes = kRingAt + kWarps * kSlots * kSlotBytes;
+    static constexpr int kValuesAt = kBarrierBytes;
+    static constexpr int kStatsAt = kValuesAt + kWarps * kAllColumns * kDim * 4;
+    static constexpr int kWarpsBytes = kStatsAt + kWarps * kAllColumns * 3 * 4;
+    static constexpr int kSplitsBytes = kValuesAt + split_scratch(kAllColumns, kThreads);
+    static constexpr int kMergeBytes = larger_of(kWarpsBytes, kSplitsBytes);
+    static constexpr int kSmemBytes = larger_of(kMergeBytes, kReadBytes);
+    // Narrow values of a chunk are there at once; with the copy engine one slot more is full when
+    // the next slice is waited for.
+    static_assert(kStages >= (kSkip ? 1 : kDim / 64) + (kBulk ? 1 : 0), "slots of a ring");
     static_assert(is_narrow(kInput) && kDim % 64 == 0, "16-bit inputs of dim 64, 128, 256");
 };
 
 template <class T>
 ADAATTN_DEVICE void run(const Params& p) {
-    extern __shared__ __align__(128) unsigned char smem[];
-    u32* words = reinterpret_cast<u32*>(smem);
+    unsigned char* smem = ptx::shared_bytes();
+    u32* words = reinterpret_cast<u32*>(smem + T::kQueriesAt);
     float* factors = reinterpret_cast<float*>(smem + T::kFactorAt);
-    const int warp = static_cast<int>(threadIdx.x) / 32;
+    const int warp = ptx::broadcast(static_cast<int>(threadIdx.x) / 32, 0);
     Lane me;
     me.lane = static_cast<int>(threadIdx.x) % 32;
     me.key = me.lane / 4;
@@ -83,16 +95,36 @@ ADAATTN_DEVICE void run(const Params& p) {
     const int unit = static_cast<int>(blockIdx.x) / p.splits;
     const int split = static_cast<int>(blockIdx.x) % p.splits;
     const Place at = place_of<T>(p, unit);
+    const int first = at.low / kChunkKeys;
+    const int last = at.high > at.low ? ceil_div(at.high, kChunkKeys) : first;
+    const i64 count = last - first;
+    const int begin = first + static_cast<int>(count * split / p.splits);
+    const int end = first + static_cast<int>(count * (split + 1) / p.splits);
+    Stream<T> stream;
+    stream.base = ptx::shared_base() + T::kRingAt + warp * T::kSlots * T::kSlotBytes;
+    stream.barriers = ptx::shared_base() + warp * (T::kStages + 1) * 8;
+    stream.lane = me.lane;
+    stream.table = p.table + at.batch * p.table_batch + at.head_kv * p.table_head;
+    stream.turn = stream.start = 0;
+    stream.parity = stream.value_parity = 0u;
+    if constexpr (T::kBulk) {
+        if (me.lane == 0) {
+            for (int i = 0; i <= T::kStages; ++i) ptx::mbarrier_init(stream.barriers + 8 * i, 1);
+            ptx::mbarrier_init_fence();
+        }
+        __syncwarp();
+    }
+    // The first keys are under way before anything else is read.
+    const int probe = warp == 0 ? first : last - 1;
+    const bool probes = T::kSkip && warp < 2 && first < last;
+    if (probes) {
+        stream.begin(p, probe, probe + 1);
+    } else {
+        stream.begin(p, begin + warp, end);
+    }
     if (warp < T::kTiles) load_queries<T>(p, at, warp, me.lane, words, factors);
     __syncthreads();  // (1)
 
-    const int first = at.low / kChunkKeys;
-    const int last = at.high > at.low ? ceil_div(at.high, kChunkKeys) : first;
-    const i32* table = p.table + at.batch * p.table_batch + at.head_kv * p.table_head;
-    Stream<T> stream;
-    stream.base = ptx::shared_base() + T::kRingAt + warp * T::kStages * kSliceBytes;
-    stream.lane = me.lane;
-    stream.turn = stream.start = 0;
     float s[kChunkSteps][T::kTiles][4];
     float largest[T::kTiles][2], floor[T::kTiles][2];
     bool real[T::kTiles][2];
@@ -106,21 +138,12 @@ ADAATTN_DEVICE void run(const Params& p) {
     }
     if constexpr (T::kSkip) {
         // Warps 0 and 1: log-sum-exp of the first and the last chunk, which are never skipped.
-        const int probe = warp == 0 ? first : last - 1;
-        if (warp < 2 && first < last) {
-            const Chunk chunk = chunk_at<T>(p, table, me, probe);
-            chunk_scores<T>(p, at, me, chunk, words, factors, s, [&](Slice& x, int i) {
-                start_slice<T>(chunk, i, stream.base, me.lane);
-                ptx::copy_async_commit();
-                ptx::copy_async_wait<0>();
-                __syncwarp();
-                if (chunk.narrow) {
-                    read_keys<T, true>(x, stream.base, me.lane);
-                } else {
-                    read_keys<T, false>(x, stream.base, me.lane);
-                }
-                __syncwarp();  // all lanes have read it: the next one may come
-            });
+        if (probes) {
+            const i32 entry = stream.entry_of(p, probe);
+            const Chunk chunk = chunk_of(p, entry, probe);
+            const float unit = units_of(p, entry).key;
+            chunk_scores<T>(p, at, me, chunk, unit, words, factors, s, stream);
+            stream.begin(p, begin + warp, end);
             column_maxima<T>(s, largest);
 #pragma unroll
             for (int tile = 0; tile < T::kTiles; ++tile) {
@@ -166,35 +189,20 @@ ADAATTN_DEVICE void run(const Params& p) {
             o[tile][m][0] = o[tile][m][1] = o[tile][m][2] = o[tile][m][3] = 0.0f;
         }
     }
-    const i64 count = last - first;
-    const int begin = first + static_cast<int>(count * split / p.splits);
-    const int end = first + static_cast<int>(count * (split + 1) / p.splits);
     int number = begin + warp;
-    Chunk chunk, next;
-    if (number < end) {
-        chunk = chunk_at<T>(p, table, me, number);
-#pragma unroll
-        for (int i = 0; i < Stream<T>::kAhead; ++i) stream.copy(true, chunk, i);
-    }
+    // Entries of the table are read two chunks ahead, units of pages one.
+    i32 entry = stream.entry_of(p, number), entry_after = stream.entry_of(p, number + T::kWarps);
+    Units units = units_of(p, entry);
+    Held<T> held;
+    bool waiting = false;  // for the values of `held`
     while (number < end) {
+        const Chunk chunk = chunk_of(p, entry, number);
+        const Units unit = units;
         number += T::kWarps;
-        const bool more = number < end;
-        if (more) next = chunk_at<T>(p, table, me, number);
-        // Slice `i` of the chunk, after which the copy of the slice kAhead later is started.
-        const int count = streamed<T>(chunk);
-        const auto copy = [&](int later) {
-            const bool here = later < count;
-            stream.copy(here || more, here ? chunk : next, here ? later : later - count);
-        };
-        chunk_scores<T>(p, at, me, chunk, words, factors, s, [&](Slice& x, int i) {
-            const u32 slot = stream.template next<0>();
-            if (chunk.narrow) {
-                read_keys<T, true>(x, slot, me.lane);
-            } else {
-                read_keys<T, false>(x, slot, me.lane);
-            }
-            copy(i + Stream<T>::kAhead);
-        });
+        entry = entry_after;
+        units = units_of(p, entry);
+        entry_after = stream.entry_of(p, number + T::kWarps);
+        chunk_scores<T>(p, at, me, chunk, unit.key, words, factors, s, stream);
         column_maxima<T>(s, largest);
         bool skip = false;
         if constexpr (T::kSkip) {
@@ -210,34 +218,28 @@ ADAATTN_DEVICE void run(const Params& p) {
             }
             skip = !ptx::warp_any(!below);
         }
+        if constexpr (T::kSkip) {
+            // Values arrive while the next keys are looked at, and are added before O moves on.
+            if (waiting && (!skip || mine.moves(largest))) {
+                add_values<T>(p, at, me, held, o, stream);
+                waiting = false;
+            }
+        }
         mine.exponentiate(s, largest, skip, o);
         if (!skip) {
-            constexpr int kNarrow = Slices<T>::kNarrow, kWide = Slices<T>::kWide;
-            u32 slots[kNarrow];
-            chunk_values<T>(p, at, me, chunk, s, o, [&](Slice& x, int i) {
-                if constexpr (T::kSkip) {
-                    load_values<T>(x, chunk, i);
-                } else if (chunk.narrow) {
-                    if (i == 0) {
-                        slots[0] = stream.template next<kNarrow - 1>();
-#pragma unroll
-                        for (int n = 1; n < kNarrow; ++n) slots[n] = stream.take();
-                    }
-                    read_narrow_values<T>(x, slots, i, me.lane);
-                    if (i == kNarrow - 1) {
-                        __syncwarp();  // all lanes have read these slices
-#pragma unroll
-                        for (int n = 0; n < kNarrow; ++n) copy(kNarrow + n + Stream<T>::kAhead);
-                    }
-                } else {
-                    read_wide_values<T>(x, stream.template next<0>(), me.lane);
-                    copy(kWide + i + Stream<T>::kAhead);
-                }
-            });
+            held.hold(chunk, unit.value, s);
+            if constexpr (T::kSkip) {
+                stream.fetch_values(p, chunk);
+                waiting = true;
+            } else {
+                add_values<T>(p, at, me, held, o, stream);
+            }
         }
-        chunk = next;
     }
-    ptx::copy_async_wait<0>();
+    if constexpr (T::kSkip) {
+        if (waiting) add_values<T>(p, at, me, held, o, stream);
+    }
+    if constexpr (!T::kBulk) ptx::copy_async_wait<0>();
     __syncthreads();  // (3)
     merge_and_store<T>(p, at, me.lane, warp, unit, split, smem, mine, o);
 }

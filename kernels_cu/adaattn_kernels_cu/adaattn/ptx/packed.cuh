@@ -35,6 +35,7 @@ ADAATTN_DEVICE u32 transpose_8x8(u32 x) {
 }
 
 ADAATTN_DEVICE float broadcast(float x, int lane) { return __shfl_sync(kFullWarp, x, lane); }
+ADAATTN_DEVICE int broadcast(int x, int lane) { return __shfl_sync(kFullWarp, x, lane); }
 
 // PTX: cp.async.ca, 8 bytes.
 ADAATTN_DEVICE void copy_async_8(u32 address, const void* global) {

@@ -84,6 +84,10 @@ ADAATTN_DEVICE u32 shared_base() {
     extern __shared__ __align__(128) unsigned char adaattn_smem[];
     return static_cast<u32>(__cvta_generic_to_shared(adaattn_smem));
 }
+ADAATTN_DEVICE unsigned char* shared_bytes() {
+    extern __shared__ __align__(128) unsigned char adaattn_smem[];
+    return adaattn_smem;
+}
 ADAATTN_DEVICE u32 load_shared_32(u32 address) {
     u32 x;
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address));

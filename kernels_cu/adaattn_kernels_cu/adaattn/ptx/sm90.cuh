@@ -12,6 +12,20 @@ ADAATTN_DEVICE void async_proxy_fence() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// True in one lane of a warp that is together; what that lane does takes uniform operands. PTX ISA,
+// "elect.sync".
+ADAATTN_DEVICE bool elect_lane() {
+    u32 chosen;
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "elect.sync _|p, 0xffffffff;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}\n"
+        : "=r"(chosen));
+    return chosen != 0;
+}
+
 // PTX ISA, "stmatrix", transposed: lane l gives the address of row l % 8 of matrix l / 8 as it will
 // lie in memory; its registers hold the matrices as mma leaves them, by columns of that row.
 ADAATTN_DEVICE void store_matrices_transposed(u32 address, u32 a, u32 b, u32 c, u32 d) {

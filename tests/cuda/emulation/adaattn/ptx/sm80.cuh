@@ -88,6 +88,13 @@ inline unsigned char* at(u32 address, u32 bytes) {
     return machine.smem + address;
 }
 
+inline void refuse_unaligned(const void* global, int bytes) {
+    if (reinterpret_cast<uintptr_t>(global) % bytes != 0) {
+        fprintf(stderr, "misaligned access to global memory\n");
+        abort();
+    }
+}
+
 inline void start_fiber() {
     machine.body();
     machine.fibers[machine.current].done = true;
@@ -224,6 +231,7 @@ ADAATTN_DEVICE bool block_sync_or(bool x) {
 }
 
 ADAATTN_DEVICE u32 shared_base() { return 0; }
+ADAATTN_DEVICE unsigned char* shared_bytes() { return emulation::machine.smem; }
 ADAATTN_DEVICE u32 load_shared_32(u32 address) {
     u32 x;
     memcpy(&x, emulation::at(address, 4), 4);
@@ -244,10 +252,7 @@ ADAATTN_DEVICE void store_shared_128(u32 address, const u32 (&x)[4]) {
 ADAATTN_DEVICE void copy_async_16(u32 address, const void* global, bool valid) {
     emulation::Copy copy{address, {}};
     if (valid) {
-        if (reinterpret_cast<uintptr_t>(global) % 16 != 0) {
-            fprintf(stderr, "misaligned asynchronous copy\n");
-            abort();
-        }
+        emulation::refuse_unaligned(global, 16);
         memcpy(copy.bytes, global, 16);
     }
     emulation::machine.fibers[emulation::machine.current].open.push_back(copy);
