@@ -154,7 +154,7 @@ class ScaleBlocks:
 
 
 SCALE_BLOCKS: dict[str, ScaleBlocks] = {
-    "tile": ScaleBlocks(1, 64, 4, 128),
+    "tile": ScaleBlocks(1, 64, 4, 256),
     "token": ScaleBlocks(1, 1),
     "block": ScaleBlocks(64, 128),
 }

@@ -41,7 +41,7 @@ class HeadPlan:
         Formats of the operands of Q·Kᵀ and of P·V.
     scales : {"tile", "token", "block"}
         Granularity of the scales of 8-bit operands (`adaattn_core.formats.SCALE_BLOCKS`): one
-        per query, 16 keys and 128 values; per vector, and channel of V; or per 64 queries, 128
+        per query, 16 keys and 256 values; per vector, and channel of V; or per 64 queries, 128
         keys, and channel of V.
     smooth_k : bool
         Whether about the mean key is subtracted before quantising (exact for softmax).
@@ -67,7 +67,7 @@ class HeadPlan:
     smooth_k: bool = True
     rounding: str = "nearest"
     p_scale: float = 448.0
-    flush_keys: int = 128
+    flush_keys: int = 256
     reason: str = ""
     cost_estimate: float = 1.0
     error_estimate: float = 0.0

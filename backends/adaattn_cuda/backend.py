@@ -66,7 +66,7 @@ Groups = dict[Recipe, tuple[HeadIndex, ...] | None]
 """How -> the heads that run so; None stands for all of them."""
 Started = tuple[Launch | FarRun, QuantisedRun | None, tuple[HeadIndex, ...] | None]
 """A launch, the scales of 8-bit operands, and its heads; None stands for all of them."""
-FLUSH_KEYS = 128
+FLUSH_KEYS = 256
 """Keys after which 8-bit kernels add partial sums of P V to float32."""
 
 

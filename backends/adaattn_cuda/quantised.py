@@ -22,9 +22,16 @@ from adaattn_cuda.device import driver
 from adaattn_cuda.kernels.smxx_quantize import Codes
 from adaattn_cuda.tuning.sm90_attn_fwd_8bit import TILE_KEYS, TILE_SCALES
 
-__all__ = ["HeadSteps", "QuantisedRun", "i8_norm", "i8_residual", "value_residual"]
+__all__ = [
+    "VALUE_STEP",
+    "HeadSteps",
+    "QuantisedRun",
+    "i8_norm",
+    "i8_residual",
+    "value_residual",
+]
 
-_VALUE_STEP = 8
+VALUE_STEP = 16
 """Place of the values' step in a tile's record; kValueScale in quant/scale_tile.cuh."""
 
 
@@ -106,9 +113,9 @@ class QuantisedRun:
             if layout.qk:
                 rows = queries[span.batch, :, span.q_start : span.q_stop]
                 found.query[number] = _largest(rows, 1)
-                found.key[number] = _largest(own[..., :_VALUE_STEP], (1, 2))
+                found.key[number] = _largest(own[..., :VALUE_STEP], (1, 2))
             if layout.pv:
-                found.value[number] = _largest(own[..., _VALUE_STEP], 1)
+                found.value[number] = _largest(own[..., VALUE_STEP], 1)
         return found
 
 

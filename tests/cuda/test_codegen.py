@@ -17,7 +17,8 @@ GOLDEN = """\
 using Traits = adaattn::example::Traits<adaattn::Format::bf16, 128, true, false>;
 static_assert(Traits::kSmemBytes == 4096, "host and kernel disagree on smem");
 
-extern "C" __global__ void __launch_bounds__(Traits::kThreads, 1)
+extern "C" __global__ void
+__launch_bounds__(Traits::kThreads, adaattn::resident_blocks<Traits>(0))
 adaattn_entry(const __grid_constant__ adaattn::example::Params params) {
     adaattn::example::run<Traits>(params);
 }

@@ -22,6 +22,8 @@ from adaattn_cuda.backend import CudaBackend
 from adaattn_cuda.device.views import view
 from adaattn_cuda.kernels import sm90_attn_fwd_8bit as eight_bit
 from adaattn_cuda.kernels.task import Task
+from adaattn_cuda.quantised import VALUE_STEP
+from adaattn_cuda.tuning.sm90_attn_fwd_8bit import TILE_KEYS, TILE_SCALES
 from adaattn_reference import quantise
 
 torch = pytest.importorskip("torch")
@@ -114,7 +116,7 @@ def test_codes_scales_and_centres_are_those_of_the_twin(dim: int, length: int) -
     key_codes = part(codes, places["key_codes"], np.int8, 2, rows, layout.dim_qk)
     stored = part(codes, places["value_codes"], ml_dtypes.float8_e4m3fn, 2, layout.dim_v, rows)
     query_steps = part(scales, held["query_scales"], np.float32, 4, length)
-    records = part(scales, held["tile_scales"], np.float32, 2, rows // 128, 12)
+    records = part(scales, held["tile_scales"], np.float32, 2, rows // TILE_KEYS, TILE_SCALES)
     centres = part(scales, held["centres"], np.float32, 2, layout.dim_qk)
     # Byte 4 t + b of sixteen is key 2 t + b, or 2 t + 8 + b - 2.
     byte = np.arange(rows) % 16
@@ -133,7 +135,7 @@ def test_codes_scales_and_centres_are_those_of_the_twin(dim: int, length: int) -
         np.logical_and.at(whole, groups, np.isfinite(plain).all(axis=1))
         good = whole[groups]
         np.testing.assert_array_equal(key_codes[head, :length, :dim][good], wanted[good])
-        found = records[head, at // 128, 4 * (at % 128 // 64) + at % 8 // 2]
+        found = records[head, at // TILE_KEYS, 4 * (at % TILE_KEYS // 64) + at % 8 // 2]
         np.testing.assert_array_equal(found[good], steps[groups][good])
         assert np.isnan(found[~good]).all()
         plain = value[0, head].float().cpu().numpy()
@@ -142,7 +144,7 @@ def test_codes_scales_and_centres_are_those_of_the_twin(dim: int, length: int) -
         found = value_codes[head, :dim, :length].T
         np.testing.assert_array_equal(found[finite], wanted[finite])
         assert np.isnan(found[~finite]).all()
-        np.testing.assert_array_equal(records[head, : len(steps), 8], steps)
+        np.testing.assert_array_equal(records[head, : len(steps), VALUE_STEP], steps)
         assert not key_codes[head, length:].any()
         assert not value_codes[head, :, length:].any()
     for head in range(4):

@@ -15,11 +15,18 @@ from adaattn_core.formats import SCALE_BLOCKS
 from adaattn_core.problem import SequenceSpan
 from adaattn_cuda.device import driver
 from adaattn_cuda.kernels.smxx_quantize import Codes
-from adaattn_cuda.quantised import QuantisedRun, i8_norm, i8_residual, value_residual
+from adaattn_cuda.quantised import (
+    VALUE_STEP,
+    QuantisedRun,
+    i8_norm,
+    i8_residual,
+    value_residual,
+)
+from adaattn_cuda.tuning.sm90_attn_fwd_8bit import TILE_KEYS, TILE_SCALES
 from adaattn_reference import quantise
 
 LENGTH, DIM = 200, 16
-PLACES = (0, 128)
+PLACES = (0, TILE_KEYS)
 SPANS = (SequenceSpan(0, 0, 0, 80, 0, 80), SequenceSpan(1, 0, 80, 200, 80, 200))
 
 
@@ -35,7 +42,7 @@ def test_steps_bound_residuals_and_norms(seed: int, size: float, odd: bool) -> N
         key[::17] *= 100
         value[:, 3] = 0
         query[5] = 0
-    layout = Codes(1, 1, 1, LENGTH, 256, 64, 64, 2, True, True)
+    layout = Codes(1, 1, 1, LENGTH, 2 * TILE_KEYS, 64, 64, 2, True, True)
     offsets, total = layout.scales()
     memory = np.full(total, 255, np.uint8)  # NaN wherever nothing is written
 
@@ -43,7 +50,7 @@ def test_steps_bound_residuals_and_norms(seed: int, size: float, odd: bool) -> N
         count = 4 * int(np.prod(shape))
         return memory[offsets[name] : offsets[name] + count].view(np.float32).reshape(shape)
 
-    blocks, records = SCALE_BLOCKS["tile"], part("tile_scales", 2, 12)
+    blocks, records = SCALE_BLOCKS["tile"], part("tile_scales", 2, TILE_SCALES)
     truth = []
     for span, place in zip(SPANS, PLACES, strict=True):
         rows = slice(span.kv_start, span.kv_stop)
@@ -58,8 +65,8 @@ def test_steps_bound_residuals_and_norms(seed: int, size: float, odd: bool) -> N
         values, value_steps = quantise.dequantised(
             value[rows], blocks.value_groups(span.len_kv), "e4m3"
         )
-        records[place // 128, : len(key_steps)] = key_steps
-        records[place // 128, 8] = value_steps[0]
+        records[place // TILE_KEYS, : len(key_steps)] = key_steps
+        records[place // TILE_KEYS, VALUE_STEP] = value_steps[0]
         truth.append(
             (
                 largest_norm(query[rows] - queries.astype(np.float64)),

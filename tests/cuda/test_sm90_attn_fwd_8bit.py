@@ -145,8 +145,8 @@ RAGGED = (
 def test_every_key_has_a_place_on_whole_tiles() -> None:
     packed = task(RAGGED, 562, 892, right=0)
     places, rows = quantiser._places(packed)
-    assert places == [0, 128, 512, 640]
-    assert rows == 640 + 512
+    assert places == [0, 256, 768, 1024]
+    assert rows == 1024 + 512
     spans, keys, queries = quantiser._tables(packed, places)
     written = np.zeros((2, rows), int)
     read = np.zeros((2, 892), int)
@@ -168,7 +168,9 @@ def test_every_key_has_a_place_on_whole_tiles() -> None:
 def test_sources_begin_on_whole_tiles_of_their_sequence() -> None:
     windowed = task(RAGGED, 562, 892, left=90, right=3)
     places, _ = quantiser._places(windowed)
-    listed = work_list(windowed.geometry, 128, 128, 132, key_step=TILE_KEYS, places=places)
+    listed = work_list(
+        windowed.geometry, 128, TILE_KEYS, 132, key_step=TILE_KEYS, places=places
+    )
     items = listed.items[listed.items["rows"] > 0]
     for item in items:
         source = listed.sources[item["first_source"]]
@@ -214,5 +216,5 @@ def test_every_pair_of_dims_has_a_tile_with_room(qk: str, pv: str) -> None:
     for dims in ((64, 64), (128, 128), (128, 64), (64, 128), (8, 72)):
         tile = choose(qk, pv, *dims)
         assert is_legal(tile)
-        assert tile.tile_n == TILE_KEYS
+        assert TILE_KEYS % tile.tile_n == 0
     assert eight_bit.refusal(task(SPAN, 64, 64, qk, pv), "sm_90a") is None

@@ -65,7 +65,7 @@ def test_a_lane_of_a_quad_has_one_scale_for_its_keys_of_a_tile(length: int) -> N
         own = key[groups == group]
         assert len({(j // 64, j % 8 // 2) for j in own.tolist()}) == 1
         assert len(own) <= 16
-    assert (SCALE_BLOCKS["tile"].value_groups(length) == key // 128).all()
+    assert (SCALE_BLOCKS["tile"].value_groups(length) == key // 256).all()
     assert (SCALE_BLOCKS["tile"].query_groups(length) == key).all()
 
 

@@ -217,7 +217,7 @@ _HEADS = choices(
     smooth_k=(True, False),
     rounding=("nearest", "stochastic"),
     p_scale=(448.0, 1.0, 2.0**-10),
-    flush_keys=(128, 1, 32, 0),
+    flush_keys=(256, 128, 1, 32, 0),
     odd=(False,) * 19 + (True,),
 )
 

@@ -27,7 +27,8 @@ def render(spec: KernelSpec) -> str:
 using Traits = {traits};
 static_assert(Traits::kSmemBytes == {spec.smem_bytes}, "host and kernel disagree on smem");
 
-extern "C" __global__ void __launch_bounds__(Traits::kThreads, 1)
+extern "C" __global__ void
+__launch_bounds__(Traits::kThreads, adaattn::resident_blocks<Traits>(0))
 {ENTRY}(const __grid_constant__ {namespace}::{params} params) {{
     {namespace}::run<Traits>(params);
 }}

@@ -14,7 +14,7 @@ from adaattn_cuda.kernels.smxx_quantize import Codes, Quantiser
 from adaattn_cuda.kernels.task import Task
 from adaattn_cuda.quantised import QuantisedRun
 from adaattn_cuda.recent import Recent
-from adaattn_cuda.tuning.sm90_attn_fwd_8bit import MAX_DIM, TILE_KEYS, Tile, choose
+from adaattn_cuda.tuning.sm90_attn_fwd_8bit import MAX_DIM, Tile, choose
 from adaattn_cuda.tuning.sm90_attn_fwd_f16 import ARCH
 from adaattn_cuda.work.records import work_list
 
@@ -36,7 +36,8 @@ class QuantisedParams(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("heads_q", "heads_kv", "len_q", "rows_kv")),
         ("weight_log2", ctypes.c_float),
         ("weight_slack", ctypes.c_float),
-        ("reserved", ctypes.c_int32 * 4),
+        ("zero", ctypes.c_float),
+        ("reserved", ctypes.c_int32 * 3),
     )
 
 
@@ -97,7 +98,7 @@ class EightBitLaunch:
         blocks = driver.device_facts(device).multiprocessors
         items = work_list(
             task.geometry, self._tile.tile_m, self._tile.tile_n, blocks,
-            key_step=TILE_KEYS, places=self._quantiser.places,
+            key_step=self._tile.tile_n, places=self._quantiser.places,
         )  # fmt: skip
         self._work = upload(items, device, stream)
         self._task = task

@@ -18,11 +18,11 @@ from adaattn_cuda.tuning.sm90_attn_fwd_f16 import ARCH, padded_dim
 __all__ = ["Codes", "Params", "Quantiser", "shipped", "spec"]
 
 CENTRES, CODES = 0, 1
-THREADS = 256
+THREADS = 512
 TILE = np.dtype(
     [(name, "<i4") for name in ("batch", "first", "begin", "end", "place", "span", "head", "_")]
 )
-"""``Tile`` of smxx_quantize.cuh: 128 rows of a head."""
+"""``Tile`` of smxx_quantize.cuh: 256 rows of a head."""
 SPAN = np.dtype([(name, "<i4") for name in ("batch", "low", "high", "_")])
 """``Span``: a sequence's visible keys."""
 _ALIGNMENT_BYTES = 1024
@@ -181,7 +181,11 @@ class Quantiser:
         )  # fmt: skip
         self._strides = [array.strides[:3] for array in (task.query, task.key, task.value)]
         self._scale, self._smooth = task.scale, task.smooth_k
-        grids = (len(spans) * heads_kv * self.layout.qk, len(key_tiles) + len(query_tiles))
+        parts = 2 * self.layout.qk + self.layout.pv
+        grids = (
+            len(spans) * heads_kv * self.layout.qk,
+            parts * len(key_tiles) + 2 * len(query_tiles),
+        )
         self._kernels = []
         for part, grid in zip((CENTRES, CODES), grids, strict=True):
             if grid:

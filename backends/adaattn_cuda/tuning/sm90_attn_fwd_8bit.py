@@ -14,9 +14,9 @@ __all__ = ["MAX_DIM", "STEM", "TILE_KEYS", "TILE_SCALES", "Tile", "choose", "shi
 STEM = "sm90_attn_fwd_8bit"
 MAX_DIM = 128
 """Largest head dim: output, one piece of its product, and scores fill the registers."""
-TILE_KEYS = 128
+TILE_KEYS = 256
 """Keys of a tile of the quantiser; kTileKeys in quant/scale_tile.cuh."""
-TILE_SCALES = 12
+TILE_SCALES = 20
 """Floats of such a tile's record of scales; kTileScales there."""
 
 _PANEL_BYTES = 128
@@ -34,9 +34,8 @@ class Tile:
         Padded head dims: 64 or 128.
     consumers, tile_n, stages, query_stages, ping_pong, role, max_sources
         As in `adaattn_cuda.tuning.sm90_attn_fwd_f16.Tile`.
-    overlap : bool
-        A tile's scores are computed under the weights of the tile before it; else output and
-        scores follow each other, and one consumer's products run under another's weights.
+    polynomials : int
+        One weight of so many is computed by polynomial, not by the exponential unit; 0: none.
     """
 
     qk: str
@@ -44,13 +43,13 @@ class Tile:
     dim_qk: int
     dim_v: int
     consumers: int = 2
-    tile_n: int = 128
+    tile_n: int = 256
     stages: int = 2
     query_stages: int = 2
-    ping_pong: bool = False
+    ping_pong: bool = True
     role: int = 0
     max_sources: int = 1
-    overlap: bool = True
+    polynomials: int = 0
 
     @property
     def tile_m(self) -> int:
@@ -70,7 +69,7 @@ class Tile:
         values = self.tile_n * self.dim_v * (1 if self.pv == "e4m3" else 2)
         slots = 4 if self.query_stages == 1 else 8
         records = slots * (ITEM.itemsize + SOURCE.itemsize * self.max_sources)
-        scales = self.stages * 4 * TILE_SCALES * (self.tile_n // TILE_KEYS)
+        scales = self.stages * 4 * TILE_SCALES
         barriers = 8 * (2 * self.query_stages + 4 * self.stages + 2 * slots)
         queries = self.query_stages * self.tile_m * row
         tiles = self.stages * (self.tile_n * row + values)
@@ -93,7 +92,7 @@ class Tile:
             int(self.ping_pong),
             self.role,
             self.max_sources,
-            int(self.overlap),
+            self.polynomials,
         )
 
 
@@ -105,17 +104,15 @@ def is_legal(tile: Tile) -> bool:
 def choose(qk: str, pv: str, dim_qk: int, dim_v: int) -> Tile:
     """Return the specialisation for head dims up to `MAX_DIM`, measured on an H100.
 
-    Three consumers whose products follow each other: at any time one multiplies while two
-    compute weights. 128 channels of 16-bit values leave them too few registers.
+    A consumer's products follow each other, and run under the weights of the others: of one
+    other with tiles of 256 keys, of two with half of them, where registers allow a third.
     """
     dims = padded_dim(dim_qk), padded_dim(dim_v)
-    if pv != "e4m3" and dims[1] > 64:
-        return Tile(qk, pv, *dims, query_stages=1)
-    stages = (Tile(
-        qk, pv, *dims, consumers=3, stages=count, query_stages=1 if dims[0] > 64 else 2,
-        ping_pong=True, overlap=False,
-    ) for count in (4, 2))  # fmt: skip
-    return next(filter(is_legal, stages))
+    if max(dims) > 64:
+        tiles = [Tile(qk, pv, *dims, query_stages=count) for count in (2, 1)]
+    else:
+        tiles = [Tile(qk, pv, *dims, 3, 128, stages) for stages in (4, 2)]
+    return next(filter(is_legal, tiles))
 
 
 def shipped() -> list[KernelSpec]:

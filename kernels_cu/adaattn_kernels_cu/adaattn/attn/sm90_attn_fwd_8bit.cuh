@@ -7,25 +7,26 @@
 //                 m = scale log2(e) step(row) step(64 keys' quarter): see softmax/scaled.cuh.
 //              5. l sums p 2^w; e4m3 has its largest numbers used, w = log2(p_scale).
 //              6. e4m3: t = p v into accumulators of its own; o <- (o + t step(tile of v)) 2^(..).
-//                 What the unit loses in long sums is so bound to 128 keys.
+//                 What the unit loses in long sums is so bound to the keys of a tile.
 //              7. lse = reference + log2 l - w, by ln 2; and scale q . c, which the scores are short
 //                 of where keys were centred.
-//              Without kOverlap a consumer's products follow each other, output before scores, and
-//              run under the other consumers' weights.
-//              Source: SageAttention2, arXiv 2411.10958; FlashAttention-3, arXiv 2407.08608.
+//              A consumer's products follow each other, output before scores, and run under the
+//              other consumers' weights: see run().
+//              Source: SageAttention2, arXiv 2411.10958; FlashAttention-3, arXiv 2407.08608; weights
+//              by polynomials beside the exponential unit: FlashAttention-4's, for Blackwell.
 // Numerics     Codes: quant/smxx_quantize.cuh (r1). s: exact below 2^22; (r2) m to f32; (r3)
-//              ex2.approx, 2 ulp; (r4) p to e4m3 or 16 bits, in [0, p_scale]; (r5) wgmma's
-//              accumulation, 13 fraction bits in e4m3, 128 keys long; (r6) o in f32; (r7) out to 16
-//              bits. l sums p before r4.
+//              ex2.approx, 2 ulp, POLY(r4) p to e4m3 or 16 bits, in [0, p_scale]; (r5) wgmma's
+//              accumulation, 13 fraction bits in e4m3, 256 keys long at most; (r6) o in f32; (r7)
+//              out to 16 bits. l sums p before r4.
 // Tiles        Block: 64 kConsumers queries x kTileN keys; m64nNk32 of i8 and e4m3, m64nNk16 of
 //              16-bit operands.
 // Shared mem   As in sm90_attn_fwd_f16.cuh, with panels of 128 columns for codes; values' panels
-//              hold 128 keys of every channel; 48 bytes of scales beside each 128 keys.
+//              hold 128 keys of every channel; 80 bytes of scales beside each tile of keys.
 // Registers    Producer 24 or 32, consumers 240 or 160 (2, 3 of them); no spill.
 // Budget: registers<=168 spill_bytes=0 smem_bytes<=232448
 // Barriers     Those of sm90_attn_fwd_f16.cuh; scales arrive with the keys.
-// Limits       Padded dims 64 or 128; kTileN 128; sources begin on multiples of 128 keys of their
-//              sequence. All checked by the host.
+// Limits       Padded dims 64 or 128; kTileN 128 or 256; sources begin on multiples of kTileN keys
+//              of their sequence. All checked by the host.
 // Ladder       docs/kernels/sm90_attn_fwd_8bit.md.
 #pragma once
 
@@ -42,10 +43,9 @@ namespace adaattn {
 template <class Cursor>
 ADAATTN_DEVICE const void* scales_of(const QuantisedParams& params, const Cursor& cursor) {
     const work::Source& source = cursor.current();
-    const int place =
-        smaller(cursor.first_key() + cursor.item().code_shift, params.rows_kv - kTileKeys);
-    return params.tile_scales +
-           tile_scale_index(params.heads_kv, params.rows_kv, source.batch, source.head, place);
+    const int place = cursor.first_key() + cursor.item().code_shift;
+    return params.tile_scales + tile_scale_index(params.heads_kv, params.rows_kv, source.batch,
+                                                 source.head, place < params.rows_kv ? place : 0);
 }
 
 namespace sm90_attn_fwd_8bit {
@@ -54,7 +54,7 @@ using Params = QuantisedParams;
 
 template <Format kFormatT, Format kQkT, Format kPvT, int kDimQkT, int kDimVT, int kConsumersT,
           int kTileNT, int kStagesT, int kQueryStagesT, int kPingPongT, int kRoleT,
-          int kMaxSourcesT, int kOverlapT>
+          int kMaxSourcesT, int kPolynomialsT>
 struct Traits {
     using Params = QuantisedParams;
     static constexpr Format kFormat = kFormatT;  // of the arrays
@@ -68,9 +68,9 @@ struct Traits {
     static constexpr int kStages = kStagesT;
     static constexpr int kQueryStages = kQueryStagesT;
     static constexpr bool kPingPong = kPingPongT != 0;
+    static constexpr int kPolynomials = kPolynomialsT;  // one weight of so many; 0: none
     static constexpr int kRole = kRoleT;
     static constexpr bool kSkip = false;
-    static constexpr bool kOverlap = kOverlapT != 0;  // scores run under the weights before
     static constexpr int kMaxSources = kMaxSourcesT;
 
     static constexpr int kThreads = kWarpgroupThreads * (kConsumers + 1);
@@ -80,13 +80,13 @@ struct Traits {
     static constexpr bool kCodesQk = is_quantised(kQk);
     static constexpr bool kCodesPv = is_quantised(kPv);
     static constexpr int kColumnsQk = ptx::kPanelRowBytes / storage_bytes(kQk);
-    static constexpr int kColumnsV = kCodesPv ? kTileKeys : ptx::kPanelColumns;
+    static constexpr int kColumnsV = kCodesPv ? ptx::kPanelRowBytes : ptx::kPanelColumns;
     static constexpr int kPanelsQk = ceil_div(kDimQk, kColumnsQk);
-    static constexpr int kPanelsV = kCodesPv ? kTileN / kTileKeys : kDimV / kColumnsV;
+    static constexpr int kPanelsV = kCodesPv ? kTileN / kColumnsV : kDimV / kColumnsV;
     static constexpr int kQueryBytes = kTileM * kPanelsQk * ptx::kPanelRowBytes;
     static constexpr int kKeyBytes = kTileN * kPanelsQk * ptx::kPanelRowBytes;
     static constexpr int kValueBytes = (kCodesPv ? kDimV : kTileN) * kPanelsV * ptx::kPanelRowBytes;
-    static constexpr int kScaleBytes = 4 * kTileScales * (kTileN / kTileKeys);
+    static constexpr int kScaleBytes = 4 * kTileScales;
     static constexpr int kRecordSlots = kQueryStages == 1 ? 4 : 8;
     static constexpr int kRecordBytes = static_cast<int>(sizeof(work::WorkRecord<kMaxSources>));
     static constexpr int kKeyOffset = kQueryStages * kQueryBytes;
@@ -98,9 +98,9 @@ struct Traits {
     static constexpr int kBarriers = 2 * kQueryStages + 4 * kStages + 2 * kRecordSlots;
     static constexpr int kSmemBytes = round_up(kBarrierOffset + 8 * kBarriers, 128);
 
-    static_assert(kTileN == kTileKeys, "one record of scales, and one flush, a tile");
+    static_assert(kTileKeys % kTileN == 0, "one record of scales a tile");
     static_assert(kCodesQk || kCodesPv, "16-bit operands have a kernel of their own");
-    static_assert(!kOverlap || !kCodesPv, "e4m3's product comes in pieces, before the scores");
+    static_assert(kPolynomials == 0 || kCodesPv, "2^-126 of a hidden key is 0 in e4m3 alone");
     static_assert(kRole == kDense, "other roles compute from the arrays as they are");
     static_assert(kSmemBytes <= 232448, "shared memory of one block on sm_90");
 };
@@ -124,15 +124,18 @@ struct Consumer : sm90_attn_fwd_f16::Consumer<T> {
     // Sums of codes start from this number's bits, and so are floats, 3 2^22 above their value: no
     // conversion, and below 2^22 no rounding.
     static constexpr i32 kOriginBits = 0x4b400000;
+    // Row sums below this are of rows that see no key: one weight of another is at least 1.
+    static constexpr float kNothing = 1e-30f;
     static constexpr float kOrigin = T::kCodesQk ? 12582912.0f : 0.0f;
     static constexpr int kSpans = T::kCodesQk ? T::kTileN / kScaleKeys : 1;
     static constexpr int kWeightWords = T::kCodesPv ? T::kTileN / 8 : T::kTileN / 4;
-    // e4m3's product comes in pieces of 64 channels: all of it would not fit beside the scores.
-    static constexpr int kPieceColumns = 64;
+    // e4m3's product: with three consumers all of it would not fit beside the output.
+    static constexpr int kPieceColumns = T::kConsumers == 3 ? 64 : T::kDimV;
     static constexpr int kPieces = T::kCodesPv ? T::kDimV / kPieceColumns : 1;
     static constexpr int kProducts = T::kCodesPv ? kPieceColumns / 2 : 1;
 
     softmax::Scaled softmax;
+    float zero;           // which the compiler does not know
     float row_factor[2];  // log2 units of a raw score, keys' steps aside
 
     ADAATTN_DEVICE const Params& quantised() const {
@@ -152,6 +155,7 @@ struct Consumer : sm90_attn_fwd_f16::Consumer<T> {
     ADAATTN_DEVICE bool open() {
         if (!this->open_item()) return false;
         softmax.reset();
+        zero = quantised().zero;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             row_factor[r] = quantised().scale_log2;
@@ -163,8 +167,20 @@ struct Consumer : sm90_attn_fwd_f16::Consumer<T> {
         return true;
     }
 
+    // Where sums of codes start from. Multiply-adds, since a plain move takes twice the time; with a
+    // factor each, since the compiler would move one's result about.
+    ADAATTN_DEVICE void preset(RawScore (&raw)[kScores]) const {
+        if constexpr (T::kCodesQk) {
+#pragma unroll
+            for (int i = 0; i < kScores; ++i) {
+                raw[i] = __float_as_int(fmaf(zero, static_cast<float>(i + 2), kOrigin));
+            }
+        }
+    }
+
     // Raw scores Q K^T, started.
-    ADAATTN_DEVICE void start_raw(RawScore (&raw)[kScores], bool takes_turn) const {
+    ADAATTN_DEVICE void start_raw(RawScore (&raw)[kScores]) const {
+        preset(raw);
         const int query_stage = Base::QueryRing::index(this->items - 1);
         const int stage = TileRing::index(this->tiles);
         const u64 queries = ptx::matrix_descriptor(
@@ -173,13 +189,7 @@ struct Consumer : sm90_attn_fwd_f16::Consumer<T> {
         const u64 keys =
             ptx::matrix_descriptor(this->smem + T::kKeyOffset + stage * T::kKeyBytes, 0);
         ptx::mbarrier_wait(this->barriers.key_full(stage), TileRing::parity(this->tiles));
-        if (takes_turn) this->wait_turn();
-        int accumulate = 0;
-        if constexpr (T::kCodesQk) {
-#pragma unroll
-            for (int i = 0; i < kScores; ++i) raw[i] = kOriginBits;
-            accumulate = 1;
-        }
+        constexpr int accumulate = T::kCodesQk ? 1 : 0;
         ptx::pin(raw);
         ptx::wgmma_fence();
         constexpr int kSlices = T::kDimQk * storage_bytes(T::kQk) / 32;
@@ -192,13 +202,16 @@ struct Consumer : sm90_attn_fwd_f16::Consumer<T> {
         ptx::wgmma_commit();
     }
 
-    // Call when they are there: leaves them as floats, with what turns them into units of log2, and
-    // the step of the tile's values.
-    ADAATTN_DEVICE void finish_raw(RawScore (&raw)[kScores], float (&scores)[kScores],
-                                   float (&multiplier)[2][kSpans], float& value_step) {
-        ptx::pin(raw);
-        const u32 scales =
-            this->smem + T::kBiasOffset + TileRing::index(this->tiles) * T::kScaleBytes;
+    // What turns the raw scores in flight into units of log2, and the step of the tile's values.
+    ADAATTN_DEVICE void read_scales(float (&multiplier)[2][kSpans], float& value_step) const {
+        u32 scales = this->smem + T::kBiasOffset + TileRing::index(this->tiles) * T::kScaleBytes;
+        if constexpr (T::kCodesPv) {
+            value_step = load(scales + 4 * kValueScale);
+        }
+        if constexpr (T::kCodesQk && T::kTileN < kTileKeys) {
+            const int place = this->cursor.first_key() + this->cursor.item().code_shift;
+            scales += 16 * (place % kTileKeys / kScaleKeys);
+        }
 #pragma unroll
         for (int span = 0; span < kSpans; ++span) {
             float step = 1.0f;
@@ -210,7 +223,11 @@ struct Consumer : sm90_attn_fwd_f16::Consumer<T> {
                     T::kCodesQk ? fmaf(row_factor[r], step, 1e-37f) : row_factor[r];
             }
         }
-        if constexpr (T::kCodesPv) value_step = load(scales + 4 * kValueScale);
+    }
+
+    // Call when they are there: leaves them as floats.
+    ADAATTN_DEVICE void finish_raw(RawScore (&raw)[kScores], float (&scores)[kScores]) {
+        ptx::pin(raw);
 #pragma unroll
         for (int i = 0; i < kScores; ++i) {
             if constexpr (T::kCodesQk) {
@@ -232,52 +249,51 @@ struct Consumer : sm90_attn_fwd_f16::Consumer<T> {
         return x;
     }
 
-    // P V of a tile, started: a piece of it into `product` in e4m3, all on top of `acc` in 16 bits.
+    // P V of a tile, piece by piece, into the output; returns once the last piece is there.
     template <int kPiece>
-    ADAATTN_DEVICE void start_product(float (&acc)[T::kDimV / 2], float (&product)[kProducts],
-                                      u32 (&weights)[kWeightWords], int tile) const {
-        if constexpr (T::kCodesPv) {
-            const int stage = TileRing::index(tile);
-            const u64 values =
-                ptx::matrix_descriptor(this->smem + T::kValueOffset + stage * T::kValueBytes +
-                                           kPiece * kPieceColumns * ptx::kPanelRowBytes,
-                                       0);
-            ptx::mbarrier_wait(this->barriers.value_full(stage), TileRing::parity(tile));
-            ptx::pin(product);
-            ptx::pin(weights);
-            ptx::wgmma_fence();
+    ADAATTN_DEVICE void multiply_pieces(float (&acc)[T::kDimV / 2], float (&product)[kProducts],
+                                        u32 (&weights)[kWeightWords], float value_step,
+                                        u64 values) const {
+        ptx::pin(product);
+        ptx::pin(weights);
+        ptx::wgmma_fence();
 #pragma unroll
-            for (int k = 0; k < T::kTileN / 32; ++k) {
-                ptx::Wgmma<T::kPv, kPieceColumns>::rs(
-                    product, &weights[4 * k], ptx::advance(values, ptx::k_slice_bytes(k, T::kDimV)),
-                    k != 0 ? 1 : 0);
-            }
-            ptx::wgmma_commit();
+        for (int k = 0; k < T::kTileN / 32; ++k) {
+            ptx::Wgmma<T::kPv, kPieceColumns>::rs(
+                product, &weights[4 * k],
+                ptx::advance(values, kPiece * kPieceColumns * ptx::kPanelRowBytes +
+                                         ptx::k_slice_bytes(k, T::kDimV)),
+                k != 0 ? 1 : 0);
+        }
+        ptx::wgmma_commit();
+        ptx::wgmma_wait<0>();
+        ptx::pin(product);
+#pragma unroll
+        for (int i = 0; i < kProducts; ++i) {
+            float& sum = acc[kPiece * kProducts + i];
+            sum = fmaf(product[i], value_step, sum);
+        }
+        if constexpr (kPiece + 1 < kPieces) {
+            multiply_pieces<kPiece + 1>(acc, product, weights, value_step, values);
+        }
+    }
+    ADAATTN_DEVICE void multiply_values(float (&acc)[T::kDimV / 2], u32 (&weights)[kWeightWords],
+                                        float value_step) const {
+        const int stage = TileRing::index(this->tiles - 1);
+        if constexpr (T::kCodesPv) {
+            float product[kProducts];
+            ptx::mbarrier_wait(this->barriers.value_full(stage), TileRing::parity(this->tiles - 1));
+            const u64 values =
+                ptx::matrix_descriptor(this->smem + T::kValueOffset + stage * T::kValueBytes, 0);
+            multiply_pieces<0>(acc, product, weights, value_step, values);
         } else {
             u32 rest[1];
             this->start_output(acc, weights, rest);
-        }
-    }
-
-    // Call when it is there: `acc` then holds the piece of all tiles so far.
-    template <int kPiece>
-    ADAATTN_DEVICE void finish_product(float (&acc)[T::kDimV / 2], float (&product)[kProducts],
-                                       u32 (&weights)[kWeightWords], float value_step,
-                                       int tile) const {
-        ptx::pin(weights);
-        if constexpr (T::kCodesPv) {
-            ptx::pin(product);
-#pragma unroll
-            for (int i = 0; i < kProducts; ++i) {
-                float& sum = acc[kPiece * kProducts + i];
-                sum = fmaf(product[i], value_step, sum);
-            }
-        } else {
+            ptx::wgmma_wait<0>();
             ptx::pin(acc);
         }
-        if constexpr (kPiece + 1 == kPieces) {
-            this->release(this->barriers.value_empty(TileRing::index(tile)));
-        }
+        ptx::pin(weights);
+        this->release(this->barriers.value_empty(stage));
     }
 
     // Weights as the next product takes them; the four of a word are keys that the quantiser laid
@@ -294,11 +310,21 @@ struct Consumer : sm90_attn_fwd_f16::Consumer<T> {
         }
     }
 
-    ADAATTN_DEVICE bool soften(float (&scores)[kScores], const float (&multiplier)[2][kSpans],
-                               bool fresh, float (&factor)[2]) {
-        this->hide(scores);
-        return softmax.exponentiate(scores, multiplier, kOrigin, quantised().weight_slack,
-                                    quantised().weight_log2, fresh, factor);
+    ADAATTN_DEVICE bool advance(float (&scores)[kScores], const float (&multiplier)[2][kSpans],
+                                bool masked, bool fresh, float (&factor)[2]) {
+        if (masked) {
+            mask::apply(scores, this->cursor.item(), this->cursor.current(),
+                        this->cursor.position(), this->cursor.keys_left(),
+                        this->row() + this->lane() / 4, this->lane());
+        }
+        return softmax.advance(scores, multiplier, kOrigin, quantised().weight_slack, fresh,
+                               factor);
+    }
+    ADAATTN_DEVICE void weigh(float (&scores)[kScores], const float (&multiplier)[2][kSpans],
+                              u32 (&weights)[kWeightWords]) {
+        softmax.template weigh<T::kPolynomials>(scores, multiplier, kOrigin,
+                                                quantised().weight_log2);
+        pack(scores, weights);  // in one block with the exponentials: hidden behind them
     }
 
     // Writes the lse of this warp's 16 rows and leaves the reciprocals of two row sums.
@@ -309,6 +335,7 @@ struct Consumer : sm90_attn_fwd_f16::Consumer<T> {
         for (int r = 0; r < 2; ++r) {
             const int own_row = this->row() + this->lane() / 4 + 8 * r;
             float sum = softmax::quad_sum(softmax.sum[r]);
+            if (sum < kNothing) sum = 0.0f;  // NaN stays
             if (sum == 0.0f && own_row < item.rows) {
                 sum = softmax::known_sum(sum, sees_key<T::kRole>(quantised(), record, own_row));
             }
@@ -338,26 +365,35 @@ struct Consumer : sm90_attn_fwd_f16::Consumer<T> {
         softmax::clear(acc);
     }
 
-    // The loop of sm90_attn_fwd_f16.cuh.
-    ADAATTN_DEVICE void run() {
-        float acc[T::kDimV / 2];
-        float product[kProducts];
+    // From a tile's raw scores to its weights. Returns whether the output must be multiplied by
+    // `factor` before the tile's product is added.
+    ADAATTN_DEVICE bool soften(RawScore (&raw)[kScores], u32 (&weights)[kWeightWords],
+                               float& value_step, bool fresh, float (&factor)[2]) {
         float scores[kScores];
         float multiplier[2][kSpans];
+        read_scales(multiplier, value_step);  // while the scores are on their way
+        const bool masked = this->mask_needed();
+        ptx::wgmma_wait<0>();
+        finish_raw(raw, scores);
+        const bool moved = advance(scores, multiplier, masked, fresh, factor);
+        weigh(scores, multiplier, weights);
+        return moved;
+    }
+
+    // The loop of sm90_attn_fwd_f16.cuh, its products one after the other. With turns, a consumer
+    // multiplies while the others compute weights.
+    ADAATTN_DEVICE void run() {
+        float acc[T::kDimV / 2];
+        RawScore raw[kScores];
         u32 weights[kWeightWords];
         float factor[2];
         float value_step = 0.0f;
         softmax::clear(acc);
         if (!open()) return;
-        {
-            RawScore raw[kScores];
-            start_raw(raw, true);
-            this->pass_turn();
-            ptx::wgmma_wait<0>();
-            finish_raw(raw, scores, multiplier, value_step);
-        }
-        soften(scores, multiplier, true, factor);
-        pack(scores, weights);
+        this->wait_turn();
+        start_raw(raw);
+        this->pass_turn();
+        soften(raw, weights, value_step, true, factor);
 
 #pragma unroll 1
         while (true) {
@@ -368,60 +404,15 @@ struct Consumer : sm90_attn_fwd_f16::Consumer<T> {
             } else {
                 this->cursor.next(this->params.sources);
             }
-            RawScore raw[kScores];
-            float next_step = 0.0f;
-            if constexpr (T::kOverlap) {
-                start_raw(raw, true);
-                start_product<0>(acc, product, weights, this->tiles - 1);
-                this->pass_turn();
-                ptx::wgmma_wait<1>();
-                finish_raw(raw, scores, multiplier, next_step);
-                const bool moved = soften(scores, multiplier, boundary, factor);
-                if (boundary) {
-                    ptx::wgmma_wait_all_in_branch();
-                    finish_product<0>(acc, product, weights, value_step, this->tiles - 2);
-                    finish_item(acc, factor);
-                } else {
-                    ptx::wgmma_wait<0>();
-                    finish_product<0>(acc, product, weights, value_step, this->tiles - 2);
-                    if (moved) softmax::rescale_rows(acc, factor);
-                }
-            } else {
-                this->wait_turn();
-                start_product<0>(acc, product, weights, this->tiles - 1);
-                if constexpr (kPieces == 2) {
-                    ptx::wgmma_wait<0>();
-                    finish_product<0>(acc, product, weights, value_step, this->tiles - 1);
-                    start_product<kPieces - 1>(acc, product, weights, this->tiles - 1);
-                }
-                ptx::wgmma_wait<0>();
-                if constexpr (T::kConsumers == 2 || T::kDimV == 64) {
-                    start_raw(raw, false);
-                    this->pass_turn();
-                    finish_product<kPieces - 1>(acc, product, weights, value_step, this->tiles - 1);
-                    if (boundary) finish_item(acc, factor);
-                } else {
-                    finish_product<kPieces - 1>(acc, product, weights, value_step, this->tiles - 1);
-                    if (boundary) finish_item(acc, factor);
-                    start_raw(raw, false);
-                    this->pass_turn();
-                }
-                ptx::wgmma_wait<0>();
-                finish_raw(raw, scores, multiplier, next_step);
-                const bool moved = soften(scores, multiplier, boundary, factor);
-                if (moved && !boundary) softmax::rescale_rows(acc, factor);
-            }
-            value_step = next_step;
-            pack(scores, weights);
+            this->wait_turn();
+            multiply_values(acc, weights, value_step);
+            if (boundary) finish_item(acc, factor);
+            start_raw(raw);
+            this->pass_turn();
+            const bool moved = soften(raw, weights, value_step, boundary, factor);
+            if (moved && !boundary) softmax::rescale_rows(acc, factor);
         }
-        if constexpr (kPieces == 2) {
-            start_product<0>(acc, product, weights, this->tiles - 1);
-            ptx::wgmma_wait<0>();
-            finish_product<0>(acc, product, weights, value_step, this->tiles - 1);
-        }
-        start_product<kPieces - 1>(acc, product, weights, this->tiles - 1);
-        ptx::wgmma_wait<0>();
-        finish_product<kPieces - 1>(acc, product, weights, value_step, this->tiles - 1);
+        multiply_values(acc, weights, value_step);
         write_item(this->items - 1, acc, factor);
     }
 };

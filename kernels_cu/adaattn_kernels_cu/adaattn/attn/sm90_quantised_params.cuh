@@ -18,7 +18,8 @@ struct QuantisedParams : AttentionParams {
     i32 rows_kv;
     float weight_log2;   // log2 of the factor on weights
     float weight_slack;  // how far a weight may exceed it, log2
-    i32 reserved[4];
+    float zero;          // 0, which the compiler does not know
+    i32 reserved[3];
 };
 
 static_assert(sizeof(QuantisedParams) == 1408, "mirrored by the host");

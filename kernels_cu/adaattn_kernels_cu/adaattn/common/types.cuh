@@ -40,4 +40,14 @@ struct Flag {
     static constexpr bool value = kValue;
 };
 
+// Blocks of a kernel that are to fit a multiprocessor at once: T::kBlocks, or 1.
+template <class T>
+constexpr auto resident_blocks(int) -> decltype(T::kBlocks) {
+    return T::kBlocks;
+}
+template <class T>
+constexpr int resident_blocks(...) {
+    return 1;
+}
+
 }  // namespace adaattn

@@ -30,7 +30,7 @@ struct Span {
     i32 reserved;
 };
 
-// 128 rows of a sequence, of which begin .. end - 1 count.
+// 256 rows of a sequence, of which begin .. end - 1 count.
 struct Tile {
     i32 batch;
     i32 first;  // row in the arrays

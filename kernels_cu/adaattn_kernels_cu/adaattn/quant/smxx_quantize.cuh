@@ -5,10 +5,10 @@
 //              kCentres  for each sequence and key head: c, about the mean key. Up to 64 evenly
 //                        spaced visible keys, in four groups; of the groups' means the middle two
 //                        are averaged, so that one outlying key does not move c far.
-//              kCodes    a block takes 128 rows of one head:
+//              kCodes    a block takes 256 rows of one head:
 //                        keys    k - c; a scale for the 16 keys of 64 that one lane of a quad holds
 //                                of a score tile; round((k - c) / step).
-//                        values  one scale for the 128 keys of a tile; transposed, keys permuted
+//                        values  one scale for the 256 keys of a tile; transposed, keys permuted
 //                                so that a score fragment, packed, is the other operand.
 //                        queries a scale a row; and scale q . c, which the lse is short of.
 //              Any c leaves softmax as it is. Source: SageAttention2, arXiv 2411.10958 (smoothing,
@@ -19,11 +19,11 @@
 //              What is not finite: a group of keys, or a query, that holds such a number has a NaN
 //              scale and codes of 0; such a value is e4m3's NaN. The attention kernel's rows are
 //              then not finite and are repaired from the arrays themselves.
-// Tiles        128 rows; chunks of 8 elements a thread.
+// Tiles        256 rows; chunks of 8 elements a thread.
 // Shared mem   | name       | type | shape            | live                      |
-//              | halves     | u32  | 2 x 16           | key maxima of half a warp |
-//              | warps      | u32  | 8                | value maxima              |
-//              | transposed | u32  | kDimV x 33       | four keys of a channel    |
+//              | halves     | u32  | 4 x 32           | key maxima of half a warp |
+//              | warps      | u32  | 2 x 16           | value maxima              |
+//              | transposed | u32  | kDimV x 65       | four keys of a channel    |
 //              Static. The rotation of a channel's words keeps stores and loads free of conflicts.
 // Registers    A row chunk of 64 floats; no spill.
 // Barriers     All threads, between the writing and the reading of each shared array.
@@ -45,7 +45,8 @@ struct Traits {
     static constexpr int kDimV = kDimVT;
     static constexpr bool kQk = kQkT != 0;  // whether queries and keys are wanted
     static constexpr bool kPv = kPvT != 0;  // whether values are
-    static constexpr int kThreads = 256;
+    static constexpr int kThreads = 512;
+    static constexpr int kBlocks = 2;  // copies of one run under the arithmetic of the other
     static constexpr int kSmemBytes = 0;
     static_assert(kDimQk == 64 || kDimQk == 128, "a row is shared by 8 or 16 lanes");
     static_assert(kDimV == 64 || kDimV == 128, "a row is shared by 8 or 16 lanes");
@@ -108,14 +109,21 @@ ADAATTN_DEVICE void run(const Params& params) {
     if constexpr (T::kPart == kCentres) {
         find_centre<T>(params);
     } else {
+        // Of each tile of keys a block for either half of the keys and one for the values.
+        constexpr int kParts = (T::kQk ? 2 : 0) + (T::kPv ? 1 : 0);
         const int block = static_cast<int>(blockIdx.x);
-        if (block < params.key_tile_count) {
-            const Tile tile = params.key_tiles[block];
-            if constexpr (T::kQk) quantise_keys<T>(params, tile, tile.head);
-            if constexpr (T::kPv) quantise_values<T>(params, tile, tile.head);
+        if (block < kParts * params.key_tile_count) {
+            const Tile tile = params.key_tiles[block / kParts];
+            const int part = block % kParts;
+            if (T::kQk && part < 2) {
+                quantise_keys<T>(params, tile, tile.head, part);
+            } else {
+                quantise_values<T>(params, tile, tile.head);
+            }
         } else if constexpr (T::kQk) {
-            const Tile tile = params.query_tiles[block - params.key_tile_count];
-            quantise_queries<T>(params, tile, tile.head);
+            const int half = block - kParts * params.key_tile_count;
+            const Tile tile = params.query_tiles[half / 2];
+            quantise_queries<T>(params, tile, tile.head, half % 2);
         }
     }
 }

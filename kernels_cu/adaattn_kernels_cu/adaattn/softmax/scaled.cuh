@@ -14,6 +14,19 @@ namespace adaattn::softmax {
 template <int kSpans>
 using Multipliers = float[2][kSpans];
 
+// 2^x on the multiply-add units, to 2^-13.7; 2^-126 for what is below. A third-degree polynomial of
+// what rounding x to an integer leaves, and that integer added to its exponent.
+ADAATTN_DEVICE float exp2_polynomial(float x) {
+    constexpr float kMagic = 12582912.0f;  // 3 2^22: the low bits of a sum with it are the integer
+    x = fmaxf(x, -126.0f);
+    const float shifted = __fadd_rn(x, kMagic);
+    const float f = __fadd_rn(x, -__fadd_rn(shifted, -kMagic));
+    float p = fmaf(0.05517132f, f, 0.24261055f);
+    p = fmaf(p, f, 0.69326099f);
+    p = fmaf(p, f, 0.99992811f);
+    return __int_as_float(__float_as_int(p) + (__float_as_int(shifted) << 23));
+}
+
 struct Scaled {
     float reference[2];  // log2 units; -inf until the row has seen a key
     float sum[2];        // this thread's columns only, until the end
@@ -26,12 +39,33 @@ struct Scaled {
         }
     }
 
-    // Turns raw scores, to which `origin` was added, into weights in place; as Online::exponentiate,
+    // The largest of a row's scores among `count` from `begin` on. Above an origin all are of one
+    // sign and exponent, or -inf, and so in order as integers: of three of those at once.
+    template <bool kOrdered, int kCount>
+    ADAATTN_DEVICE static float largest(const float (&scores)[kCount], int begin, int count) {
+        const auto most = [](float a, float b) {
+            if constexpr (kOrdered) {
+                return __int_as_float(larger(__float_as_int(a), __float_as_int(b)));
+            } else {
+                return fmaxf(a, b);
+            }
+        };
+        float even = most(scores[begin], scores[begin + 1]);
+        float odd = most(scores[begin + 4], scores[begin + 5]);
+#pragma unroll
+        for (int i = 8; i < count - count % 8; i += 8) {
+            even = most(most(even, scores[begin + i]), scores[begin + i + 1]);
+            odd = most(most(odd, scores[begin + i + 4]), scores[begin + i + 5]);
+        }
+        return most(even, odd);
+    }
+
+    // Moves the reference to raw scores, to which `origin` was added; as Online::exponentiate,
     // `slack` in units of log2.
     template <int kCount, int kSpans>
-    ADAATTN_DEVICE bool exponentiate(float (&scores)[kCount], const Multipliers<kSpans>& multiplier,
-                                     float origin, float slack, float weight_log2, bool fresh,
-                                     float (&factor)[2]) {
+    ADAATTN_DEVICE bool advance(const float (&scores)[kCount],
+                                const Multipliers<kSpans>& multiplier, float origin, float slack,
+                                bool fresh, float (&factor)[2]) {
         constexpr int kOfSpan = kCount / kSpans;
         float highest[2];
 #pragma unroll
@@ -40,14 +74,9 @@ struct Scaled {
 #pragma unroll
             for (int span = 0; span < kSpans; ++span) {
                 const int begin = span * kOfSpan + 2 * r;
-                float even = fmaxf(scores[begin], scores[begin + 1]);
-                float odd = fmaxf(scores[begin + 4], scores[begin + 5]);
-#pragma unroll
-                for (int i = begin + 8; i < (span + 1) * kOfSpan; i += 8) {
-                    even = fmaxf(even, fmaxf(scores[i], scores[i + 1]));
-                    odd = fmaxf(odd, fmaxf(scores[i + 4], scores[i + 5]));
-                }
-                highest[r] = fmaxf(highest[r], (fmaxf(even, odd) - origin) * multiplier[r][span]);
+                const float most = origin == 0.0f ? largest<false>(scores, begin, kOfSpan)
+                                                  : largest<true>(scores, begin, kOfSpan);
+                highest[r] = fmaxf(highest[r], (most - origin) * multiplier[r][span]);
             }
         }
         const bool grown = highest[0] > reference[0] + slack || highest[1] > reference[1] + slack;
@@ -63,6 +92,14 @@ struct Scaled {
                 if (!fresh) factor[r] = rescale;
             }
         }
+        return moved;
+    }
+
+    // Turns the same scores into weights in place, one of kPolynomials (if any) by polynomial.
+    template <int kPolynomials, int kCount, int kSpans>
+    ADAATTN_DEVICE void weigh(float (&scores)[kCount], const Multipliers<kSpans>& multiplier,
+                              float origin, float weight_log2) {
+        constexpr int kOfSpan = kCount / kSpans;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const float shift =
@@ -76,15 +113,18 @@ struct Scaled {
 #pragma unroll
                 for (int i = span * kOfSpan + 2 * r; i < (span + 1) * kOfSpan; i += 4) {
                     scores[i] = ptx::exp2_approx(fmaf(scores[i], m, below));
-                    scores[i + 1] = ptx::exp2_approx(fmaf(scores[i + 1], m, below));
+                    const float x = fmaf(scores[i + 1], m, below);
+                    if (kPolynomials != 0 && (i / 4) % (kPolynomials / 2) == 0) {
+                        scores[i + 1] = exp2_polynomial(x);
+                    } else {
+                        scores[i + 1] = ptx::exp2_approx(x);
+                    }
                     even += scores[i];
                     odd += scores[i + 1];
                 }
             }
             sum[r] += even + odd;
-            asm volatile("" : "+f"(sum[r]));  // added up here, under the products in flight
         }
-        return moved;
     }
 
     // Natural-logarithm lse of row r, of which `row_sum` is the sum; -inf where that is 0.
