@@ -140,15 +140,19 @@ def test_forward_on_many_addresses_streams_and_threads(backend) -> None:
 
 
 @pytest.mark.parametrize("dtype", UNIT)
-def test_sampled_budgets_are_kept_by_theorem(dtype: str) -> None:
+def test_sampled_budgets_are_kept(dtype: str) -> None:
+    """By theorem, for every row, or by drawn rows, for the share of rows that they speak of."""
     q, k, v = arrays(dtype)
-    budget = ErrorBudget(rel=0.1)
+    budget = ErrorBudget(rel=0.1, confidence=0.9999)
     result = attention(q, k, v, budget=budget, backend="cuda")
     assert result.certificate.holds(budget)
     expected = exact(q, k, v)
     rms = result.out.double().square().sum(-1).mean(-1).sqrt().cpu().numpy()
-    worst = (result.out.double() - expected).norm(dim=-1).amax(-1).cpu().numpy()
-    assert (worst <= result.certificate.upper * rms).all()
+    errors = (result.out.double() - expected).norm(dim=-1).cpu().numpy()
+    for (sequence, head), certified in result.certificate.heads.items():
+        allowed = certified.upper * rms[sequence, head]
+        share = (errors[sequence, head] <= allowed).mean()
+        assert share >= (1.0 if certified.guarantee == "worst_case" else certified.rows)
     assert int(result.provenance["workspace_bytes"]) > 0
 
 
