@@ -158,8 +158,9 @@ COST_MODELS: dict[str, CostModel] = {
             softmax_rate=1.75e9,
             overlap=False,
             gathers_single_keys=True,
-            efficiency={"landmark": 0.25, "rows": 0.085},
-            head_seconds=1.2e-2,
+            efficiency={"landmark": 0.6, "rows": 0.35},
+            head_seconds=3e-3,
+            key_seconds=2.5e-7,
             source="two cores of an AMD EPYC (AVX-512), PyTorch 2.13: dense in four formats"
             " timed; efficiencies fitted to landmark heads of 8,192 to 32,768 tokens",
         ),

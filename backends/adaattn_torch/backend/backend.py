@@ -22,27 +22,32 @@ from adaattn_torch.backend import kernels
 from adaattn_torch.backend.dense import attend, spelled_out
 from adaattn_torch.backend.facts import facts_of
 from adaattn_torch.backend.geometry import Geometry
-from adaattn_torch.backend.landmark import landmark, refuse_mask
+from adaattn_torch.backend.landmark import (
+    LandmarkOutput,
+    landmark,
+    landmark_tiles,
+    refuse_mask,
+)
 from adaattn_torch.backend.measuring import measure_sequence
 from adaattn_torch.backend.probing import Prober
 from adaattn_torch.backend.rows import row_errors
 from adaattn_torch.backend.sequences import Sequence
 from adaattn_torch.backend.short import forward
 from adaattn_torch.backend.tensors import DTYPES, as_tensor
+from adaattn_torch.backend.tiles import Tiling
 
 FORMATS = ("f64", "f32", "f16", "bf16")
 """Operand formats that plans may name here."""
-SIZES = Landmark(band=192, group=2048, clusters=8, samples=64, tail=64, screen_rank=0)
+SIZES = Landmark(band=128, group=256, samples=8, tile=256, tail=64, screen_rank=0)
 """Landmarks as they are cheapest here."""
 
 
 class Workspace:
-    """A problem's sequences as tensors, and what `measure` found of them."""
+    """A problem's sequences as tensors."""
 
-    def __init__(self, problem: AttentionProblem, seed: int) -> None:
-        self.problem, self.seed = problem, seed
+    def __init__(self, problem: AttentionProblem) -> None:
+        self.problem = problem
         self._sequences: dict[int, Sequence] = {}
-        self.probers: dict[int, Prober] = {}
 
     def __getitem__(self, index: int) -> Sequence:
         if index not in self._sequences:
@@ -74,13 +79,11 @@ class TorchBackend:
     ) -> tuple[ProblemStats, Workspace]:
         """Measure every head; see `adaattn_core.backend.Measures.measure`."""
         _check_problem(problem)
-        space, heads = Workspace(problem, request.seed), {}
+        space, heads = Workspace(problem), {}
         with torch.inference_mode():
             for span in problem.sequences:
-                found, prober = measure_sequence(space[span.index], request)
+                found = measure_sequence(space[span.index], request)
                 heads.update({(span.index, head): said for head, said in found.items()})
-                if prober is not None:
-                    space.probers[span.index] = prober
         return ProblemStats(heads), space
 
     def run(
@@ -107,7 +110,7 @@ class TorchBackend:
             _check(plan[index])
         space = workspace
         if not isinstance(space, Workspace) or space.problem is not problem:
-            space = Workspace(problem, plan.seed)
+            space = Workspace(problem)
         raw = _empty_result(problem) if into is None else into
         raw.workspace = space
         used: set[str] = set()
@@ -126,14 +129,14 @@ class TorchBackend:
         """Compare returned rows with exact attention of the same rows."""
         space = raw.workspace
         if not isinstance(space, Workspace) or space.problem is not problem:
-            space = Workspace(problem, 0)
+            space = Workspace(problem)
         found: dict[HeadIndex, RowErrors] = {}
         with torch.inference_mode():
             for sequence in {sequence for sequence, _ in rows}:
                 mine = {
                     head: chosen for (owner, head), chosen in rows.items() if owner == sequence
                 }
-                errors = row_errors(space[sequence], mine, raw.out)
+                errors = row_errors(space[sequence], mine, raw.out, raw.lse)
                 found.update({(sequence, head): error for head, error in errors.items()})
         return found
 
@@ -234,10 +237,8 @@ def _run_sequence(
     for (structure, qk, pv, sound), chosen in groups.items():
         said: dict[str, Any] = {}
         if isinstance(structure, Landmark) and sequence.mask.visible:
-            prober = _prober(space, number, chosen, structure, (qk, pv), plan.seed)
-            taus = [plan[number, head].structure.tau for head in prober.heads]  # type: ignore[attr-defined]
-            chosen = prober.heads
-            found = landmark(prober, sequence.mask, taus)
+            taus = [plan[number, head].structure.tau for head in chosen]  # type: ignore[attr-defined]
+            found = _landmarks(sequence, chosen, structure, (qk, pv), taus, plan.seed)
             out, lse = found.out, found.lse
             names = {kernels.kernel_for(out, out.shape[2], masked=True)}
             said = {"share": found.share, "rank": found.rank, "dropped": found.dropped}
@@ -272,39 +273,35 @@ def _write(
     raw.lse[span.batch, index, rows] = narrow(lse)
 
 
-def _prober(
-    space: Workspace,
-    number: int,
+def _landmarks(
+    sequence: Sequence,
     heads: list[int],
     structure: Landmark,
     formats: tuple[str, str],
+    taus: list[float],
     seed: int,
-) -> Prober:
-    """Return a prober of these heads: what `measure` left, where it would find the same."""
-    sequence, known = space[number], space.probers.get(number)
-    dtype = sequence.working(*formats)
-    dtype = dtype if dtype == torch.float64 else torch.float32
-    if (
-        known is not None
-        and dtype == torch.float32
-        and space.seed == seed
-        and set(formats) <= {"f32"}
-        and known.geometry.same_fields(structure)
-        and set(heads) <= set(known.heads)
-    ):
-        places = [place for place, head in enumerate(known.heads) if head in heads]
-        return known.restricted(places).under(structure)
+) -> LandmarkOutput:
+    """Run heads under one landmark structure but for its mass."""
     geometry = Geometry.of(sequence.mask, structure)
     if geometry is None:
         raise refuse_mask()
-    operands = sequence.formatted(*formats).to(dtype)
-    return Prober(operands.heads(heads), heads, geometry, seed)
+    dtype = sequence.working(*formats)
+    dtype = dtype if dtype == torch.float64 else torch.float32
+    operands, tiling = sequence.formatted(*formats).to(dtype), Tiling.of(geometry)
+    if tiling is not None:
+        return landmark_tiles(operands, heads, tiling, sequence.mask, taus, seed)
+    return landmark(Prober(operands.heads(heads), heads, geometry, seed), sequence.mask, taus)
 
 
 def _dense(
     sequence: Sequence, heads: list[int], formats: tuple[str, str], sound: bool
 ) -> tuple[torch.Tensor, torch.Tensor, set[str]]:
-    whole = heads == list(range(len(sequence.query)))
+    every = list(range(len(sequence.query)))
+    whole = heads == every
+    if not whole and sequence.query.device.type != "cpu":
+        # Products of other shapes may differ in bits there: heads are computed as ever.
+        out, lse, names = _dense(sequence, every, formats, sound)
+        return out[heads], lse[heads], names
     mask = sequence.mask if whole else sequence.mask.heads(heads)
     operands = sequence.formatted(*formats) if sound else sequence.careful(*formats)
     if not whole:

@@ -1,38 +1,33 @@
-"""Held-out rows of a sequence's heads, and what landmarks would make of them.
+"""Held-out rows of a few tiles, and what landmarks would make of them.
 
-Where two groups show that a head needs more columns than can pay, it is left alone there.
+Where two tiles show that a head needs more columns than can pay, it is left alone there: a
+layer of such heads costs little more than dense.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from adaattn_core.stats import MeasureRequest, StructureEstimate
 from adaattn_core.structure import Landmark
-from adaattn_torch.backend.far import HIDDEN, far_field, far_pools
 from adaattn_torch.backend.masking import SequenceMask
-from adaattn_torch.backend.probing import (
-    FEW_LANDMARKS,
-    Prober,
-    exact_weights,
-    hide_near,
-    scaled_rows,
-)
+from adaattn_torch.backend.tiles import Strip, TiledHeads, Tiling, merge
 
-JUDGE_ROWS = 120
-"""Held-out rows per head on which candidates are judged, as many of each cluster."""
-JUDGE_PARTS = 3
-"""Groups that these rows come from, evenly spaced; all but the last, which has the most keys,
-are looked at before anything else."""
+JUDGE_ROWS = 128
+"""Held-out rows per head on which candidates are judged, as many of each tile."""
+JUDGE_TILES = (0.35, 0.7, 1.0, 0.55)
+"""Tiles that they come from, by their place in the sequence; heads are looked at in the first
+two, and in the others where these say that landmarks may pay."""
+FIRST_TILES = 2
 FALL = 0.7
 """Power of the mass by which errors fall: heads that would miss by far are not tried again."""
-ALMOST = 1.5
+ALMOST = 2.0
 """Error over the allowed one up to which a structure nearly does."""
 STATS_STEP = 4
 """Every so many rows give entropy, saturation and magnitudes, which need fewer."""
@@ -42,144 +37,140 @@ CURVE = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
 
 @dataclass(eq=False)
 class Part:
-    """Held-out rows of one group, of some heads: as many of every cluster.
+    """Held-out rows of some tiles, as many of each.
 
     Attributes
     ----------
-    group : int
-        Which group they are from.
-    rows : Tensor, shape (heads, clusters, rows)
-    query : Tensor, shape (heads, clusters, rows, dim_qk)
-        Scaled.
-    near, near_total : Tensor, shapes (heads, clusters, rows, dim_v), (heads, clusters, rows)
-        Weighted values of the near field, and the sum of its weights.
-    beyond : Tensor, shape (heads, clusters, rows, far keys)
-        Exact softmax weights of far keys, 0 for near ones.
-    lse : Tensor, shape (heads, clusters, rows)
-    exact : Tensor, shape (heads, clusters, rows, dim_v)
-    facts : dict of str to Tensor
-        Entropy, largest weight and magnitude of some of the rows.
-    errors : dict of (float, int) to Tensor
-        Error norms under landmarks of a mass, by head.
+    places : list of int
+        Heads of the judge that they are of.
+    strip : Strip
+        What chooses the tiles' columns.
+    query : Tensor, shape (heads, tiles, rows, dim_qk)
+        Unscaled.
+    own, own_lse : Tensor, shapes (heads, tiles, rows, dim_v), (heads, tiles, rows)
+        Attention over the keys that are no columns: those of the tile under a causal mask.
+    exact : Tensor, shape (heads, tiles, rows, dim_v)
+    facts : list of dict of str to Tensor, shape (heads, some rows)
+        By tile.
+    known : dict of (float, int) to (Tensor, list of int)
+        Error norms under landmarks of a mass, and their numbers by tile, by head.
     """
 
-    group: int
-    rows: torch.Tensor
+    places: list[int]
+    strip: Strip
     query: torch.Tensor
-    near: torch.Tensor
-    near_total: torch.Tensor
-    beyond: torch.Tensor
-    lse: torch.Tensor
+    own: torch.Tensor
+    own_lse: torch.Tensor
     exact: torch.Tensor
-    facts: dict[str, torch.Tensor]
-    errors: dict[tuple[float, int], torch.Tensor] = field(default_factory=dict)
+    facts: list[dict[str, torch.Tensor]]
+    known: dict[tuple[float, int], tuple[torch.Tensor, list[int]]] = field(default_factory=dict)
 
-    def of_heads(self, places: list[int]) -> Part:
-        """Return the rows of some heads."""
-        place = {head: n for n, head in enumerate(places)}
-        known = {(t, place[h]): x for (t, h), x in self.errors.items() if h in place}
-        facts = {name: x[places] for name, x in self.facts.items()}
-        return Part(
-            self.group,
-            self.rows[places],
-            self.query[places],
-            self.near[places],
-            self.near_total[places],
-            self.beyond[places],
-            self.lse[places],
-            self.exact[places],
-            facts,
-            known,
-        )
+    @classmethod
+    def of(
+        cls, heads: TiledHeads, places: list[int], tiles: list[int], count: int, seed: int
+    ) -> Part:
+        """Draw `count` rows of each tile, and compute them exactly."""
+        if len(places) < len(heads.owners):
+            heads = heads.some(places)
+        tiling, size = heads.tiling, heads.tiling.structure.tile
+        queries, owns, own_sums, exacts, facts = [], [], [], [], []
+        for tile in tiles:
+            drawn = np.random.default_rng((seed, 3, tile)).permutation(size)[:count]
+            rows = tile * size + np.sort(drawn)
+            _, weights, total, lse = heads.weights(tile, rows)
+            reach = tiling.reach(tile)
+            own = tiling.own[tile] if tiling.causal else reach
+            of_own = heads.values(weights[:, :, own:], slice(own, reach))
+            near_total = weights[:, :, own:].sum(dim=2)
+            owns.append(of_own / near_total.clamp_min(1e-30)[..., None])
+            own_sums.append(near_total.log() + lse - total.log())
+            exacts.append(heads.values(weights, slice(0, reach)) / total[..., None])
+            few = slice(None, None, STATS_STEP)
+            shares = weights[:, few] / total[:, few, None]
+            facts.append(_facts(shares, lse[:, few], tiling, rows[few]))
+            index = torch.from_numpy(rows).to(heads.query.device)
+            queries.append(heads.query.index_select(1, index))
+        stacked = (torch.stack(x, 1) for x in (queries, owns, own_sums, exacts))
+        return cls(places, Strip.probe(heads, tiles, seed), *stacked, facts)
+
+    def error(self, tau: float, heads: list[int]) -> list[tuple[torch.Tensor, list[int]]]:
+        """Error norms of some heads under landmarks of a mass, and their numbers by tile."""
+        missing = [head for head in heads if (tau, head) not in self.known]
+        if missing:
+            index = [self.places.index(head) for head in missing]
+            columns = self.strip.columns([tau] * len(missing), index)
+            outs, sums = [], []
+            for number, place in enumerate(index):
+                for tile in range(len(self.strip.tiles)):
+                    out, lse, _ = columns.attend(number, tile, self.query[place, tile])
+                    outs.append(out)
+                    sums.append(lse)
+            out, lse = (torch.stack(x).unflatten(0, (len(missing), -1)) for x in (outs, sums))
+            if self.strip.heads.tiling.causal:
+                near, near_lse = self.own[index], self.own_lse[index]
+                merge(near, near_lse, out, lse)
+                out = near
+            missed = torch.linalg.vector_norm((out - self.exact[index]).double(), dim=3)
+            for number, head in enumerate(missing):
+                self.known[tau, head] = missed[number].flatten(), columns.counts[number]
+        return [self.known[tau, head] for head in heads]
 
 
+def _facts(
+    weights: torch.Tensor, lse: torch.Tensor, tiling: Tiling, rows: NDArray[np.int64]
+) -> dict[str, torch.Tensor]:
+    """Entropy, saturation and magnitude of rows, by head."""
+    logs = weights.clamp_min(1e-30).log_()
+    entropy = -(weights * logs).sum(dim=2)
+    counts = np.full(len(rows), weights.shape[2])
+    if tiling.causal:
+        counts = rows + 1 + tiling.geometry.offset
+    limit = torch.from_numpy(counts).to(weights).clamp_min(2).log()
+    largest, least = (  # of visible keys: a weight of 0 has no score
+        logs.amax(dim=2) + lse,
+        torch.where(weights > 0, logs, 0.0).amin(dim=2) + lse,
+    )
+    return {
+        "entropy": entropy,
+        "entropy_relative": entropy / limit,
+        "saturation": weights.amax(dim=2),
+        "score_max_abs": torch.maximum(largest.abs(), least.abs()),
+    }
+
+
+@dataclass(eq=False)
 class Judge:
-    """Held-out rows of a prober's heads, and what landmarks would make of them."""
+    """Judges landmarks on some tiles of a sequence's heads."""
 
-    def __init__(self, mask: SequenceMask, prober: Prober, request: MeasureRequest) -> None:
-        self.prober, self.request, self.mask = prober, request, mask
-        self.live_share = float(np.mean(self.mask.stop > self.mask.start))
-        live = self.mask.stop > self.mask.start
-        usable = [n for n, rows in enumerate(prober.groups) if live[rows].any()]
-        picked = np.unique(np.arange(1, JUDGE_PARTS + 1) * len(usable) // JUDGE_PARTS - 1)
-        self.groups = [usable[int(n)] for n in picked if n >= 0]
-        self.parts: list[Part] = []
+    heads: TiledHeads
+    mask: SequenceMask
+    request: MeasureRequest
+    parts: list[Part] = field(default_factory=list)
+    rms: dict[int, float] = field(default_factory=dict)
 
-    def _look(self, groups: Iterable[int]) -> None:
-        """Compute the held-out rows of some groups: as many of every cluster."""
-        prober = self.prober
-        for group in groups:
-            clusters = prober[group].clusters
-            size = min(members.shape[1] for members in clusters)
-            rng = np.random.default_rng((self.request.seed, 3, group))
-            count = -(-JUDGE_ROWS // (len(self.groups) * len(clusters)))
-            drawn = np.argsort(rng.random((len(clusters), size)), axis=1)[:, :count]
-            picks = torch.from_numpy(drawn).to(prober.key.device)
-            rows = torch.stack([c[:, n] for c, n in zip(clusters, picks, strict=True)], 1)
-            shape, every = rows.shape[1:], rows.flatten(1)
-            query = scaled_rows(prober.operands, every)
-            keys = prober.geometry.reached(prober.groups[group])
-            weights, lse = exact_weights(query, prober.key, every, prober.geometry, keys)
-            value = prober.value[:, :keys]
-            exact, facts = torch.bmm(weights, value), self._facts(weights, lse, every)
-            hide_near(weights, every, prober.geometry)
-            beyond = weights[:, :, : prober.geometry.far_keys(prober.groups[group])]
-            near = exact - torch.bmm(beyond, value[:, : beyond.shape[2]])
-            near_total = 1 - beyond.sum(dim=2)
-            part = Part(
-                group,
-                rows,
-                query.unflatten(1, shape),
-                near.unflatten(1, shape),
-                near_total.unflatten(1, shape),
-                beyond.unflatten(1, shape),
-                lse.unflatten(1, shape),
-                exact.unflatten(1, shape),
-                facts,
-            )
-            self.parts.append(part)
+    def landmarks(self, structures: list[Landmark]) -> list[dict[str, Any]]:
+        """Return stats by head: two tiles first, the others for heads that may pay."""
+        tiling, every = self.heads.tiling, list(range(len(self.heads.query)))
+        numbers = [max(round(place * tiling.count) - 1, 0) for place in JUDGE_TILES]
+        tiles = list(dict.fromkeys(numbers))
+        count = -(-JUDGE_ROWS // len(tiles))
 
-    def _facts(
-        self, weights: torch.Tensor, lse: torch.Tensor, rows: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """Entropy, saturation and magnitude of some of the rows, by head."""
-        few = weights[:, ::STATS_STEP]
-        logs = few.clamp_min(1e-30).log()
-        entropy = -(few * logs).sum(dim=2)
-        counts = (self.mask.stop - self.mask.start)[rows[:, ::STATS_STEP].cpu().numpy()]
-        limit = torch.from_numpy(counts).clamp_min(2).log().to(few)
-        scores = torch.where(few > 0, logs + lse[:, ::STATS_STEP, None], 0.0)
-        return {
-            "entropy": entropy,
-            "entropy_relative": entropy / limit,
-            "saturation": few.amax(dim=2),
-            "score_max_abs": scores.abs().amax(dim=2),
-        }
+        def look(some: list[int], places: list[int]) -> list[dict[str, Any]]:
+            seed = self.request.seed
+            self.parts.append(Part.of(self.heads, places, some, count, seed))
+            return self._statistics(places)
 
-    def landmarks(self, structures: list[Landmark]) -> dict[int, dict[str, Any]]:
-        """Return stats by head: two parts first, the others for heads that may pay."""
-        heads, every = self.prober.heads, list(range(len(self.prober.heads)))
-        order = self.groups
-        middle, rest = order[:-1] or order, order[-1:] if len(order) > 1 else []
-        found: dict[int, dict[str, Any]] = {}
-        self._look(middle)
-        statistics = self._statistics()
-        estimates = self._try(structures)
+        found = look(tiles[:FIRST_TILES], every)
+        estimates = self._try(structures, every)
+        rest = tiles[FIRST_TILES:]
         pays = [n for n in every if not rest or self._may_pay(estimates[n])]
-        for n in every:
-            found[heads[n]] = statistics[n]
         if pays and rest:
-            self.prober = self.prober.restricted(pays)
-            self.parts = [part.of_heads(pays) for part in self.parts]
-            heads, every = self.prober.heads, list(range(len(pays)))
-            self._look(rest)
-            statistics = self._statistics()
-            estimates = self._try(structures)
-        if not pays:
-            return found
-        for n, curve in enumerate(self._curves()):
-            known = {"structures": tuple(estimates[n]), "landmark_curve": curve}
-            found[heads[n]] = statistics[n] | known
+            for n, said in zip(pays, look(rest, pays), strict=True):
+                found[n] = said
+            estimates = self._try(structures, pays)
+        curves = self._curves(pays)
+        for n in pays:
+            found[n] |= {"structures": tuple(estimates[n]), "landmark_curve": curves[n]}
         return found
 
     def _may_pay(self, tried: list[StructureEstimate]) -> bool:
@@ -191,159 +182,97 @@ class Judge:
             bool(tried) and tried[-1].row_error_estimate <= ALMOST * self.request.enough_error
         )
 
-    def _statistics(self) -> list[dict[str, Any]]:
-        """Entropy, saturation and magnitudes of the held-out rows, by head."""
-        exact = torch.cat([part.exact.flatten(1, 2) for part in self.parts], 1)
-        rms = exact.double().square().sum(dim=2).mean(dim=1).sqrt()
-        self.rms = (rms * self.live_share**0.5).tolist()
-        columns = {"output_rms_estimate": self.rms}
-        for name in self.parts[0].facts:
-            found = torch.cat([part.facts[name] for part in self.parts], 1)
+    def _statistics(self, places: list[int]) -> list[dict[str, Any]]:
+        """Entropy, saturation and magnitudes of the held-out rows of some heads."""
+
+        def of(part: Part, x: torch.Tensor) -> torch.Tensor:
+            every = len(part.places) == len(places)
+            return x if every else x[[part.places.index(place) for place in places]]
+
+        exact = torch.cat([of(part, part.exact).flatten(1, 2) for part in self.parts], 1)
+        rms = exact.double().square().sum(dim=2).mean(dim=1).sqrt().tolist()
+        self.rms |= dict(zip(places, rms, strict=True))
+        columns = {"output_rms_estimate": rms}
+        for name in self.parts[0].facts[0]:
+            found = torch.cat(
+                [of(part, said[name]) for part in self.parts for said in part.facts], 1
+            )
             largest = name == "score_max_abs"
             columns[name] = (found.amax(dim=1) if largest else found.mean(dim=1)).tolist()
-        rows = sum(part.lse[0].numel() for part in self.parts)
         return [
             {name: float(column[n]) for name, column in columns.items()}
-            | {"sampled_rows": rows}
-            for n in range(len(self.rms))
+            | {"sampled_rows": exact.shape[1]}
+            for n in range(len(places))
         ]
 
-    def _try(self, structures: list[Landmark]) -> list[list[StructureEstimate]]:
+    def _try(
+        self, structures: list[Landmark], left: list[int]
+    ) -> dict[int, list[StructureEstimate]]:
         """Try structures on each head's held-out rows, cheapest first, until one is enough.
 
-        None is tried that keeps more scores than can pay: tighter ones keep still more.
+        Those that keep more scores than can pay are the last: tighter ones keep still more.
         """
-        found: list[list[StructureEstimate]] = [[] for _ in self.prober.heads]
-        left = list(range(len(found)))
+        found: dict[int, list[StructureEstimate]] = {head: [] for head in left}
+        enough, tiling = self.request.enough_error, self.heads.tiling
+        pools = -(-tiling.geometry.len_kv // tiling.structure.pool) // 2
         for structure in structures:
-            counts = [self._counts(structure.tau, part.group) for part in self.parts]
-            shares = self._shares([list(own) for own in zip(*counts, strict=True)])
-            left = [head for head in left if shares[head] <= self.request.most_share]
             if not left:
                 break
-            errors = self._errors(structure.tau, left)
-            for n, head in enumerate(left):
-                own = float(np.mean([of_part[head] for of_part in counts]))
-                found[head].append(
-                    self._estimate(structure, self.rms[head], errors[n], shares[head], own)
-                )
-            enough = self.request.enough_error
+            told = [part.error(structure.tau, left) for part in self.parts]
             reach = (structures[-1].tau / structure.tau) ** FALL if structure.tau else 1.0
-            left = [
-                head
-                for head in left
-                if enough < found[head][-1].row_error_estimate <= ALMOST * enough / reach
-            ]
+            again = []
+            norms = [torch.cat([part[n][0] for part in told]) for n in range(len(left))]
+            missed = torch.stack(norms).cpu().numpy()
+            typical = np.sqrt(np.mean(missed**2, axis=1))
+            largest = np.quantile(missed, self.request.rows, axis=1)
+            for n, head in enumerate(left):
+                counts = [count for of_part in told for count in of_part[n][1]]
+                share = self._share(counts)
+                if share > self.request.most_share:
+                    continue
+                said = StructureEstimate(
+                    structure=structure,
+                    share=share,
+                    rank=round(float(np.mean(counts))) + pools,
+                    row_error_estimate=relative(float(largest[n]), self.rms[head]),
+                    frobenius_estimate=relative(float(typical[n]), self.rms[head]),
+                )
+                found[head].append(said)
+                if enough < said.row_error_estimate <= ALMOST * enough / reach:
+                    again.append(head)
+            left = again
         return found
 
-    def _counts(self, tau: float, group: int) -> list[int]:
-        most = max(FEW_LANDMARKS, math.ceil(self.request.most_share * self.mask.len_kv))
-        return self.prober[group].landmark_counts([tau] * len(self.prober.heads), most)
+    def _share(self, counts: list[int]) -> float:
+        """Share of the visible scores that near field, landmarks and pools come to.
 
-    def _errors(self, tau: float, heads: list[int]) -> list[torch.Tensor]:
-        """Row errors of some heads over all parts; each part is asked once."""
-        errors: list[list[torch.Tensor]] = [[] for _ in heads]
-        for part in self.parts:
-            missing = [head for head in heads if (tau, head) not in part.errors]
-            if missing:
-                needed = self._counts(tau, part.group)
-                every = len(missing) == len(self.prober.heads)
-                chosen = None if every else torch.tensor(missing, device=part.rows.device)
-                norms = self._part_errors(part, [needed[head] for head in missing], chosen)
-                part.errors.update(
-                    {(tau, head): x for head, x in zip(missing, norms, strict=True)}
-                )
-            for n, head in enumerate(heads):
-                errors[n].append(part.errors[tau, head])
-        return [torch.cat(x) for x in errors]
+        Tiles that were not probed are taken to need as large a share of their far keys.
+        """
+        tiling, visible = self.heads.tiling, max(self.mask.visible, 1)
+        tile, pool = tiling.structure.tile, tiling.structure.pool
+        probed = sum(tiling.far(tile) for part in self.parts for tile in part.strip.tiles)
+        far = sum(tiling.far(n) for n in range(tiling.count))
+        near = sum(tiling.stop) - sum(tiling.start)
+        near -= tiling.count * tile // 2 if tiling.causal else 0
+        rest = self.mask.stop[tiling.rest] - self.mask.start[tiling.rest]
+        scores = tile * (far * (sum(counts) / max(probed, 1) + 1 / pool) + near)
+        return min((scores + float(rest.sum())) / visible, 1.0)
 
-    def _part_errors(
-        self, part: Part, own: list[int], heads: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Error norms (heads, rows) of a part's rows under near field + landmarks + pools."""
-
-        def pick(x: torch.Tensor) -> torch.Tensor:
-            return x if heads is None else x[heads]
-
-        prober = self.prober
-        far = far_field(prober, part.group, own, heads)
-        rows, sums, total = pick(part.rows), pick(part.near), pick(part.near_total)
-        at = torch.arange(len(own), device=rows.device)
-        at = (at if heads is None else heads)[:, None, None]
-        if far.landmarks.shape[2]:
-            marks, spare = far.landmarks, far.spare
-            index = marks[:, :, None].expand(-1, -1, rows.shape[2], -1)
-            found = pick(part.beyond).gather(3, index)
-            if spare is not None:
-                found = found.masked_fill(spare[:, :, None], 0)
-            sums = sums + found @ prober.value[at, marks]
-            total = total + found.sum(dim=3)
-        if far.pool_bias.shape[2]:
-            scores = pick(part.query) @ far.pool_key.transpose(2, 3)
-            scores += far.pool_bias[:, :, None] - pick(part.lse)[..., None]
-            seen = far_pools(prober, rows, far.pool_bias.shape[2]) & (scores > HIDDEN / 2)
-            pooled = torch.where(seen, scores.clamp(max=20.0).exp(), 0.0)
-            sums = sums + pooled @ far.pool_value
-            total = total + pooled.sum(dim=3)
-        approximate = sums / total.clamp_min(1e-30)[..., None]
-        missed = (approximate - pick(part.exact)).double()
-        return torch.linalg.vector_norm(missed, dim=3).flatten(1)
-
-    def _shares(self, counts: list[list[int]]) -> list[float]:
-        """Shares of the visible scores that near field, landmarks and pools come to."""
-        geometry, mask = self.prober.geometry, self.mask
-        start, stop = (edge[: geometry.tail.start] for edge in geometry.near)
-        near = np.clip(np.minimum(stop, mask.stop[: geometry.tail.start]) - start, 0, None)
-        tail = geometry.tail
-        fixed = float(near.sum()) + float((mask.stop[tail] - mask.start[tail]).sum())
-        if geometry.structure.pool:
-            fixed += float((start // geometry.structure.pool).sum())
-        reach = [geometry.far_keys(self.prober.groups[p.group]) for p in self.parts]
-        shares = []
-        for head in counts:
-            # Groups that were not probed are taken to need as large a share of their keys.
-            rate = sum(head) / max(sum(reach), 1)
-            far = sum(
-                rate * geometry.far_keys(g) * (g.stop - g.start) for g in self.prober.groups
-            )
-            shares.append(min((fixed + far) / max(mask.visible, 1), 1.0))
-        return shares
-
-    def _estimate(
-        self,
-        structure: Landmark,
-        rms: float,
-        errors: torch.Tensor,
-        share: float,
-        landmarks: float,
-    ) -> StructureEstimate:
-        found = errors.cpu().numpy()
-        quantile = float(np.quantile(found, self.request.rows))
-        frobenius = float(np.sqrt(np.mean(found**2)))
-        pools = 0
-        if structure.pool:
-            pools = -(-self.prober.geometry.len_kv // structure.pool) // 2
-        return StructureEstimate(
-            structure=structure,
-            share=share,
-            rank=round(landmarks) + pools,
-            row_error_estimate=relative(quantile, rms),
-            frobenius_estimate=relative(frobenius, rms),
-        )
-
-    def _curves(self) -> list[dict[float, float]]:
+    def _curves(self, places: list[int]) -> dict[int, dict[float, float]]:
         """Unrepresented mass -> mean share of the far keys needed as landmarks, by head."""
-        out: list[dict[float, float]] = [{} for _ in self.prober.heads]
-        probes = [self.prober[part.group] for part in self.parts]
-        for tau in CURVE:
-            taus = [tau] * len(out)
-            shares = [
-                np.array(p.landmark_counts(taus, FEW_LANDMARKS)) / max(p.mass.shape[2], 1)
-                for p in probes
-            ]
-            for curve, share in zip(out, np.mean(shares, axis=0), strict=True):
-                curve[tau] = float(share)
-        return out
+        shares = []
+        for part in self.parts if places else ():
+            strip, index = part.strip, [part.places.index(place) for place in places]
+            keys = np.array([max(strip.heads.tiling.far(tile), 1) for tile in strip.tiles])
+            for tau in CURVE:
+                chosen = strip.landmarks([tau] * len(places), index)
+                shares.append(chosen.sum(dim=2).cpu().numpy() / keys)
+        found = [np.hstack(shares[n :: len(CURVE)]) for n in range(len(CURVE) if places else 0)]
+        mean = np.mean(found, axis=2) if found else np.zeros((0, 0))
+        return {
+            head: dict(zip(CURVE, mean[:, n].tolist(), strict=True))
+            for n, head in enumerate(places)
+        }
 
 
 def relative(error: float, size: float) -> float:

@@ -126,7 +126,7 @@ def masked(
     key: torch.Tensor,
     value: torch.Tensor,
     scale: float,
-    mask: torch.Tensor | None,
+    mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention under an additive mask of finite numbers, on any device; see `fused`."""
     if query.device.type == "cpu":
@@ -136,3 +136,14 @@ def masked(
         scores += mask
     lse = scores.logsumexp(dim=-1)
     return torch.matmul((scores - lse[..., None]).exp_(), value), lse
+
+
+def squares(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention of squares (n, heads, len, dim), on any device; see `fused`."""
+    if query.device.type == "cpu":
+        return fused(query, key, value, scale, causal=True)
+    rows = torch.arange(query.shape[2], device=query.device)
+    hidden = torch.where(rows > rows[:, None], -torch.inf, 0.0).to(query.dtype)
+    return masked(query, key, value, scale, hidden)

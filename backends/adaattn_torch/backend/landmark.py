@@ -22,6 +22,7 @@ from adaattn_torch.backend.masking import SequenceMask
 from adaattn_torch.backend.operands import Operands
 from adaattn_torch.backend.probing import Prober
 from adaattn_torch.backend.screening import heavy_keys
+from adaattn_torch.backend.tiles import TiledHeads, Tiling, attend_rest, attend_tiles
 
 
 @dataclass(eq=False)
@@ -54,6 +55,30 @@ def refuse_mask() -> UnsupportedError:
         needed="a causal or full mask (key lengths and ragged batches included)",
         do="use dense for this head",
     )
+
+
+def landmark_tiles(
+    operands: Operands,
+    heads: list[int],
+    tiling: Tiling,
+    mask: SequenceMask,
+    taus: list[float],
+    seed: int,
+) -> LandmarkOutput:
+    """Run some heads of a sequence whose tiles are groups of their own."""
+    shape = (len(heads), tiling.geometry.len_q)
+    out = operands.query.new_empty((*shape, operands.value.shape[2]))
+    lse = operands.query.new_empty(shape)
+    tiled = TiledHeads.of(operands, heads, tiling)
+    scores, columns = attend_tiles(tiled, taus, seed, out, lse)
+    attend_rest(tiled, out, lse)
+    dense = float((mask.stop[tiling.rest] - mask.start[tiling.rest]).sum())
+    return LandmarkOutput(
+        out, lse,
+        share=[min((n + dense) / max(mask.visible, 1), 1.0) for n in scores],
+        rank=[round(n) for n in columns],
+        dropped=0.0 if tiling.holds_all else float("inf"),
+    )  # fmt: skip
 
 
 def landmark(prober: Prober, mask: SequenceMask, taus: list[float]) -> LandmarkOutput:

@@ -1,8 +1,7 @@
 """Measuring heads: exact rows at a few sampled places, and what candidates would make of them.
 
-Rows that choose landmarks and rows that judge the choice are drawn apart. Where only landmarks
-are tried, two of a head's groups are looked at first: a head that they show to need more
-columns than can pay is left alone, so that a layer of such heads costs little more than dense.
+Rows that choose landmarks and rows that judge the choice are drawn apart. Landmarks are tried
+where every tile is a group of its own (`tiles`): others are run, but nobody measures them.
 """
 
 from __future__ import annotations
@@ -19,45 +18,32 @@ from adaattn_torch.backend.geometry import Geometry
 from adaattn_torch.backend.judging import JUDGE_ROWS, STATS_STEP, Judge, relative
 from adaattn_torch.backend.masking import SequenceMask
 from adaattn_torch.backend.operands import Operands, rounded
-from adaattn_torch.backend.probing import Prober
 from adaattn_torch.backend.sequences import Sequence
+from adaattn_torch.backend.tiles import TiledHeads, Tiling
 
 NORMS = ("query_norm_upper", "key_norm_upper", "value_norm_upper")
 
 
-def measure_sequence(
-    sequence: Sequence, request: MeasureRequest
-) -> tuple[dict[int, HeadStats], Prober | None]:
-    """Measure what `request` asks for on every head of a sequence.
-
-    Returns
-    -------
-    stats : dict of int to HeadStats
-    prober : Prober or None
-        Whose probes a run need not compute again.
-    """
+def measure_sequence(sequence: Sequence, request: MeasureRequest) -> dict[int, HeadStats]:
+    """Measure what `request` asks for on every head of a sequence."""
     facts = _plain_facts(sequence)
     sound = [h for h, said in facts.items() if not said["nonfinite"]]
-    prober = None
     if sound and bool(sequence.live.any()):
         landmarks = [s for s in request.structures if isinstance(s, Landmark)]
-        mask, operands = sequence.mask, sequence.operands(torch.float32)
-        geometry = Geometry.of(mask, landmarks[0]) if landmarks else None
-        if geometry is not None and not (mask.stop > mask.start)[: geometry.tail.start].any():
-            geometry = None  # all rows that see a key are in the tail: it is computed densely
-        if geometry is not None:
-            prober = Prober(operands.heads(sound), sound, geometry, request.seed)
-            judge = Judge(mask, prober, request)
-            for head, found in judge.landmarks(landmarks).items():
+        mask = sequence.mask
+        tiling = Tiling.of(Geometry.of(mask, landmarks[0])) if landmarks else None
+        if tiling is not None:
+            heads = TiledHeads.of(sequence.operands(torch.float32), sound, tiling)
+            told = Judge(heads, mask, request).landmarks(landmarks)
+            for head, found in zip(sound, told, strict=True):
                 facts[head] |= found
-            prober = judge.prober
         else:
             for head in sound:
                 facts[head] |= _without_landmarks(sequence, head, request)
     if request.spectrum:
         for head, found in _spectra(sequence, sound).items():
             facts[head] |= found
-    return {head: HeadStats(**said) for head, said in facts.items()}, prober
+    return {head: HeadStats(**said) for head, said in facts.items()}
 
 
 def _plain_facts(sequence: Sequence) -> dict[int, dict[str, Any]]:

@@ -3,11 +3,15 @@
 Exact rows are computed in float32 where the theorem's bound on their own error is small beside
 the errors that they show, else in float64. Where rows see prefixes of the keys, those of all
 heads go through together, sorted, a stretch of rows at a time; products over 512 keys are
-added in float64.
+added in float64. Exponents are taken relative to the log-sum-exp that was returned, which the
+product of queries and keys takes off in one more component, as the values' product sums the
+weights in another: a wrong one costs nothing but range, and what leaves it is taken again in
+float64.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
@@ -27,16 +31,26 @@ from adaattn_torch.backend.sequences import Sequence
 
 ORACLE_SHARE = 0.2
 """Exact rows are computed in float32 where the theorem's bound on their own error is below this
-share of the errors that they show (of their 90% quantile), else in float64."""
+share of the errors that they show (of their 90% quantile), else in float64 ..."""
+ORACLE_SIZE = 0.005
+"""... unless it is below this share of their root-mean-square norm: nothing beside any budget
+that approximations can keep."""
 SUM_KEYS = 512
 """Keys of one product P·V; products are added in float64."""
 STRETCHES = 8
 """Stretches of sorted rows; each is computed over the keys that its last row sees."""
+CHUNK_KEYS = 4 * SUM_KEYS
+"""Keys whose weights are held at once: few enough for a core's cache."""
+
+_SMALLEST = 1e-30
+"""Of a norm that something is divided by."""
 
 Chosen = Mapping[int, NDArray[np.int64]]
 
 
-def row_errors(sequence: Sequence, rows: Chosen, out: torch.Tensor) -> dict[int, RowErrors]:
+def row_errors(
+    sequence: Sequence, rows: Chosen, out: torch.Tensor, lse: torch.Tensor
+) -> dict[int, RowErrors]:
     """Errors of some returned rows of some heads of a sequence.
 
     Parameters
@@ -45,15 +59,17 @@ def row_errors(sequence: Sequence, rows: Chosen, out: torch.Tensor) -> dict[int,
         Rows of the sequence, by head.
     out : Tensor, shape (batch, heads_q, len_q, dim_v)
         As returned.
+    lse : Tensor, shape (batch, heads_q, len_q)
+        As returned.
     """
     rows = {head: np.sort(np.asarray(chosen, np.int64)) for head, chosen in rows.items()}
     facts, found = input_facts(sequence), {}
-    for head, exact in _prefix_rows(sequence, rows).items():
-        errors = _compare(
-            sequence, facts[head], _returned(sequence, head, rows, out), exact, "f32"
-        )
+    for head, (exact, shifted) in _prefix_rows(sequence, rows, facts, lse).items():
+        returned = _returned(sequence, head, rows, out)
+        errors = _compare(sequence, shifted, returned, exact, "f32")
         typical = float(np.quantile(errors.error, 0.9)) if len(rows[head]) else 0.0
-        if errors.oracle_upper <= ORACLE_SHARE * typical:
+        size = float(np.sqrt(np.mean(np.square(errors.exact_norm)))) if len(rows[head]) else 0.0
+        if errors.oracle_upper <= max(ORACLE_SHARE * typical, ORACLE_SIZE * size):
             found[head] = errors
     for head, chosen in rows.items():
         if head not in found:
@@ -72,9 +88,17 @@ def _returned(
     return np.asarray(picked.cpu().numpy(), np.float64)
 
 
-def _prefix_rows(sequence: Sequence, rows: Chosen) -> dict[int, torch.Tensor]:
-    """Exact rows in float32 of sound heads, where masks are prefixes of the keys."""
-    mask = sequence.mask
+def _prefix_rows(
+    sequence: Sequence, rows: Chosen, facts: dict[int, RunFacts], lse: torch.Tensor
+) -> dict[int, tuple[torch.Tensor, RunFacts]]:
+    """Exact rows in float32 of sound heads where masks are prefixes of the keys.
+
+    Returns
+    -------
+    dict of int to (Tensor, RunFacts)
+        Rows in float64, and facts of what was multiplied to get them.
+    """
+    mask, whole = sequence.mask, sequence.operands(torch.float32)
     heads = [h for h, chosen in rows.items() if sequence.regular[h] and len(chosen)]
     counts = {len(rows[head]) for head in heads}
     if (
@@ -85,47 +109,74 @@ def _prefix_rows(sequence: Sequence, rows: Chosen) -> dict[int, torch.Tensor]:
         or len(counts) != 1
     ):
         return {}
-    whole, device = sequence.operands(torch.float32), sequence.query.device
-    pad = (0, 0, 0, -whole.len_kv % SUM_KEYS)
-    exact: dict[int, list[torch.Tensor]] = {head: [] for head in heads}
+    span, device = sequence.span, sequence.query.device
     owners: dict[int, list[int]] = {}
     for head in heads:
         owners.setdefault(head // whole.group_size, []).append(head)
     edges = np.linspace(0, counts.pop(), STRETCHES + 1).astype(int)
+    found = {}
     for owner, members in owners.items():
-        key, value = (torch.nn.functional.pad(x[owner], pad) for x in (whole.key, whole.value))
-        for first, last in pairwise(edges):
-            if first == last:
+        size = max(facts[members[0]].key_norm_upper, _SMALLEST)
+        picked = np.stack([rows[head] for head in members])
+        index = torch.from_numpy(picked).to(device)
+        at = torch.tensor(members, device=device)[:, None]
+        shift = lse[span.batch, at, span.q_start + index].float()
+        shift = torch.where(torch.isfinite(shift), shift, 0.0)
+        query = whole.query[at, index] * whole.scale
+        query = torch.cat([query, -shift[..., None] / size], dim=2)
+        pad = torch.nn.functional.pad
+        key = pad(whole.key[owner], (0, 1), value=size)
+        value = pad(whole.value[owner], (0, 1, 0, -whole.len_kv % SUM_KEYS), value=1.0)
+        parts = [
+            _prefix_attention(
+                query[:, a:b].flatten(0, 1), key, value, mask.stop[picked[:, a:b]]
+            )
+            for a, b in pairwise(edges)
+            if a < b
+        ]
+        exact = torch.cat([part.unflatten(0, (len(members), -1)) for part in parts], dim=1)
+        largest = shift.abs().amax(dim=1).tolist()
+        for n, head in enumerate(members):
+            if not bool(torch.isfinite(exact[n]).all()):
                 continue
-            picked = np.stack([rows[head][first:last] for head in members])
-            index = torch.from_numpy(picked).to(device)
-            at = torch.tensor(members, device=device)[:, None]
-            query = (whole.query[at, index] * whole.scale).flatten(0, 1)
-            stop = mask.stop[picked].ravel()
-            part = _prefix_attention(query, key, value, stop)
-            for head, block in zip(members, part.unflatten(0, picked.shape), strict=True):
-                exact[head].append(block)
-    return {head: torch.cat(parts) for head, parts in exact.items()}
+            known = facts[head]
+            query_norm = math.hypot(known.query_norm_upper, largest[n] / size / whole.scale)
+            both = {"query_norm_upper": query_norm, "key_norm_upper": math.hypot(size, size)}
+            found[head] = exact[n], replace(known, **both)
+    return found
 
 
 def _prefix_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, stop: NDArray[np.int64]
 ) -> torch.Tensor:
-    """Attention of scaled queries (rows, dim) over keys 0..stop-1 of each row, in float64."""
-    least, most = int(stop.min()), -(-int(stop.max()) // SUM_KEYS) * SUM_KEYS
-    if not most:
-        return value.new_zeros((len(query), value.shape[1]), dtype=torch.float64)
-    scores = query @ key[:most].T
+    """Attention of rows over keys 0..stop-1 of each, in float64; zeros where there are none.
+
+    Parameters
+    ----------
+    query : Tensor, shape (rows, dim_qk + 1)
+        Scaled, and what is taken off the scores.
+    key : Tensor, shape (len_kv, dim_qk + 1)
+    value : Tensor, shape (len_kv up to whole sums, dim_v + 1)
+        The last component 1.
+    """
+    stop = stop.ravel()
+    least, most = int(stop.min()), int(stop.max())
     last = torch.from_numpy(stop).to(query.device)[:, None]
-    columns = torch.arange(least, most, device=query.device)
-    scores[:, least:].masked_fill_(columns >= last, -torch.inf)
-    top = scores.amax(dim=1, keepdim=True)
-    weights = scores.sub_(torch.where(top == -torch.inf, 0.0, top)).exp_()
-    parts = weights.unflatten(1, (-1, SUM_KEYS))
-    sums = torch.bmm(parts.transpose(0, 1), value[:most].unflatten(0, (-1, SUM_KEYS)))
-    total = parts.sum(dim=2).sum(dim=1, dtype=torch.float64)
-    seen = total > 0
-    return sums.sum(dim=0, dtype=torch.float64) / torch.where(seen, total, 1.0)[:, None]
+    sums = value.new_zeros((len(query), value.shape[1]), dtype=torch.float64)
+    for first in range(0, most, CHUNK_KEYS):
+        end = min(first + CHUNK_KEYS, most)
+        whole = -(-(end - first) // SUM_KEYS) * SUM_KEYS
+        weights = query.new_empty((len(query), whole))
+        torch.mm(query, key[first:end].T, out=weights[:, : end - first])
+        if end > least:
+            from_ = max(least - first, 0)
+            columns = torch.arange(first + from_, first + whole, device=query.device)
+            weights[:, from_:].masked_fill_(columns >= last, -torch.inf)
+        parts = weights.exp_().unflatten(1, (-1, SUM_KEYS)).transpose(0, 1)
+        values = value[first : first + whole].unflatten(0, (-1, SUM_KEYS))
+        sums += torch.bmm(parts, values).sum(dim=0, dtype=torch.float64)
+    total = sums[:, -1:]
+    return sums[:, :-1] / torch.where(total > 0, total, 1.0)
 
 
 def _any_rows(sequence: Sequence, head: int, chosen: NDArray[np.int64]) -> torch.Tensor:
@@ -155,7 +206,7 @@ def _compare(
     oracle = theorem_certificate(
         replace(facts, output_rms=1.0, arithmetic=arithmetic),
         HeadPlan(qk=name, pv=name),
-        dim_qk=sequence.query.shape[2],
+        dim_qk=sequence.query.shape[2] + (name == "f32"),
         dim_v=sequence.value.shape[2],
         scale=sequence.scale,
         dtype=name,
