@@ -120,7 +120,7 @@ def _dense(qk: str, pv: str) -> HeadPlan:
     return HeadPlan(structure=Dense(), qk=qk, pv=pv)
 
 
-CERTIFY_ROWS = 350
+CERTIFY_ROWS = 300
 """Rows that a sampled certificate typically evaluates (for cost prediction only)."""
 
 COST_MODELS: dict[str, CostModel] = {

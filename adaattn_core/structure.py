@@ -194,8 +194,9 @@ class Landmark(Structure):
     Attributes
     ----------
     tau : float
-        Landmarks are the fewest far keys (in multiples of 64) that leave at most `tau` of the
-        sampled mass unrepresented, on average over a group's clusters.
+        Landmarks are the fewest far keys (in multiples of 64, or to the nearest step of a
+        histogram of masses) that leave at most `tau` of the sampled mass unrepresented, on
+        average over a group's clusters.
     band : int
         Keys before the query tile that are computed exactly (a multiple of `pool`).
     group : int
@@ -218,8 +219,8 @@ class Landmark(Structure):
     screen_theta : float
         A pool is opened where the sketch says that one key holds more than this share of a row.
     tail : int
-        Last rows of the sequence that are computed densely, rounded up to whole tiles: what a
-        prompt's end retrieves, it retrieves exactly.
+        Last rows of the sequence that are computed densely, rounded up to whole tiles where a
+        backend needs that: what a prompt's end retrieves, it retrieves exactly.
     """
 
     kind: ClassVar[str] = "landmark"

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaattn_core.backend import Samples
-from adaattn_core.bounds import minimal_sample_size
+from adaattn_core.bounds import minimal_sample_size, order_statistic
 from adaattn_core.budget import ErrorBudget
 from adaattn_core.certificates.charges import Question
 from adaattn_core.certificates.data import Certificate, HeadCertificate, HeadTable
@@ -24,12 +24,25 @@ from adaattn_core.problem import AttentionProblem, HeadIndex
 ROUNDS = 2
 """Plans of a head that one call may test on sampled rows: the first and that of one escalation.
 A later escalation goes to dense, which a theorem certifies."""
-LOOKS = (2.0, 7.0)
-"""Rows of each look at a plan, over the fewest that could do. Most heads pass at the first;
-more rows make a tighter order statistic for those that nearly do (docs/design/0010). The
-confidence is split over all looks of all rounds."""
-HOPELESS = 2.5
-"""Certified error over the budget above which a second look would be of no use."""
+LOOK = 4.0
+"""Rows that a plan is judged by, over the fewest that could do: more make a tighter order
+statistic, and cost more (docs/design/0021). The confidence is split over all rounds."""
+
+
+def rows_drawn(rows: float, confidence: float) -> int:
+    """Return how many rows of a head a certificate of `rows` of them draws."""
+    split = 1 - (1 - confidence) / ROUNDS
+    return int(LOOK * minimal_sample_size(rows, split))
+
+
+def rows_asked(rows: float, confidence: float) -> float:
+    """Share of the drawn rows whose error a certificate of `rows` of all rows asks for.
+
+    It is above `rows`: what is said of the rows that were not drawn takes a margin.
+    """
+    count = rows_drawn(rows, confidence)
+    order = order_statistic(count, rows, 1 - (1 - confidence) / ROUNDS)
+    return rows if order is None else max(order / count, rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,35 +154,14 @@ class Certifier:
     def _sample(
         self, raw: RawResult, todo: list[HeadIndex], budget: ErrorBudget
     ) -> dict[HeadIndex, HeadCertificate]:
-        """Look at fresh rows; once more, at more of them, where the first look comes close."""
-        for index in todo:
-            self.rounds[index] = self.rounds.get(index, 0) + 1
-        certificates: dict[HeadIndex, HeadCertificate] = {}
-        for look in range(len(LOOKS)):
-            found = self._look(raw, todo, budget, look)
-            certificates |= found
-            close = HOPELESS * budget.rel
-            todo = [
-                index
-                for index, head in found.items()
-                if not head.holds(budget) and head.upper <= close and head.confidence < 1
-            ]
-            if not todo:
-                break
-        return certificates
-
-    def _look(
-        self, raw: RawResult, todo: list[HeadIndex], budget: ErrorBudget, look: int
-    ) -> dict[HeadIndex, HeadCertificate]:
-        tests = ROUNDS * len(LOOKS)
-        split = 1 - (1 - budget.confidence) / tests
-        least = minimal_sample_size(budget.rows, split)
-        count, most = int(LOOKS[look] * least), int(max(LOOKS) * least)
+        """Look at fresh rows."""
+        count = rows_drawn(budget.rows, budget.confidence)
         rows: dict[HeadIndex, NDArray[np.int64]] = {}
         for index in todo:
+            self.rounds[index] = self.rounds.get(index, 0) + 1
             live = self.live[index]
-            rng = np.random.default_rng((self.seed, 0, *index, self.rounds[index], look))
-            every = len(live) <= most
+            rng = np.random.default_rng((self.seed, 0, *index, self.rounds[index]))
+            every = len(live) <= count
             rows[index] = live if every else live[rng.integers(0, len(live), count)]
         assert self.sampler is not None, "exhausted() says so of every head"
         errors = self.sampler.row_errors(self.problem, raw, rows)
@@ -180,8 +172,8 @@ class Certifier:
                 rows=budget.rows,
                 confidence=budget.confidence,
                 len_q=len(self.live[index]),
-                complete=len(self.live[index]) <= most,
-                rounds=tests,
+                complete=len(self.live[index]) <= count,
+                rounds=ROUNDS,
             )
             for index in todo
         }

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from adaattn_core.certificates.certifier import rows_asked
 from adaattn_core.certificates.theorem import theorem_certificate
 from adaattn_core.checks import real, shown
 from adaattn_core.errors import ArgumentError
@@ -73,9 +74,8 @@ class BudgetPolicy:
         The same where the policy is compiled (`compile`), which fits nothing between them. The
         first mass leaves everything to pools: heads whose mass is everywhere may be served so.
     margin, table_margin : float
-        Share of the budget that a *sampled estimate* may use up; the rest is for the
-        certificate, which is an upper confidence limit and so lies above the estimate. Where
-        the policy is compiled, the estimate is the quantile that the certificate will take.
+        Share of the budget that a *sampled estimate* may use up: of the quantile that the
+        certificate will take of other rows. The rest is for what differs between draws.
     worthwhile, table_worthwhile : float
         A structure is tried only where its predicted cost is below this share of dense. Where
         the policy is compiled, the first (on usual heads) decides whether anything is measured
@@ -87,11 +87,11 @@ class BudgetPolicy:
         A feature rank is tried where the keys' participation ratio is below this share of dim.
     """
 
-    taus: tuple[float, ...] = (0.3, 0.1, 0.02)
+    taus: tuple[float, ...] = (0.1, 0.02)
     lams: tuple[float, ...] = (5e-3, 2e-3, 1e-3, 5e-4)
     table_taus: tuple[float, ...] = (0.999, 0.2, 0.07, 0.03, 0.012, 0.005, 0.002, 8e-4)
     table_lams: tuple[float, ...] = (1e-2, 3e-3, 1e-3, 3e-4)
-    margin: float = 0.6
+    margin: float = 0.65
     table_margin: float = 0.65
     worthwhile: float = 0.8
     table_worthwhile: float = 0.95
@@ -129,7 +129,7 @@ class BudgetPolicy:
         if not structures and not pairs and sampled:
             return None
         return MeasureRequest(
-            rows=budget.rows,
+            rows=rows_asked(budget.rows, budget.confidence) if sampled else budget.rows,
             structures=structures,
             enough_error=self.margin * budget.rel,
             formats=pairs,

@@ -28,7 +28,9 @@ from adaattn_torch.backend.landmark import (
     landmark_tiles,
     refuse_mask,
 )
+from adaattn_torch.backend.masking import SequenceMask
 from adaattn_torch.backend.measuring import measure_sequence
+from adaattn_torch.backend.operands import Operands
 from adaattn_torch.backend.probing import Prober
 from adaattn_torch.backend.rows import row_errors
 from adaattn_torch.backend.sequences import Sequence
@@ -302,10 +304,21 @@ def _dense(
         # Products of other shapes may differ in bits there: heads are computed as ever.
         out, lse, names = _dense(sequence, every, formats, sound)
         return out[heads], lse[heads], names
-    mask = sequence.mask if whole else sequence.mask.heads(heads)
     operands = sequence.formatted(*formats) if sound else sequence.careful(*formats)
-    if not whole:
-        operands = operands.heads(heads)
+    if whole:
+        return _attended(operands, sequence.mask, sound)
+    outs, sums, used = [], [], set()
+    for some, members in operands.shared(heads):  # keys are not copied
+        out, lse, names = _attended(some, sequence.mask.heads(members), sound)
+        outs.append(out)
+        sums.append(lse)
+        used |= names
+    return torch.cat(outs), torch.cat(sums), used
+
+
+def _attended(
+    operands: Operands, mask: SequenceMask, sound: bool
+) -> tuple[torch.Tensor, torch.Tensor, set[str]]:
     if sound:
         return attend(operands, mask)
     out, lse = spelled_out(operands, mask, careful=True)

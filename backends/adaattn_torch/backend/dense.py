@@ -62,6 +62,11 @@ def attend(
 
 def square(operands: Operands, *, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention by one call: every key, or row i of as many sees keys 0..i."""
+    if operands.query.shape[1] == 1 and operands.group_size > 1:  # heads as rows: one product
+        query = operands.query.reshape(len(operands.key), 1, operands.group_size, -1)
+        key, value = (row_contiguous(x)[:, None] for x in (operands.key, operands.value))
+        out, lse = kernels.fused(query, key, value, operands.scale)
+        return out.flatten(0, 2)[:, None], lse.flatten()[:, None]
     query, key, value = grouped(operands.query, operands.key, operands.value)
     out, lse = kernels.fused(query, key, value, operands.scale, causal=causal)
     return out.flatten(0, 1), lse.flatten(0, 1)

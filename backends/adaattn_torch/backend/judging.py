@@ -1,6 +1,6 @@
 """Held-out rows of a few tiles, and what landmarks would make of them.
 
-Where two tiles show that a head needs more columns than can pay, it is left alone there: a
+Where a few tiles show that a head needs more columns than can pay, it is left alone there: a
 layer of such heads costs little more than dense.
 """
 
@@ -21,13 +21,13 @@ from adaattn_torch.backend.tiles import Strip, TiledHeads, Tiling, merge
 
 JUDGE_ROWS = 128
 """Held-out rows per head on which candidates are judged, as many of each tile."""
-JUDGE_TILES = (0.35, 0.7, 1.0, 0.55)
-"""Tiles that they come from, by their place in the sequence; heads are looked at in the first
-two, and in the others where these say that landmarks may pay."""
-FIRST_TILES = 2
+JUDGE_TILES = 10
+"""Tiles that they come from, evenly spaced: rows of a tile err together."""
+FIRST_TILES = (2, 5, 8)
+"""Those that are looked at first, and the others where these say that landmarks may pay."""
 FALL = 0.7
 """Power of the mass by which errors fall: heads that would miss by far are not tried again."""
-ALMOST = 2.0
+ALMOST = 2.5
 """Error over the allowed one up to which a structure nearly does."""
 STATS_STEP = 4
 """Every so many rows give entropy, saturation and magnitudes, which need fewer."""
@@ -52,8 +52,10 @@ class Part:
     exact : Tensor, shape (heads, tiles, rows, dim_v)
     facts : list of dict of str to Tensor, shape (heads, some rows)
         By tile.
-    known : dict of (float, int) to (Tensor, list of int)
-        Error norms under landmarks of a mass, and their numbers by tile, by head.
+    known : dict of (float, int) to Tensor
+        Error norms under landmarks of a mass, by head.
+    numbers : dict of float to list of list of int
+        Landmarks of every head and tile, by mass.
     """
 
     places: list[int]
@@ -63,7 +65,8 @@ class Part:
     own_lse: torch.Tensor
     exact: torch.Tensor
     facts: list[dict[str, torch.Tensor]]
-    known: dict[tuple[float, int], tuple[torch.Tensor, list[int]]] = field(default_factory=dict)
+    known: dict[tuple[float, int], torch.Tensor] = field(default_factory=dict)
+    numbers: dict[float, list[list[int]]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -90,11 +93,21 @@ class Part:
             facts.append(_facts(shares, lse[:, few], tiling, rows[few]))
             index = torch.from_numpy(rows).to(heads.query.device)
             queries.append(heads.query.index_select(1, index))
-        stacked = (torch.stack(x, 1) for x in (queries, owns, own_sums, exacts))
-        return cls(places, Strip.probe(heads, tiles, seed), *stacked, facts)
+        strip = Strip.probe(heads, tiles, seed)
+        query, own_out, own_lse, exact = (
+            torch.stack(x, 1) for x in (queries, owns, own_sums, exacts)
+        )
+        return cls(places, strip, query, own_out, own_lse, exact, facts)
 
-    def error(self, tau: float, heads: list[int]) -> list[tuple[torch.Tensor, list[int]]]:
-        """Error norms of some heads under landmarks of a mass, and their numbers by tile."""
+    def counts(self, tau: float, head: int) -> list[int]:
+        """Landmarks of a head that leave a mass, by tile."""
+        if tau not in self.numbers:
+            chosen = self.strip.landmarks([tau] * len(self.places))
+            self.numbers[tau] = chosen.sum(dim=2).tolist()
+        return self.numbers[tau][self.places.index(head)]
+
+    def error(self, tau: float, heads: list[int]) -> list[torch.Tensor]:
+        """Error norms (rows of all tiles,) of some heads under landmarks of a mass."""
         missing = [head for head in heads if (tau, head) not in self.known]
         if missing:
             index = [self.places.index(head) for head in missing]
@@ -112,7 +125,7 @@ class Part:
                 out = near
             missed = torch.linalg.vector_norm((out - self.exact[index]).double(), dim=3)
             for number, head in enumerate(missing):
-                self.known[tau, head] = missed[number].flatten(), columns.counts[number]
+                self.known[tau, head] = missed[number].flatten()
         return [self.known[tau, head] for head in heads]
 
 
@@ -149,10 +162,12 @@ class Judge:
     rms: dict[int, float] = field(default_factory=dict)
 
     def landmarks(self, structures: list[Landmark]) -> list[dict[str, Any]]:
-        """Return stats by head: two tiles first, the others for heads that may pay."""
+        """Return stats by head: a few tiles first, the others for heads that may pay."""
         tiling, every = self.heads.tiling, list(range(len(self.heads.query)))
-        numbers = [max(round(place * tiling.count) - 1, 0) for place in JUDGE_TILES]
-        tiles = list(dict.fromkeys(numbers))
+        places = (np.arange(JUDGE_TILES) + 0.5) / JUDGE_TILES * tiling.count
+        tiles = np.unique(places.astype(int)).tolist()
+        few = [tiles[n] for n in FIRST_TILES if n < len(tiles)] or tiles
+        rest = [tile for tile in tiles if tile not in few]
         count = -(-JUDGE_ROWS // len(tiles))
 
         def look(some: list[int], places: list[int]) -> list[dict[str, Any]]:
@@ -160,9 +175,8 @@ class Judge:
             self.parts.append(Part.of(self.heads, places, some, count, seed))
             return self._statistics(places)
 
-        found = look(tiles[:FIRST_TILES], every)
+        found = look(few, every)
         estimates = self._try(structures, every)
-        rest = tiles[FIRST_TILES:]
         pays = [n for n in every if not rest or self._may_pay(estimates[n])]
         if pays and rest:
             for n, said in zip(pays, look(rest, pays), strict=True):
@@ -216,24 +230,23 @@ class Judge:
         enough, tiling = self.request.enough_error, self.heads.tiling
         pools = -(-tiling.geometry.len_kv // tiling.structure.pool) // 2
         for structure in structures:
+            kept = {head: self._share(structure.tau, head) for head in left}
+            left = [head for head in left if kept[head][0] <= self.request.most_share]
             if not left:
                 break
             told = [part.error(structure.tau, left) for part in self.parts]
+            missed = torch.stack([torch.cat(of_head) for of_head in zip(*told, strict=True)])
+            errors = missed.cpu().numpy()
+            typical = np.sqrt(np.mean(errors**2, axis=1))
+            largest = np.quantile(errors, self.request.rows, axis=1)
             reach = (structures[-1].tau / structure.tau) ** FALL if structure.tau else 1.0
             again = []
-            norms = [torch.cat([part[n][0] for part in told]) for n in range(len(left))]
-            missed = torch.stack(norms).cpu().numpy()
-            typical = np.sqrt(np.mean(missed**2, axis=1))
-            largest = np.quantile(missed, self.request.rows, axis=1)
             for n, head in enumerate(left):
-                counts = [count for of_part in told for count in of_part[n][1]]
-                share = self._share(counts)
-                if share > self.request.most_share:
-                    continue
+                share, landmarks = kept[head]
                 said = StructureEstimate(
                     structure=structure,
                     share=share,
-                    rank=round(float(np.mean(counts))) + pools,
+                    rank=round(landmarks) + pools,
                     row_error_estimate=relative(float(largest[n]), self.rms[head]),
                     frobenius_estimate=relative(float(typical[n]), self.rms[head]),
                 )
@@ -243,36 +256,35 @@ class Judge:
             left = again
         return found
 
-    def _share(self, counts: list[int]) -> float:
-        """Share of the visible scores that near field, landmarks and pools come to.
+    def _share(self, tau: float, head: int) -> tuple[float, float]:
+        """Share of the visible scores that a head's columns come to, and its mean landmarks.
 
         Tiles that were not probed are taken to need as large a share of their far keys.
         """
         tiling, visible = self.heads.tiling, max(self.mask.visible, 1)
         tile, pool = tiling.structure.tile, tiling.structure.pool
-        probed = sum(tiling.far(tile) for part in self.parts for tile in part.strip.tiles)
+        counts = [count for part in self.parts for count in part.counts(tau, head)]
+        probed = sum(tiling.far(n) for part in self.parts for n in part.strip.tiles)
         far = sum(tiling.far(n) for n in range(tiling.count))
         near = sum(tiling.stop) - sum(tiling.start)
         near -= tiling.count * tile // 2 if tiling.causal else 0
         rest = self.mask.stop[tiling.rest] - self.mask.start[tiling.rest]
         scores = tile * (far * (sum(counts) / max(probed, 1) + 1 / pool) + near)
-        return min((scores + float(rest.sum())) / visible, 1.0)
+        return min((scores + float(rest.sum())) / visible, 1.0), float(np.mean(counts))
 
     def _curves(self, places: list[int]) -> dict[int, dict[float, float]]:
         """Unrepresented mass -> mean share of the far keys needed as landmarks, by head."""
-        shares = []
-        for part in self.parts if places else ():
-            strip, index = part.strip, [part.places.index(place) for place in places]
-            keys = np.array([max(strip.heads.tiling.far(tile), 1) for tile in strip.tiles])
-            for tau in CURVE:
-                chosen = strip.landmarks([tau] * len(places), index)
-                shares.append(chosen.sum(dim=2).cpu().numpy() / keys)
-        found = [np.hstack(shares[n :: len(CURVE)]) for n in range(len(CURVE) if places else 0)]
-        mean = np.mean(found, axis=2) if found else np.zeros((0, 0))
-        return {
-            head: dict(zip(CURVE, mean[:, n].tolist(), strict=True))
-            for n, head in enumerate(places)
+        keys = [
+            max(self.heads.tiling.far(n), 1) for part in self.parts for n in part.strip.tiles
+        ]
+        mean = {
+            head: [
+                float(np.mean(np.concatenate([p.counts(tau, head) for p in self.parts]) / keys))
+                for tau in CURVE
+            ]
+            for head in places
         }
+        return {head: dict(zip(CURVE, found, strict=True)) for head, found in mean.items()}
 
 
 def relative(error: float, size: float) -> float:

@@ -7,8 +7,10 @@ divided by a power of two first.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 import torch
 
@@ -117,6 +119,15 @@ class Operands:
         return Operands(
             self.query[index], self.key[shared], self.value[shared], self.scale, owner
         )
+
+    def shared(self, chosen: list[int]) -> Iterator[tuple[Operands, list[int]]]:
+        """Yield some query heads (in order) with the key/value head that they share."""
+        for owner, members in groupby(chosen, lambda head: head // self.group_size):
+            heads = list(members)
+            first, last = heads[0], heads[-1] + 1
+            query = self.query[first:last] if last - first == len(heads) else self.query[heads]
+            key, value = (x[owner : owner + 1] for x in (self.key, self.value))
+            yield Operands(query, key, value, self.scale), heads
 
     @cached_property
     def query_norms(self) -> torch.Tensor:

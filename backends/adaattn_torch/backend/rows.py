@@ -140,9 +140,14 @@ def _prefix_rows(
             if not bool(torch.isfinite(exact[n]).all()):
                 continue
             known = facts[head]
-            query_norm = math.hypot(known.query_norm_upper, largest[n] / size / whole.scale)
-            both = {"query_norm_upper": query_norm, "key_norm_upper": math.hypot(size, size)}
-            found[head] = exact[n], replace(known, **both)
+            shifted = replace(
+                known,
+                query_norm_upper=math.hypot(
+                    known.query_norm_upper, largest[n] / size / whole.scale
+                ),
+                key_norm_upper=math.hypot(size, size),
+            )
+            found[head] = exact[n], shifted
     return found
 
 
@@ -168,7 +173,7 @@ def _prefix_attention(
         whole = -(-(end - first) // SUM_KEYS) * SUM_KEYS
         weights = query.new_empty((len(query), whole))
         torch.mm(query, key[first:end].T, out=weights[:, : end - first])
-        if end > least:
+        if first + whole > least:
             from_ = max(least - first, 0)
             columns = torch.arange(first + from_, first + whole, device=query.device)
             weights[:, from_:].masked_fill_(columns >= last, -torch.inf)

@@ -359,12 +359,13 @@ class Strip:
             averages = rest[mine].flatten(0, 1).transpose(0, 1) @ blocks
             pools[:, mine] = averages.unflatten(1, (-1, tiles))
         bias = torch.where(filled > 0, filled.clamp_min(1).log(), HIDDEN)
-        pool_key = pools[..., : query.shape[3]].permute(1, 2, 3, 0)
-        scores = query @ pool_key
-        scores += bias[:, :, None] - lse[..., None]
-        predicted = scores.clamp_(max=20.0).exp_().sum(dim=2)
-        true = (left * samples).clamp_min(1e-20)
-        bias += (true / predicted.clamp_min(1e-20)).log().clamp(*BIAS_RANGE)
+        if tiling.structure.fitted:
+            pool_key = pools[..., : query.shape[3]].permute(1, 2, 3, 0)
+            scores = query @ pool_key
+            scores += bias[:, :, None] - lse[..., None]
+            predicted = scores.clamp_(max=20.0).exp_().sum(dim=2)
+            true = (left * samples).clamp_min(1e-20)
+            bias += (true / predicted.clamp_min(1e-20)).log().clamp(*BIAS_RANGE)
         if not tiling.causal:
             bias = torch.where(seen, bias, HIDDEN)
         numbers, counts = chosen.nonzero()[:, 2], chosen.sum(dim=2).tolist()
