@@ -26,7 +26,7 @@ ROUNDS = 2
 A later escalation goes to dense, which a theorem certifies."""
 LOOK = 4.0
 """Rows that a plan is judged by, over the fewest that could do: more make a tighter order
-statistic, and cost more (docs/design/0021). The confidence is split over all rounds."""
+statistic, and cost more (docs/design/0022). The confidence is split over all rounds."""
 
 
 def rows_drawn(rows: float, confidence: float) -> int:
