@@ -392,10 +392,11 @@ def _attend(
 def _launch(
     spec: KernelSpec, threads: int, block: Any, grid: int, device: int, stream: int
 ) -> None:
+    if not grid:
+        return
     kernel = kernel_of(spec, threads, stream)
     kernel.prepare(device)
-    if grid:
-        driver.Call(kernel, block, grid, stream).start(device)
+    driver.Call(kernel, block, grid, stream).start(device)
 
 
 def _matrices(
