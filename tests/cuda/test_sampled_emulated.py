@@ -66,22 +66,25 @@ def run(p: AttentionProblem, structure: Landmark, dtype: str, seed: int = 3):
     return out.astype(np.float64), lse, kept
 
 
-@pytest.mark.parametrize("name", MASKS)
+SIZES: list[dict[str, Any]] = [
+    {"band": 64, "group": 128, "tile": 64, "samples": 16, "tail": 64},
+    {
+        "band": 0,
+        "group": 256,
+        "tile": 128,
+        "samples": 32,
+        "pool": 32,
+        "tail": 0,
+        "fitted": False,
+    },
+    {"band": 64, "group": 128, "tile": 64, "samples": 8, "pool": 0, "tail": 128},
+]
+
+
 @pytest.mark.parametrize(
-    "sizes",
-    [
-        {"band": 64, "group": 128, "tile": 64, "samples": 16, "tail": 64},
-        {
-            "band": 0,
-            "group": 256,
-            "tile": 128,
-            "samples": 32,
-            "pool": 32,
-            "tail": 0,
-            "fitted": False,
-        },
-        {"band": 64, "group": 128, "tile": 64, "samples": 8, "pool": 0, "tail": 128},
-    ],
+    ("name", "sizes"),
+    [*((name, SIZES[0]) for name in MASKS)]
+    + [(name, sizes) for name in ("causal", "none") for sizes in SIZES[1:]],
 )
 def test_landmarks_are_those_of_numpy(
     monkeypatch: pytest.MonkeyPatch, kernels: Kernels, name: str, sizes: dict[str, Any]
@@ -161,8 +164,10 @@ BLOCK_MASKS = MASKS | {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BLOCK_MASKS)
-@pytest.mark.parametrize("band", [0, 64])
+@pytest.mark.parametrize(
+    ("name", "band"),
+    [*((name, 64) for name in BLOCK_MASKS), ("causal", 0), ("none", 0)],
+)
 def test_blocks_are_those_that_numpy_chooses(
     monkeypatch: pytest.MonkeyPatch, kernels: Kernels, name: str, band: int
 ) -> None:

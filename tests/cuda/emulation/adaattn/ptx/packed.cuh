@@ -49,7 +49,9 @@ ADAATTN_DEVICE u32 transpose_8x8(u32 x) {
 }
 
 ADAATTN_DEVICE float broadcast(float x, int from);
-ADAATTN_DEVICE int broadcast(int x, int from) { return static_cast<int>(float_bits(broadcast(bits_float(static_cast<u32>(x)), from))); }
+ADAATTN_DEVICE int broadcast(int x, int from) {
+    return static_cast<int>(float_bits(broadcast(bits_float(static_cast<u32>(x)), from)));
+}
 ADAATTN_DEVICE float broadcast(float x, int from) {
     emulation::Machine& m = emulation::machine;
     m.slots[m.current][0] = float_bits(x);
