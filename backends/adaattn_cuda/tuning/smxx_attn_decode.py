@@ -30,7 +30,7 @@ DIMS = (64, 128, 256)
 STATS = 3
 SLICE_BYTES = 4096
 SPLITS_MAX = 256
-STAGES_MOST = {False: 5, True: 4}
+STAGES_MOST = {False: 5, True: 3}
 """Slots of a warp's ring, without and with a copy engine: more only crowds the memory."""
 START_CHUNKS, MERGE_CHUNKS = 3.0, 0.02
 """Time of a block's start, and of merging one more split, in the time that a multiprocessor

@@ -1,11 +1,10 @@
-// decode_pages.cuh -- fragments of keys and values straight from their pages, 4 KiB at a time.
+// decode_pages.cuh -- pages to shared memory, 4 KiB at a time, and fragments of keys and values from there.
 // SPDX-License-Identifier: Apache-2.0
 //
-// No lane needs what another loads: a product over channels does not mind their order, so each
-// lane loads runs of 16 bytes and calls them the channels that mma gives it; queries are loaded in
+// No lane needs what another reads: a product over channels does not mind their order, so each
+// lane reads runs of 16 bytes and calls them the channels that mma gives it; queries are loaded in
 // the same order. Products over keys mind which key is which, not which channel a row is: a lane
-// loads channels 64 i + 8 (lane / 4) .. + 7 of its four keys, and owns these channels of the output.
-// A warp's loads cover whole sectors: 64 or 128 consecutive bytes of several keys.
+// reads channels 64 i + 8 (lane / 4) .. + 7 of its four keys, and owns these channels of the output.
 #pragma once
 
 #include "adaattn/attn/decode_params.cuh"
@@ -66,7 +65,7 @@ ADAATTN_DEVICE int narrow_channel(int word, int place) {
 //   wide keys, values    32 keys x 64, 16 keys x 128, or 16 keys x half of 256 channels
 //   narrow keys          64 keys x 64, 32 keys x 128, or 16 keys x 256 channels
 //   narrow values        64 keys x 64 channels
-// Slices are copied to a ring of the warp's own in shared memory, a few ahead (cp.async).
+// Slices are copied to a ring of the warp's own in shared memory, a few ahead.
 constexpr int kSliceWords = 32;
 constexpr int kSliceBytes = kSliceWords * 128;
 using Slice = u32[kSliceWords];

@@ -37,25 +37,8 @@ ADAATTN_DEVICE u32 transpose_8x8(u32 x) {
 ADAATTN_DEVICE float broadcast(float x, int lane) { return __shfl_sync(kFullWarp, x, lane); }
 ADAATTN_DEVICE int broadcast(int x, int lane) { return __shfl_sync(kFullWarp, x, lane); }
 
-// PTX: cp.async.ca, 8 bytes.
-ADAATTN_DEVICE void copy_async_8(u32 address, const void* global) {
-    asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], 8;" ::"r"(address), "l"(global)
-                 : "memory");
-}
 ADAATTN_DEVICE void load_shared_64(u32& x, u32& y, u32 address) {
     asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x), "=r"(y) : "r"(address));
-}
-
-// Data that one block reads once: no line of L1 is kept for it.
-ADAATTN_DEVICE void load_stream_128(u32 (&x)[4], const void* global) {
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "l"(global));
-}
-ADAATTN_DEVICE void load_stream_64(u32 (&x)[2], const void* global) {
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.b32 {%0, %1}, [%2];"
-                 : "=r"(x[0]), "=r"(x[1])
-                 : "l"(global));
 }
 
 }  // namespace adaattn::ptx

@@ -65,13 +65,5 @@ ADAATTN_DEVICE void load_shared_64(u32& x, u32& y, u32 address) {
     memcpy(&x, emulation::at(address, 8), 4);
     memcpy(&y, emulation::at(address, 8) + 4, 4);
 }
-ADAATTN_DEVICE void load_stream_128(u32 (&x)[4], const void* global) {
-    emulation::refuse_unaligned(global, 16);
-    memcpy(x, global, 16);
-}
-ADAATTN_DEVICE void load_stream_64(u32 (&x)[2], const void* global) {
-    emulation::refuse_unaligned(global, 8);
-    memcpy(x, global, 8);
-}
 
 }  // namespace adaattn::ptx
