@@ -15,6 +15,7 @@ from adaattn_cuda.device import driver
 from adaattn_cuda.jit.toolchain import nvrtc_version
 
 sys.path.insert(0, str(Path(__file__).parent / "emulation"))
+from kernels_on_cpu import Kernels
 from sm80_on_cpu import Emulator
 
 
@@ -70,3 +71,9 @@ def no_driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def emulator(cxx: str, tmp_path_factory: pytest.TempPathFactory) -> Emulator:
     """The sm80 kernel on a CPU; a specialisation is compiled once for all tests."""
     return Emulator(cxx, tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture(scope="session")
+def kernels(cxx: str, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    """Any kernel of every GPU's on a CPU; a specialisation is compiled once for all tests."""
+    return Kernels(cxx, tmp_path_factory.mktemp("kernels"))

@@ -64,11 +64,6 @@ class _Records:
         return [np.pad(x[..., None], ((0, 0), (0, 0), (0, 4))) for x in found]
 
 
-@pytest.fixture(scope="module")
-def kernels(cxx: str, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    return Kernels(cxx, tmp_path_factory.mktemp("kernels"))
-
-
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch, kernels: Kernels) -> Iterator[CudaBackend]:
     _Library.held = []

@@ -12,12 +12,6 @@ from adaattn_core.problem import AttentionProblem
 from adaattn_core.testing.oracles import exact_attention
 from adaattn_cuda.kernels import smxx_exact_rows as exact_rows
 
-
-@pytest.fixture(scope="module")
-def kernels(cxx: str, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    return Kernels(cxx, tmp_path_factory.mktemp("kernels"))
-
-
 RNG = np.random.default_rng(0)
 MASKS = {
     "none": (None, (60, 300)),
