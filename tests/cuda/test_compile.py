@@ -20,6 +20,9 @@ from adaattn_cuda.jit.spec import KernelSpec
 TINY = """\
 // Budget: registers<=32 spill_bytes=0 smem_bytes<=64
 #pragma once
+namespace adaattn {
+template <class T> constexpr int resident_blocks(int) { return 1; }
+}
 namespace adaattn::tiny {
 struct Params { float* x; };
 template <int kScale> struct Traits {
