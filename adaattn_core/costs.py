@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 
 from adaattn_core.checks import shown
 from adaattn_core.errors import ArgumentError
+from adaattn_core.formats import get_format
 from adaattn_core.plan import HeadPlan
 from adaattn_core.stats import HeadStats
 from adaattn_core.structure import BlockSparse, Dense, Landmark, LowRank, ScoreSkip, Structure
@@ -38,6 +40,8 @@ class CostModel:
         Time of measuring a head for each of its keys of 64 + 64 elements: gathers and pools.
     call_seconds : float
         Fixed time of measuring, deciding and certifying a call, which its heads share.
+    quantise_rate : float
+        Numbers per second that become 8-bit operands; inf where nothing is made beforehand.
     rows_format : str
         Format in which probe and certificate rows are computed there.
     source : str
@@ -53,6 +57,7 @@ class CostModel:
     head_seconds: float = 0.0
     key_seconds: float = 0.0
     call_seconds: float = 0.0
+    quantise_rate: float = math.inf
     rows_format: str = "f32"
     source: str = ""
 
@@ -91,7 +96,17 @@ class CostModel:
             seconds = self.scores_seconds(n, n, structure.rank, dv, plan.qk, plan.pv)
         else:
             seconds = self.scores_seconds(share * n, share * n, d, dv, plan.qk, plan.pv)
-        return seconds / rate + self.extra_seconds(stats, structure, measured=measured)
+        seconds = seconds / rate + self.quantise_seconds(stats, plan)
+        return seconds + self.extra_seconds(stats, structure, measured=measured)
+
+    def quantise_seconds(self, stats: HeadStats, plan: HeadPlan) -> float:
+        """Time of making 8-bit operands, as if no other head shared the keys."""
+        numbers = 0
+        if get_format(plan.qk).is_quantised:
+            numbers += (stats.len_q + stats.len_kv) * stats.dim_qk
+        if get_format(plan.pv).is_quantised:
+            numbers += stats.len_kv * stats.dim_v
+        return numbers / self.quantise_rate
 
     def extra_seconds(
         self, stats: HeadStats, structure: Structure, *, measured: bool = False
@@ -171,10 +186,10 @@ COST_MODELS: dict[str, CostModel] = {
                 "tf32": 1.17e14,
                 "f16": 6.2e14,
                 "bf16": 6.2e14,
-                "i8": 5.7e14,
-                "e4m3": 5.7e14,
+                "i8": 7.9e14,
+                "e4m3": 7.9e14,
             },
-            softmax_rate=3.7e12,
+            softmax_rate=2.4e12,
             overlap=True,
             gathers_single_keys=False,
             efficiency={
@@ -186,11 +201,12 @@ COST_MODELS: dict[str, CostModel] = {
             head_seconds=2e-6,
             key_seconds=1e-9,
             call_seconds=2.5e-4,
+            quantise_rate=1e12,
             rows_format="bf16",
             source="H100, as measured with this project's kernels: all formats at head dim 128,"
-            " 4,096 keys, 8-bit ones with their quantisation; landmarks and planning fitted to"
-            " stages of heads of dim 64, 8k to 128k; softmax_rate and the other efficiencies"
-            " assumed",
+            " 4,096 keys, 8-bit ones without quantisation, which has its own rate;"
+            " softmax_rate from 8 bits at dim 64; landmarks and planning fitted to stages of"
+            " heads of dim 64, 8k to 128k; the other efficiencies assumed",
         ),
         CostModel(
             name="sm80",

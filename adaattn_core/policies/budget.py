@@ -125,7 +125,10 @@ class BudgetPolicy:
         structures = tuple(
             s for s in self._structures(context) if self._could_pay(s, context, sampled)
         )
-        pairs = tuple(p for p in self._pairs(context) if p != ("f32", "f32")) if sampled else ()
+        longest = max(context.shapes.values(), key=lambda s: s.visible, default=None)
+        pairs: tuple[tuple[str, str], ...] = ()
+        if sampled and longest is not None:
+            pairs = tuple(p for p in self._pairs(longest, context) if p != ("f32", "f32"))
         if not structures and not pairs and sampled:
             return None
         return MeasureRequest(
@@ -191,22 +194,24 @@ class BudgetPolicy:
                 return True
         return False
 
-    def _pairs(self, context: PolicyContext) -> Iterator[tuple[str, str]]:
-        """Format pairs that the backend runs and that save time on the target.
+    def _pairs(self, shape: HeadStats, context: PolicyContext) -> Iterator[tuple[str, str]]:
+        """Format pairs that the backend runs and that save time on heads like this, there.
 
         Pairs with 8 bits only where heads are measured: their errors differ from head to head,
         and theorems say too little of them to try them first.
         """
         capabilities, costs = context.capabilities, context.costs
         widest = context.exact_format
+        usual = math.inf
+        if costs.runs(widest, widest):
+            usual = costs.dense_cost(shape, widest, widest)
         for qk, pv in FORMAT_PAIRS:
             known = qk in capabilities.qk_formats and pv in capabilities.pv_formats
             narrow = get_format(qk).is_quantised or get_format(pv).is_quantised
             known = known and (context.measures or not narrow)
-            if known and costs.runs(qk, pv) and (qk, pv) != (widest, widest):
-                rate = min(costs.flops[qk], costs.flops[pv])
-                if rate > costs.flops.get(widest, 0.0):
-                    yield qk, pv
+            known = known and costs.runs(qk, pv) and (qk, pv) != (widest, widest)
+            if known and costs.dense_cost(shape, qk, pv) < usual:
+                yield qk, pv
         yield widest, widest
 
     # -- what to choose ----------------------------------------------------------------------
@@ -262,7 +267,7 @@ class BudgetPolicy:
                 if len(known) > 1 and least < value < fitting.knob(known[-2].structure):
                     shares.append((*between, aim))
         for structure, share, error in shares:
-            for qk, pv in self._pairs(context):
+            for qk, pv in self._pairs(stats, context):
                 if context.budget.guarantee == "sampled":
                     exact = (qk, pv) == (context.exact_format,) * 2
                     rounding = 0.0 if exact else stats.format_errors.get((qk, pv), float("inf"))
@@ -321,7 +326,7 @@ class BudgetPolicy:
         exact = context.exact_format
         candidates = [
             compiling.priced(HeadPlan(qk=qk, pv=pv), context)
-            for qk, pv in self._pairs(context)
+            for qk, pv in self._pairs(compiling.one_shape(context), context)
             if (qk, pv) != (exact, exact)
         ]
         structures: list[Structure] = []

@@ -131,11 +131,11 @@ class EntropyPolicy:
             return exact, exact, f"{exact}: nothing measured"
         if score <= self.score_8bit and saturation <= self.saturation_8bit:
             for pv in ("e4m3", "f16"):
-                if _saves("i8", pv, context):
+                if _saves("i8", pv, stats, context):
                     return "i8", pv, f"8 bit: |s| {score:.0f}, saturation {saturation:.2f}"
         if score <= self.score_16bit:
             for name in ("f16", "bf16"):
-                if _saves(name, name, context):
+                if _saves(name, name, stats, context):
                     return name, name, f"16 bit: |s| {score:.0f}, saturation {saturation:.2f}"
         return exact, exact, f"{exact}: |s| {score:.0f}, saturation {saturation:.2f}"
 
@@ -196,12 +196,13 @@ class EntropyPolicy:
         self, context: PolicyContext
     ) -> Iterator[tuple[str, str, dict[str, float]]]:
         """Yield what `_formats` chooses from, and where."""
+        shape = compiling.one_shape(context)
         narrow = {"score_most": self.score_8bit, "saturation_most": self.saturation_8bit}
         for pairs, limits in (
             ((("i8", "e4m3"), ("i8", "f16")), narrow),
             ((("f16", "f16"), ("bf16", "bf16")), {"score_most": self.score_16bit}),
         ):
-            cheap = next((pair for pair in pairs if _saves(*pair, context)), None)
+            cheap = next((pair for pair in pairs if _saves(*pair, shape, context)), None)
             if cheap is not None:
                 yield (*cheap, limits)
         yield context.exact_format, context.exact_format, {}
@@ -213,10 +214,12 @@ class EntropyPolicy:
         return safer(plan, upper, stats, context)
 
 
-def _saves(qk: str, pv: str, context: PolicyContext) -> bool:
-    """Whether the backend runs both formats, faster than the exact one on the target."""
-    costs, capabilities = context.costs, context.capabilities
+def _saves(qk: str, pv: str, shape: HeadStats, context: PolicyContext) -> bool:
+    """Whether the backend runs both formats, faster than the exact one on heads like this."""
+    costs, capabilities, exact = context.costs, context.capabilities, context.exact_format
     known = qk in capabilities.qk_formats and pv in capabilities.pv_formats
     if not known or not costs.runs(qk, pv):
         return False
-    return min(costs.flops[qk], costs.flops[pv]) > costs.flops.get(context.exact_format, 0.0)
+    if not costs.runs(exact, exact):
+        return True
+    return costs.dense_cost(shape, qk, pv) < costs.dense_cost(shape, exact, exact)

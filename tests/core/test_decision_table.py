@@ -334,8 +334,9 @@ def test_8_bits_are_not_tried_where_nothing_is_measured() -> None:
     for measures in (True, False):
         here = context(4096)
         can = replace(here.capabilities, qk_formats=("bf16", "i8"), pv_formats=("bf16", "e4m3"))
-        fast = replace(here.costs, flops={**here.costs.flops, "i8": 1e16, "e4m3": 1e16})
+        flops = {**here.costs.flops, "i8": 1e16, "e4m3": 1e16}
+        fast = replace(here.costs, flops=flops, softmax_rate=1e16)
         there = replace(here, capabilities=can, costs=fast, measures=measures)
-        pairs = set(BudgetPolicy()._pairs(there))
+        pairs = set(BudgetPolicy()._pairs(next(iter(there.shapes.values())), there))
         narrow = {pair for pair in pairs if {"i8", "e4m3"} & set(pair)}
         assert bool(narrow) == measures

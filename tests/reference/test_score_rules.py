@@ -212,7 +212,7 @@ def test_formats_that_a_backend_has_not_under_rules_are_not_planned() -> None:
     three = arrays(length=64, size=0.1)
     budget = ErrorBudget(rel=0.5, guarantee="worst_case")
     plain = attention(*three, backend=Narrow(), budget=budget, target="sm90")
-    assert {head.qk for head in plain.plan.heads.values()} == {"i8"}
+    assert {head.qk for head in plain.plan.heads.values()} == {"bf16"}
     ruled = attention(*three, backend=Narrow(), budget=budget, target="sm90", softcap=50.0)
     assert {head.qk for head in ruled.plan.heads.values()} <= {"f32", "f16"}
     assert "i8" in ruled.plan[0, 0].reason

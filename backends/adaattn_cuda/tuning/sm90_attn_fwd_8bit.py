@@ -34,8 +34,6 @@ class Tile:
         Padded head dims: 64 or 128.
     consumers, tile_n, stages, query_stages, ping_pong, role, max_sources
         As in `adaattn_cuda.tuning.sm90_attn_fwd_f16.Tile`.
-    polynomials : int
-        One weight of so many is computed by polynomial, not by the exponential unit; 0: none.
     """
 
     qk: str
@@ -49,7 +47,6 @@ class Tile:
     ping_pong: bool = True
     role: int = 0
     max_sources: int = 1
-    polynomials: int = 0
 
     @property
     def tile_m(self) -> int:
@@ -92,7 +89,6 @@ class Tile:
             int(self.ping_pong),
             self.role,
             self.max_sources,
-            self.polynomials,
         )
 
 

@@ -12,10 +12,9 @@
 //                 of where keys were centred.
 //              A consumer's products follow each other, output before scores, and run under the
 //              other consumers' weights: see run().
-//              Source: SageAttention2, arXiv 2411.10958; FlashAttention-3, arXiv 2407.08608; weights
-//              by polynomials beside the exponential unit: FlashAttention-4's, for Blackwell.
+//              Source: SageAttention2, arXiv 2411.10958; FlashAttention-3, arXiv 2407.08608.
 // Numerics     Codes: quant/smxx_quantize.cuh (r1). s: exact below 2^22; (r2) m to f32; (r3)
-//              ex2.approx, 2 ulp, POLY(r4) p to e4m3 or 16 bits, in [0, p_scale]; (r5) wgmma's
+//              ex2.approx, 2 ulp; (r4) p to e4m3 or 16 bits, in [0, p_scale]; (r5) wgmma's
 //              accumulation, 13 fraction bits in e4m3, 256 keys long at most; (r6) o in f32; (r7)
 //              out to 16 bits. l sums p before r4.
 // Tiles        Block: 64 kConsumers queries x kTileN keys; m64nNk32 of i8 and e4m3, m64nNk16 of
@@ -54,7 +53,7 @@ using Params = QuantisedParams;
 
 template <Format kFormatT, Format kQkT, Format kPvT, int kDimQkT, int kDimVT, int kConsumersT,
           int kTileNT, int kStagesT, int kQueryStagesT, int kPingPongT, int kRoleT,
-          int kMaxSourcesT, int kPolynomialsT>
+          int kMaxSourcesT>
 struct Traits {
     using Params = QuantisedParams;
     static constexpr Format kFormat = kFormatT;  // of the arrays
@@ -68,7 +67,6 @@ struct Traits {
     static constexpr int kStages = kStagesT;
     static constexpr int kQueryStages = kQueryStagesT;
     static constexpr bool kPingPong = kPingPongT != 0;
-    static constexpr int kPolynomials = kPolynomialsT;  // one weight of so many; 0: none
     static constexpr int kRole = kRoleT;
     static constexpr bool kSkip = false;
     static constexpr int kMaxSources = kMaxSourcesT;
@@ -100,7 +98,6 @@ struct Traits {
 
     static_assert(kTileKeys % kTileN == 0, "one record of scales a tile");
     static_assert(kCodesQk || kCodesPv, "16-bit operands have a kernel of their own");
-    static_assert(kPolynomials == 0 || kCodesPv, "2^-126 of a hidden key is 0 in e4m3 alone");
     static_assert(kRole == kDense, "other roles compute from the arrays as they are");
     static_assert(kSmemBytes <= 232448, "shared memory of one block on sm_90");
 };
@@ -124,8 +121,6 @@ struct Consumer : sm90_attn_fwd_f16::Consumer<T> {
     // Sums of codes start from this number's bits, and so are floats, 3 2^22 above their value: no
     // conversion, and below 2^22 no rounding.
     static constexpr i32 kOriginBits = 0x4b400000;
-    // Row sums below this are of rows that see no key: one weight of another is at least 1.
-    static constexpr float kNothing = 1e-30f;
     static constexpr float kOrigin = T::kCodesQk ? 12582912.0f : 0.0f;
     static constexpr int kSpans = T::kCodesQk ? T::kTileN / kScaleKeys : 1;
     static constexpr int kWeightWords = T::kCodesPv ? T::kTileN / 8 : T::kTileN / 4;
@@ -322,8 +317,7 @@ struct Consumer : sm90_attn_fwd_f16::Consumer<T> {
     }
     ADAATTN_DEVICE void weigh(float (&scores)[kScores], const float (&multiplier)[2][kSpans],
                               u32 (&weights)[kWeightWords]) {
-        softmax.template weigh<T::kPolynomials>(scores, multiplier, kOrigin,
-                                                quantised().weight_log2);
+        softmax.weigh(scores, multiplier, kOrigin, quantised().weight_log2);
         pack(scores, weights);  // in one block with the exponentials: hidden behind them
     }
 
@@ -335,7 +329,6 @@ struct Consumer : sm90_attn_fwd_f16::Consumer<T> {
         for (int r = 0; r < 2; ++r) {
             const int own_row = this->row() + this->lane() / 4 + 8 * r;
             float sum = softmax::quad_sum(softmax.sum[r]);
-            if (sum < kNothing) sum = 0.0f;  // NaN stays
             if (sum == 0.0f && own_row < item.rows) {
                 sum = softmax::known_sum(sum, sees_key<T::kRole>(quantised(), record, own_row));
             }

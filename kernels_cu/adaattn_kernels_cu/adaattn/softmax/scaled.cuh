@@ -14,19 +14,6 @@ namespace adaattn::softmax {
 template <int kSpans>
 using Multipliers = float[2][kSpans];
 
-// 2^x on the multiply-add units, to 2^-13.7; 2^-126 for what is below. A third-degree polynomial of
-// what rounding x to an integer leaves, and that integer added to its exponent.
-ADAATTN_DEVICE float exp2_polynomial(float x) {
-    constexpr float kMagic = 12582912.0f;  // 3 2^22: the low bits of a sum with it are the integer
-    x = fmaxf(x, -126.0f);
-    const float shifted = __fadd_rn(x, kMagic);
-    const float f = __fadd_rn(x, -__fadd_rn(shifted, -kMagic));
-    float p = fmaf(0.05517132f, f, 0.24261055f);
-    p = fmaf(p, f, 0.69326099f);
-    p = fmaf(p, f, 0.99992811f);
-    return __int_as_float(__float_as_int(p) + (__float_as_int(shifted) << 23));
-}
-
 struct Scaled {
     float reference[2];  // log2 units; -inf until the row has seen a key
     float sum[2];        // this thread's columns only, until the end
@@ -95,8 +82,8 @@ struct Scaled {
         return moved;
     }
 
-    // Turns the same scores into weights in place, one of kPolynomials (if any) by polynomial.
-    template <int kPolynomials, int kCount, int kSpans>
+    // Turns the same scores into weights in place.
+    template <int kCount, int kSpans>
     ADAATTN_DEVICE void weigh(float (&scores)[kCount], const Multipliers<kSpans>& multiplier,
                               float origin, float weight_log2) {
         constexpr int kOfSpan = kCount / kSpans;
@@ -113,12 +100,7 @@ struct Scaled {
 #pragma unroll
                 for (int i = span * kOfSpan + 2 * r; i < (span + 1) * kOfSpan; i += 4) {
                     scores[i] = ptx::exp2_approx(fmaf(scores[i], m, below));
-                    const float x = fmaf(scores[i + 1], m, below);
-                    if (kPolynomials != 0 && (i / 4) % (kPolynomials / 2) == 0) {
-                        scores[i + 1] = exp2_polynomial(x);
-                    } else {
-                        scores[i + 1] = ptx::exp2_approx(x);
-                    }
+                    scores[i + 1] = ptx::exp2_approx(fmaf(scores[i + 1], m, below));
                     even += scores[i];
                     odd += scores[i + 1];
                 }
