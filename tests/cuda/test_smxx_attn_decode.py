@@ -8,6 +8,7 @@ import math
 import pytest
 
 from adaattn_cuda.jit.compile import build
+from adaattn_cuda.kernels import smxx_attn_decode as decode
 from adaattn_cuda.kernels.shipped import budget
 from adaattn_cuda.kernels.smxx_attn_decode import _ADDRESSES, Params, shipped
 from adaattn_cuda.tuning.sm80_attn_fwd import ARCHITECTURES
@@ -21,6 +22,21 @@ from adaattn_cuda.tuning.smxx_attn_decode import (
 
 def test_what_a_start_changes_is_the_first_of_the_parameters() -> None:
     assert _ADDRESSES.size == Params.query_batch.offset
+
+
+def test_starts_on_a_stream_share_room_that_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Table:
+        def __init__(self, data: bytes, device: int) -> None:
+            self.size_bytes = len(data)
+
+    monkeypatch.setattr(decode.driver, "DeviceTable", Table)
+    monkeypatch.setattr(decode, "_partials", {})
+    first = decode._partials_of(0, 7, 100)
+    assert decode._partials_of(0, 7, 60) is first
+    larger = decode._partials_of(0, 7, 120)
+    assert larger.size_bytes == 200
+    assert decode._partials_of(0, 7, 190) is larger
+    assert decode._partials_of(0, 8, 60) not in (first, larger), "another stream's"
 
 
 def test_parameters_have_the_kernels_size() -> None:
