@@ -17,13 +17,13 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from adaattn_bench.clock import until_return
 from adaattn_core import attention
 from adaattn_core.mask import Mask
 from adaattn_core.plan import HeadPlan, Plan
@@ -58,18 +58,9 @@ CUPY = {
 def microseconds(
     calls: dict[str, Callable[[], Any]], repeats: int = 100, rounds: int = 10
 ) -> dict[str, float]:
-    """Median time until each call returns; they take turns, since the host's pace varies."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            for i in range(repeats):
-                if i % 50 == 0:
-                    torch.cuda.synchronize()  # never let the launch queue fill
-                started = time.perf_counter()
-                call()
-                if i >= repeats // 5:
-                    times[name].append(time.perf_counter() - started)
-    return {name: round(1e6 * statistics.median(found), 2) for name, found in times.items()}
+    """Median time until each call returns, to the hundredth."""
+    found = until_return(calls, rounds, repeats, drain=50)
+    return {name: round(us, 2) for name, us in found.items()}
 
 
 def measure(calls_only: bool) -> dict[str, Any]:
@@ -146,7 +137,7 @@ def in_turn(other: Path, rounds: int) -> dict[str, Any]:
     cold: dict[str, dict[str, list[float]]] = {}
     for turn in range(rounds + 1):
         for name, root in roots.items():
-            parts = (".", "reference", "backends", "kernels_cu")
+            parts = (".", "reference", "backends", "kernels_cu", "benchmarks")
             paths = os.pathsep.join(str(root / part) for part in parts)
             env = {**os.environ, "PYTHONPATH": paths}
             script = root / "benchmarks" / "gpu_host_time.py"

@@ -14,8 +14,6 @@ import argparse
 import datetime
 import platform
 import re
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 -- its usual name
 
 import adaattn_torch
+from adaattn_bench.clock import until_return
 from adaattn_core.backend import Backend
 from adaattn_core.plugins.registry import get_backend
 
@@ -86,24 +85,14 @@ def calls(shape: tuple[int, int, int], device: str) -> dict[str, Callable[[], An
 
 
 def microseconds(
-    ways: dict[str, Callable[[], Any]], device: str, rounds: int, repeats: int
+    ways: dict[str, Callable[[], Any]], rounds: int, repeats: int
 ) -> dict[str, float]:
-    """Median time until each call returns; the calls take turns."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    """Median time until each call returns, warm and without a graph."""
     with torch.no_grad():
         for call in ways.values():
             for _ in range(3):  # compiles, loads, fills caches
                 call()
-        for _ in range(rounds):
-            for name, call in ways.items():
-                for i in range(repeats):
-                    if device == "cuda" and i % 20 == 0:
-                        torch.cuda.synchronize()  # never let the launch queue fill
-                    started = time.perf_counter()
-                    call()
-                    if i >= repeats // 5:
-                        times[name].append(time.perf_counter() - started)
-    return {name: 1e6 * statistics.median(found) for name, found in times.items()}
+        return until_return(ways, rounds, repeats)
 
 
 def section(rows: dict[str, dict[str, float]], device: str, threads: int) -> str:
@@ -152,7 +141,7 @@ def main() -> None:
             continue
         rows = {}
         for name, shape in SHAPES.items():
-            rows[name] = microseconds(calls(shape, device), device, args.rounds, args.repeats)
+            rows[name] = microseconds(calls(shape, device), args.rounds, args.repeats)
             print(device, name, {k: round(x, 1) for k, x in rows[name].items()}, flush=True)
         if args.markdown:
             old = args.markdown.read_text() if args.markdown.exists() else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import signal
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -80,6 +81,33 @@ def by_host_together(call: Call, wait: Callable[[Any], Any]) -> Burst:
         return [1e3 * (time.perf_counter() - started) / count]
 
     return burst
+
+
+def until_return(
+    calls: Mapping[str, Call], rounds: int, repeats: int, *, drain: int = 20
+) -> dict[str, float]:
+    """Median microseconds until each call returns; a device works behind it.
+
+    Parameters
+    ----------
+    calls : mapping of str to Call
+        They take turns, since a host's own pace varies.
+    rounds, repeats : int
+        Turns of each, and calls of a turn, of which the first fifth is not counted.
+    drain : int
+        Calls after which the device is waited for, so that no launch queue fills.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            for i in range(repeats):
+                if i % drain == 0:
+                    synchronize()
+                started = time.perf_counter()
+                call()
+                if i >= repeats // 5:
+                    times[name].append(time.perf_counter() - started)
+    return {name: 1e6 * statistics.median(found) for name, found in times.items()}
 
 
 @dataclass(slots=True)

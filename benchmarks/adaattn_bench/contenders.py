@@ -215,13 +215,24 @@ def _flash3(given: Given) -> Call | Contender:
     return call
 
 
-@cache
-def _flash3_compiled(scale: float) -> tuple[Any, Any]:
-    """Return jax and the jitted function, which it compiles once a shape."""
+def flash3_of_jax() -> tuple[Any, Any]:
+    """Return jax and FlashAttention-3's function of the wheel flash_attn3_jax.
+
+    Raises
+    ------
+    ImportError
+        If one of them is not installed.
+    """
     # Read by JAX when it first touches the device, of which it would take three quarters.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     jax = importlib.import_module("jax")
-    flash = importlib.import_module("flash_attn3_jax").flash_mha
+    return jax, importlib.import_module("flash_attn3_jax").flash_mha
+
+
+@cache
+def _flash3_compiled(scale: float) -> tuple[Any, Any]:
+    """Return jax and the jitted function, which it compiles once a shape."""
+    jax, flash = flash3_of_jax()
     return jax, jax.jit(lambda q, k, v: flash(q, k, v, softmax_scale=scale, is_causal=True))
 
 

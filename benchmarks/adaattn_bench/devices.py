@@ -70,6 +70,7 @@ def describe(device: str) -> dict[str, Any]:
     if device == "cuda":
         facts |= {
             "device": torch.cuda.get_device_name(),
+            "driver": _driver(),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
         }
@@ -258,6 +259,15 @@ class Utilization:
             self._handle, ctypes.byref(found)
         )
         return None if failed else found.value
+
+
+def _driver() -> str | None:
+    """Version of the GPU's driver, where NVML says it."""
+    library, _ = _nvml()
+    text = ctypes.create_string_buffer(80)
+    if library is None or library.nvmlSystemGetDriverVersion(text, ctypes.c_uint(len(text))):
+        return None
+    return text.value.decode()
 
 
 @cache

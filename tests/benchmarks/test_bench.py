@@ -266,6 +266,11 @@ def test_medians_follow_what_calls_take() -> None:
     assert set(found.cold) == {"long", "short"}
 
 
+def test_times_until_return_are_of_each_call() -> None:
+    found = clock.until_return({"slow": lambda: time.sleep(0.01), "fast": int}, 2, 5)
+    assert found["slow"] > 1e4 > found["fast"]
+
+
 def test_each_contender_has_a_cold_call_of_its_own() -> None:
     counts = {"a": 0}
 
