@@ -5,7 +5,7 @@ budget, exactly dense on the same backend, and through PyTorch's own SDPA in flo
 is there). The clock covers all of a call: probe, plan, run, certificate. The dense run is also
 the truth that certificates are held against (its own error is below 1e-5).
 
-    python benchmarks/capture_qkv.py TEXT 8192 OUT/prose 0,1,...,29     # once per text
+    python benchmarks/capture_qkv.py TEXT.txt --out OUT/prose           # once per text
     python benchmarks/cpu.py OUT/prose OUT/code --markdown docs/benchmarks/cpu.md
 """
 

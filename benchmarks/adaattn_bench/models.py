@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,8 +86,10 @@ class Model:
         prompt = summary(seen[: self.network.config.num_hidden_layers])  # it comes first
         return [int(token) for token in made[0, len(ids) :]], prompt
 
-    def heads(self, ids: Any) -> list[tuple[str, Any, Any, Any, float]]:
-        """Layer, query, key, value (1, heads, len, dim; bf16) and scale of every layer."""
+    def heads(
+        self, ids: Any, layers: Collection[int] | None = None
+    ) -> list[tuple[str, Any, Any, Any, float]]:
+        """Layer, query, key, value (1, heads, len, dim; bf16) and scale, layer by layer."""
         sdpa = importlib.import_module("transformers.integrations.sdpa_attention")
         modeling = importlib.import_module("transformers.modeling_utils")
         masking = importlib.import_module("transformers.masking_utils")
@@ -96,11 +98,12 @@ class Model:
         def capture(
             module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any
         ) -> Any:
-            q, k, v = (
-                np.asarray(x.float().cpu().numpy()).astype(ml_dtypes.bfloat16)
-                for x in (query, key, value)
-            )
-            taken.append((str(module.layer_idx), q, k, v, float(options["scaling"])))
+            if layers is None or module.layer_idx in layers:
+                q, k, v = (
+                    np.asarray(x.float().cpu().numpy()).astype(ml_dtypes.bfloat16)
+                    for x in (query, key, value)
+                )
+                taken.append((str(module.layer_idx), q, k, v, float(options["scaling"])))
             return sdpa.sdpa_attention_forward(module, query, key, value, mask, **options)
 
         modeling.ALL_ATTENTION_FUNCTIONS.register(CAPTURE, capture)
