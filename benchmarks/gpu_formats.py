@@ -15,13 +15,13 @@ import datetime
 import json
 import random
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from adaattn_bench.clock import Call, by_events
 from adaattn_core.mask import Mask
 from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.problem import AttentionProblem
@@ -35,8 +35,6 @@ CELLS = (
 )  # fmt: skip
 CUDNN = "cuDNN bf16"
 ROWS = 256
-
-Call = Callable[[], Any]
 
 
 def arrays(dim: int, length: int) -> list[Any]:
@@ -77,17 +75,6 @@ def cudnn(sets: list[Any], causal: bool) -> Call:
     return call
 
 
-def milliseconds(call: Call, count: int) -> list[float]:
-    """Time single calls."""
-    marks = [[torch.cuda.Event(enable_timing=True) for _ in "ab"] for _ in range(count)]
-    for start, stop in marks:
-        start.record()
-        call()
-        stop.record()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(stop) for start, stop in marks]
-
-
 def error(sets: list[Any], causal: bool, out: Any) -> float:
     """Return the relative Frobenius error of the last rows of the first head."""
     query, key, value = (x[0, 0].double() for x in sets)
@@ -114,7 +101,7 @@ def measure_cell(dim: int, length: int, causal: bool, rounds: int) -> dict[str, 
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name in random.sample(list(calls), len(calls)):
-            times[name] += milliseconds(calls[name], 6)[2:]
+            times[name] += by_events(calls[name])(6)[2:]
     for name, own in times.items():
         found[name]["ms"] = statistics.median(own)
         found[name]["tflops"] = work / found[name]["ms"] / 1e9

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 from adaattn_bench.clock import Timings, kept_when_interrupted, reason, take_turns
 from adaattn_bench.contenders import Contender, Field, Given, gather
 from adaattn_bench.devices import PeakMemory, Rates, Utilization, describe, measure_rates
+from adaattn_bench.facts import facts_of
 from adaattn_bench.problems import DTYPES, Shape, make_problem
 from adaattn_bench.statistics import rounded
 from adaattn_bench.truth import Truth
@@ -41,7 +41,7 @@ class Settings:
     rounds : int
     burst_ms : float
     truth_rows : int
-        Rows whose error is measured against float64.
+        Rows whose error is measured against float64, at least.
     seconds : float
         Begin nothing later.
     seed : int
@@ -159,38 +159,13 @@ def _entry(contender: Contender, truth: Truth, settings: Settings) -> dict[str, 
         "peak_bytes": None if contender.own_memory else memory.bytes,
     }
     if hasattr(result, "certificate"):
-        entry["facts"] = _facts(result)
+        entry["facts"] = facts_of(result)
     busy = Utilization(settings.device)
     if settings.device == "cuda":
         (warm,) = contender.burst(1)[-1:]
         with busy:
             contender.burst(max(3, int(1e3 * busy.SECONDS / max(warm, 1e-2))))
     return entry | {"busy_percent": busy.percent, "watts": busy.watts}
-
-
-def _facts(result: Any) -> dict[str, Any]:
-    """Return what a result says of itself, head by head."""
-    indices = list(result.plan)
-    certificates = [result.certificate[index] for index in indices]
-    return {
-        "share": [float(result.facts[index].share) for index in indices],
-        "upper": [float(c.upper) for c in certificates],
-        "guarantee": sorted({c.guarantee for c in certificates}),
-        "structures": dict(Counter(result.plan[index].structure.kind for index in indices)),
-        "formats": dict(
-            Counter(f"{p.qk}/{p.pv}" for p in map(result.plan.__getitem__, indices))
-        ),
-        "escalated": _escalated(result.provenance.get("escalated")),
-    }
-
-
-def _escalated(noted: Any) -> int:
-    """Heads that were computed again; backends note their names, or a mark for each head."""
-    if noted is None:
-        return 0
-    if isinstance(noted, Sized) and not hasattr(noted, "shape"):
-        return len(noted)
-    return int(np.count_nonzero(np.asarray(noted)))
 
 
 def _figures(

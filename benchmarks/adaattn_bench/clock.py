@@ -110,6 +110,46 @@ def until_return(
     return {name: 1e6 * statistics.median(found) for name, found in times.items()}
 
 
+def whole_calls(call: Call, look: Callable[[Any], Any], repeats: int) -> dict[str, float]:
+    """Milliseconds by the host's clock of single calls on an idle device.
+
+    Returns
+    -------
+    dict
+        ``returned``: until the call returns; ``done``: until the device is done; ``looked``:
+        until `look` has read what it wants of the result (a certificate, say).
+    """
+    times: dict[str, list[float]] = {"returned": [], "done": [], "looked": []}
+    for _ in range(repeats):
+        synchronize()
+        started = time.perf_counter()
+        result = call()
+        times["returned"].append(time.perf_counter() - started)
+        synchronize()
+        times["done"].append(time.perf_counter() - started)
+        look(result)
+        synchronize()
+        times["looked"].append(time.perf_counter() - started)
+    return {name: 1e3 * statistics.median(x) for name, x in times.items()}
+
+
+def replays(call: Call, count: int) -> float:
+    """Median milliseconds of a CUDA graph of one call."""
+    torch: Any = torch_module()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        kept = call()
+    burst = by_events(graph.replay)
+    burst(2)
+    median = statistics.median(burst(count))
+    del kept
+    return median
+
+
 @dataclass(slots=True)
 class Timings:
     """Milliseconds of every contender so far; grows round by round, so it can be cut short.

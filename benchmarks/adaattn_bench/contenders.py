@@ -15,9 +15,6 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from adaattn_bench.clock import (
     Burst,
     Call,
@@ -28,12 +25,12 @@ from adaattn_bench.clock import (
     synchronize,
 )
 from adaattn_bench.devices import torch_module
-from adaattn_bench.problems import Problem
+from adaattn_bench.problems import Problem, Shape
 from adaattn_core.api import attention
-from adaattn_core.arrays import to_numpy
 from adaattn_core.backend import Forwards
 from adaattn_core.budget import ErrorBudget
 from adaattn_core.errors import ArgumentError
+from adaattn_core.mask import Mask
 from adaattn_core.plugins.registry import get_backend
 
 EXACT = "exact"
@@ -55,7 +52,7 @@ class Contender:
     burst : Burst
         Times it.
     out_of : callable
-        Output of shape (batch, heads_q, len_q, dim) on the host.
+        Output of shape (batch, heads_q, len_q, dim): a NumPy array or a torch tensor.
     cold_ms : float
         Milliseconds of the first call: compiling and loading, where nothing was kept.
     own_memory : bool
@@ -64,7 +61,7 @@ class Contender:
 
     call: Call
     burst: Burst
-    out_of: Callable[[Any], NDArray[Any]]
+    out_of: Callable[[Any], Any] = lambda out: out
     cold_ms: float = float("nan")
     own_memory: bool = False
 
@@ -83,7 +80,10 @@ class Given:
 
     Attributes
     ----------
-    problem : Problem
+    shape : Shape
+    mask : Mask
+    scale : float
+        Factor on the scores.
     device : str
     tensors : tuple of tensor, or None without torch
         Query, key, value on the device.
@@ -91,28 +91,34 @@ class Given:
         What this library gets: NumPy arrays on a CPU, tensors on a GPU.
     """
 
-    problem: Problem
+    shape: Shape
+    mask: Mask
+    scale: float
     device: str
     tensors: tuple[Any, Any, Any] | None
     arrays: tuple[Any, Any, Any]
 
     @classmethod
     def on(cls, problem: Problem, device: str) -> Given:
-        """Put the arrays there."""
+        """Put a problem's arrays there."""
         host = (problem.query, problem.key, problem.value)
         tensors = None if torch_module() is None else problem.tensors(device)
         arrays = tensors if device == "cuda" and tensors is not None else host
-        return cls(problem, device, tensors, arrays)
+        scale = problem.scale or default_scale(problem.shape.dim)
+        return cls(problem.shape, problem.mask, scale, device, tensors, arrays)
+
+    @classmethod
+    def of(cls, query: Any, key: Any, value: Any) -> Given:
+        """Causal attention of tensors where they lie, at the usual scale."""
+        batch, heads_q, len_q, dim = query.shape
+        shape = Shape(batch, heads_q, key.shape[1], len_q, key.shape[2], dim)
+        tensors, mask = (query, key, value), Mask.causal("bottom_right")
+        return cls(shape, mask, default_scale(dim), query.device.type, tensors, tensors)
 
     @property
     def causal(self) -> bool:
         """Whether the mask hides anything: a single row sees every key."""
-        return self.problem.shape.len_q > 1
-
-    @property
-    def scale(self) -> float:
-        """Factor on the scores, written out."""
-        return self.problem.scale or 1.0 / math.sqrt(self.problem.shape.dim)
+        return self.shape.len_q > 1
 
     def torch_tensors(self) -> tuple[Any, Any, Any]:
         """Return the tensors; peers need torch."""
@@ -127,22 +133,26 @@ class Given:
         return q, k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
 
 
+def default_scale(dim: int) -> float:
+    """Factor on the scores where nothing else is asked for."""
+    return 1.0 / math.sqrt(dim)
+
+
 # --- this library -----------------------------------------------------------------------------
 def ours(given: Given, rel: float, **options: Any) -> Call:
     """Return one whole call within a budget: probe, plan, run, certify, escalate."""
-    problem, budget = given.problem, ErrorBudget(rel=rel)
+    budget = ErrorBudget(rel=rel)
 
     def call() -> Any:
         return attention(
-            *given.arrays, mask=problem.mask, scale=problem.scale, budget=budget, **options
+            *given.arrays, mask=given.mask, scale=given.scale, budget=budget, **options
         )
 
     return call
 
 
 def _exact(given: Given) -> Contender | Call:
-    problem = given.problem
-    shared: dict[str, Any] = {"mask": problem.mask, "scale": problem.scale}
+    shared: dict[str, Any] = {"mask": given.mask, "scale": given.scale}
     backend = get_backend("auto", given.device)
     if isinstance(backend, Forwards):
         return lambda: backend.forward(*given.arrays, **shared)[0]
@@ -163,7 +173,7 @@ def _sdpa(backend: str) -> Callable[[Given], Call]:
 
         def call() -> Any:
             with chosen.sdpa_kernel(only):
-                return compute(*arrays, scale=given.problem.scale, **options)
+                return compute(*arrays, scale=given.scale, **options)
 
         return call
 
@@ -171,7 +181,7 @@ def _sdpa(backend: str) -> Callable[[Given], Call]:
 
 
 def _torch_mask(given: Given) -> dict[str, Any]:
-    shape = given.problem.shape
+    shape = given.shape
     if not given.causal:
         return {}
     if shape.len_q == shape.len_kv:
@@ -189,7 +199,7 @@ def _flex(given: Given) -> Call:
         lambda b, h, row, key: key <= row + behind, None, None, q.shape[2], k.shape[2], q.device
     )
     compute = torch.compile(flex.flex_attention)
-    scale = given.problem.scale
+    scale = given.scale
     return lambda: compute(q, k, v, block_mask=mask, enable_gqa=True, scale=scale)
 
 
@@ -197,7 +207,7 @@ def _flex(given: Given) -> Call:
 def _flash2(given: Given) -> Call:
     flash = importlib.import_module("flash_attn").flash_attn_func
     arrays = [x.transpose(1, 2) for x in given.torch_tensors()]
-    scale = given.problem.scale
+    scale = given.scale
     return lambda: flash(*arrays, causal=given.causal, softmax_scale=scale).transpose(1, 2)
 
 
@@ -209,7 +219,7 @@ def _flash3(given: Given) -> Call | Contender:
     arrays = [x.transpose(1, 2) for x in given.torch_tensors()]
 
     def call() -> Any:
-        out = flash(*arrays, causal=given.causal, softmax_scale=given.problem.scale)
+        out = flash(*arrays, causal=given.causal, softmax_scale=given.scale)
         return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
     return call
@@ -238,7 +248,7 @@ def _flash3_compiled(scale: float) -> tuple[Any, Any]:
 
 def _flash3_jax(given: Given) -> Contender:
     jax, compiled = _flash3_compiled(given.scale)
-    if given.problem.shape.len_q != given.problem.shape.len_kv:
+    if given.shape.len_q != given.shape.len_kv:
         raise ValueError("measured for whole sequences only")
     arrays = [
         jax.dlpack.from_dlpack(x.transpose(1, 2).contiguous()) for x in given.torch_tensors()
@@ -246,7 +256,7 @@ def _flash3_jax(given: Given) -> Contender:
     return Contender(
         call=lambda: compiled(*arrays),
         burst=by_host_together(lambda: compiled(*arrays), lambda out: out.block_until_ready()),
-        out_of=lambda out: np.asarray(out, np.float32).swapaxes(1, 2),
+        out_of=lambda out: torch_module().from_dlpack(out).transpose(1, 2),
         own_memory=True,
     )
 
@@ -257,14 +267,14 @@ def _sage(given: Given) -> Call:
     if given.causal and q.shape[2] != k.shape[2]:
         raise ValueError("its causal mask is aligned to the first key")
     key = k.clone()  # SageAttention 1 subtracts the mean key in place
-    scale = given.problem.scale
+    scale = given.scale
     return lambda: sage(q, key, v, tensor_layout="HND", is_causal=given.causal, sm_scale=scale)
 
 
 def _sparge(given: Given) -> Call:
     module = importlib.import_module("spas_sage_attn")
     arrays = given.wide()
-    sparse, scale = module.spas_sage2_attn_meansim_topk_cuda, given.problem.scale
+    sparse, scale = module.spas_sage2_attn_meansim_topk_cuda, given.scale
     return lambda: sparse(*arrays, topk=0.5, is_causal=given.causal, scale=scale)
 
 
@@ -272,7 +282,7 @@ def _xformers(given: Given) -> Call:
     ops = importlib.import_module("xformers.ops")
     arrays = [x.transpose(1, 2) for x in given.wide()]
     bias = ops.fmha.attn_bias.LowerTriangularFromBottomRightMask() if given.causal else None
-    scale = given.problem.scale
+    scale = given.scale
     compute = ops.memory_efficient_attention
     return lambda: compute(*arrays, attn_bias=bias, scale=scale).transpose(1, 2)
 
@@ -343,18 +353,12 @@ def gather(given: Given, budgets: Sequence[float], peers: Sequence[str]) -> Fiel
 
 def _within(rel: float, given: Given) -> Contender:
     call = ours(given, rel)
-    return Contender(call, _timed(call, given), lambda result: _host(result.out))
+    return Contender(call, _timed(call, given), lambda result: result.out)
 
 
 def _made(made: Call | Contender, given: Given) -> Contender:
-    return made if isinstance(made, Contender) else Contender(made, _timed(made, given), _host)
+    return made if isinstance(made, Contender) else Contender(made, _timed(made, given))
 
 
 def _timed(call: Call, given: Given) -> Burst:
     return by_events(call) if given.device == "cuda" else by_host(call)
-
-
-def _host(out: Any) -> NDArray[Any]:
-    if hasattr(out, "detach"):
-        return np.asarray(out.detach().float().cpu().numpy())
-    return np.asarray(to_numpy(out), np.float32)

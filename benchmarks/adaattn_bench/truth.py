@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from adaattn_bench.contenders import Given
 from adaattn_bench.devices import torch_module
+from adaattn_core.arrays import to_numpy
 from adaattn_core.problem import AttentionProblem
 from adaattn_core.testing.oracles import (
     exact_attention,
@@ -38,13 +40,22 @@ class Truth:
 
     @classmethod
     def draw(cls, given: Given, count: int, seed: int) -> Truth:
-        """Compute a number of rows: by the oracle, on a GPU by the same formula there."""
-        rng = np.random.default_rng(seed + 1)
-        rows = np.sort(rng.permutation(given.problem.shape.len_q)[:count])
-        return cls(rows, _on_gpu(given, rows) if given.device == "cuda" else _here(given, rows))
+        """Compute some rows: all, if there are no more than four times as many as asked for."""
+        length = given.shape.len_q
+        rows = np.arange(length)
+        if length > 4 * count:
+            rows = np.sort(np.random.default_rng(seed + 1).permutation(length)[:count])
+        return cls(rows, exact_rows(given, rows))
 
-    def errors(self, out: NDArray[Any], share: float = 0.95) -> dict[str, list[float]]:
-        """Errors of every head.
+    @classmethod
+    def joined(cls, truths: Sequence[Truth]) -> Truth:
+        """Put heads of several problems side by side; all must speak of the same rows."""
+        first = truths[0].rows
+        assert all(np.array_equal(truth.rows, first) for truth in truths)
+        return cls(first, np.concatenate([truth.out for truth in truths], axis=1))
+
+    def errors(self, out: Any, share: float = 0.95) -> dict[str, list[float]]:
+        """Errors of every head of an output, an array or a tensor wherever it lies.
 
         Returns
         -------
@@ -56,9 +67,8 @@ class Truth:
         """
         found: dict[str, list[float]] = {"rows": [], "worst": [], "frobenius": []}
         for index in np.ndindex(*self.out.shape[:2]):
-            whole = np.asarray(out[index], np.float64)
-            rows, exact = whole[self.rows], self.out[index]
-            off, unit = np.sort(row_errors(rows, exact).ravel()), rms_row_norm(whole)
+            (rows, unit), exact = _seen(out[index], self.rows), self.out[index]
+            off = np.sort(row_errors(rows, exact).ravel())
             rank = max(1, math.ceil(share * off.size * (1.0 - 1e-12)))
             found["rows"].append(_ratio(off[rank - 1], unit))
             found["worst"].append(_ratio(off[-1], unit))
@@ -66,18 +76,18 @@ class Truth:
         return found
 
 
-def _here(given: Given, rows: NDArray[np.int64]) -> NDArray[np.float64]:
-    problem = given.problem
-    checked = AttentionProblem.from_arrays(
-        problem.query, problem.key, problem.value, mask=problem.mask, scale=problem.scale
-    )
+def exact_rows(given: Given, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Rows of every head in float64: by the oracle, of tensors by the same formula on them."""
+    if given.arrays is given.tensors:
+        return _of_tensors(given, rows)
+    checked = AttentionProblem.from_arrays(*given.arrays, mask=given.mask, scale=given.scale)
     exact = exact_attention(checked, {index: rows for index in checked.heads()})
     return np.asarray(exact.out[:, :, rows])
 
 
-def _on_gpu(given: Given, rows: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Take the softmax of some rows' visible scores, all in float64."""
-    torch, shape = torch_module(), given.problem.shape
+def _of_tensors(given: Given, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Take the softmax of some rows' visible scores, all in float64, where they lie."""
+    torch, shape = torch_module(), given.shape
     query, key, value = given.torch_tensors()
     behind, group = shape.len_kv - shape.len_q, shape.heads_q // shape.heads_kv
     drawn = torch.from_numpy(rows).to(query.device)
@@ -93,6 +103,16 @@ def _on_gpu(given: Given, rows: NDArray[np.int64]) -> NDArray[np.float64]:
             weights = torch.softmax(scores, dim=-1)
             out[batch, head, start : start + step] = (weights @ values).cpu().numpy()
     return out
+
+
+def _seen(head: Any, rows: NDArray[np.int64]) -> tuple[NDArray[np.float64], float]:
+    """Drawn rows of a head's output in float64, and its root-mean-square row."""
+    if hasattr(head, "detach"):
+        wide = head.detach().double()
+        drawn = wide[torch_module().from_numpy(rows).to(wide.device)]
+        return drawn.cpu().numpy(), float(wide.square().sum(-1).mean().sqrt())
+    whole = np.asarray(to_numpy(head), np.float64)
+    return whole[rows], rms_row_norm(whole)
 
 
 def _ratio(error: float, unit: float) -> float:

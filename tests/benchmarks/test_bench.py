@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -17,7 +18,7 @@ import pytest
 import typer
 
 from adaattn_bench import bench as benching
-from adaattn_bench import clock, contenders, devices, truth
+from adaattn_bench import clock, contenders, devices
 from adaattn_bench.bench import Settings, sweep
 from adaattn_bench.bench_figures import markdown, page
 from adaattn_bench.clock import take_turns
@@ -25,7 +26,7 @@ from adaattn_bench.contenders import Given
 from adaattn_bench.devices import PeakMemory, Utilization, measure_rates
 from adaattn_bench.problems import DTYPES, Shape, make_problem
 from adaattn_bench.statistics import Summary, rounded
-from adaattn_bench.truth import Truth
+from adaattn_bench.truth import Truth, exact_rows
 from adaattn_core.cli.app import build_app
 from adaattn_core.errors import ArgumentError
 
@@ -317,7 +318,10 @@ def test_both_ways_to_the_truth_agree() -> None:
     pytest.importorskip("torch")
     problem = make_problem("local", Shape(2, 4, 2, 24, 40, 16), "bfloat16", seed=2)
     given, rows = Given.on(problem, "cpu"), np.array([0, 5, 23])
-    assert np.abs(truth._on_gpu(given, rows) - truth._here(given, rows)).max() < 1e-12
+    tensors = dataclasses.replace(given, arrays=given.tensors)
+    assert given.arrays is not given.tensors
+    ways = [exact_rows(one, rows) for one in (given, tensors)]
+    assert np.abs(ways[0] - ways[1]).max() < 1e-12
 
 
 def test_errors_are_relative_to_the_whole_output(small: Settings) -> None:
