@@ -158,12 +158,14 @@ def skipped(heads: Heads) -> Any:
     return attention(*arrays, mask=Mask.causal(), policy=policy, backend=backend)
 
 
-def needles(layers: list[Heads], rel: float, rows: int, seed: int) -> dict[str, Any]:
+def needles(
+    layers: list[Heads], rel: float, rows: int, seed: int, backend: str = "auto"
+) -> dict[str, Any]:
     """Plant needles into every layer, and see who finds them."""
     generator = torch.Generator().manual_seed(seed)
     report: dict[str, Any] = {"len": layers[0].length, "rel": rel, "errors": []}
     ways = {
-        "budget, last tile": (True, lambda heads: ours(heads, rel)()),
+        "budget, last tile": (True, lambda heads: ours(heads, rel, backend=backend)()),
         "score-then-skip, anywhere": (False, skipped),
     }
     for name, (last, compute) in ways.items():
