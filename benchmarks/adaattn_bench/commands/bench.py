@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,15 +10,13 @@ from rich.table import Table
 
 from adaattn_bench import bench_figures
 from adaattn_bench.bench import Settings, sweep
-from adaattn_bench.clock import EXIT_SIGNAL
 from adaattn_bench.commands.options import Steps, numbers, wholes
+from adaattn_bench.commands.outputs import Outputs, tell
 from adaattn_bench.contenders import checked_peers
 from adaattn_bench.devices import checked_device, torch_module
 from adaattn_bench.problems import sizes_of
 from adaattn_core.errors import ArgumentError
-from adaattn_core.files import atomic_write_text, check_writable
-from adaattn_core.report.figure import can_draw
-from adaattn_core.report.tables import console, print_json
+from adaattn_core.report.tables import console
 
 Option = typer.Option
 DEFAULT_LENGTHS = {"cpu": "1024,2048,4096", "cuda": "4096,16384,65536"}
@@ -89,18 +86,11 @@ def bench(
         seconds=seconds,
         seed=seed,
     )
-    files = _files(out, stem)
-    for path in (*files, *([report] if report else ())):
-        check_writable(path)
+    outputs = Outputs.checked(out, stem, report)
     with Steps("bench", 1 + len(settings.shapes())) as steps:
         found = sweep(settings, steps.note)
-    _write(found, files, report)
-    if as_json:
-        print_json(found)
-    else:
-        _show(found)
-    if found["interrupted"]:
-        raise typer.Exit(EXIT_SIGNAL + found["interrupted"])
+    outputs.write(found, bench_figures)
+    tell(found, as_json, _show)
 
 
 def _heads(text: str | None, given: tuple[int, ...] | None) -> tuple[int, int]:
@@ -122,27 +112,6 @@ def _lengths(device: str, given: tuple[int, ...] | None) -> str:
         return usual
     fitting = [n for n in wholes("--lengths", usual) if n <= given[2]]
     return ",".join(map(str, fitting or [given[2]]))
-
-
-def _files(folder: Path | None, stem: str) -> list[Path]:
-    if folder is None:
-        return []
-    folder.mkdir(parents=True, exist_ok=True)
-    kinds = (".json", ".md", ".png") if can_draw() else (".json", ".md")
-    return [folder / f"{stem}{kind}" for kind in kinds]
-
-
-def _write(found: dict[str, Any], files: list[Path], report: Path | None) -> None:
-    figure = next((path.name for path in files if path.suffix == ".png"), None)
-    for path in files:
-        if path.suffix == ".json":
-            atomic_write_text(path, json.dumps(found, indent=1) + "\n")
-        elif path.suffix == ".md":
-            atomic_write_text(path, bench_figures.markdown(found, figure))
-        else:
-            bench_figures.plot(found, path)
-    if report is not None:
-        atomic_write_text(report, bench_figures.page(found))
 
 
 def _show(found: dict[str, Any]) -> None:

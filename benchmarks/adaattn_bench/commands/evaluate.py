@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,16 +9,14 @@ import typer
 from rich.table import Table
 
 from adaattn_bench import eval_figures
-from adaattn_bench.clock import EXIT_SIGNAL
 from adaattn_bench.commands.options import Steps, numbers, wholes
+from adaattn_bench.commands.outputs import Outputs, tell
 from adaattn_bench.devices import checked_device
 from adaattn_bench.eval_tables import sheets
 from adaattn_bench.evaluation import OF_HEADS, PARTS, Settings, evaluate
 from adaattn_core.costs import get_cost_model
 from adaattn_core.errors import ArgumentError
-from adaattn_core.files import atomic_write_text, check_writable
-from adaattn_core.report.figure import can_draw
-from adaattn_core.report.tables import console, print_json
+from adaattn_core.report.tables import console
 
 Option = typer.Option
 
@@ -91,27 +88,11 @@ def evaluation(
         seconds=seconds,
         seed=seed,
     )
-    files = _files(out, stem)
-    for path in (*files, *([report] if report else ())):
-        check_writable(path)
+    outputs = Outputs.checked(out, stem, report)
     with Steps("eval", settings.steps) as steps:
         found = evaluate(settings, steps.note)
-    for path in files:
-        if path.suffix == ".json":
-            atomic_write_text(path, json.dumps(found, indent=1) + "\n")
-        elif path.suffix == ".md":
-            figure = f"{stem}.png" if can_draw() else None
-            atomic_write_text(path, eval_figures.markdown(found, figure))
-        else:
-            eval_figures.plot(found, path)
-    if report is not None:
-        atomic_write_text(report, eval_figures.page(found))
-    if as_json:
-        print_json(found)
-    else:
-        _show(found)
-    if found["interrupted"]:
-        raise typer.Exit(EXIT_SIGNAL + found["interrupted"])
+    outputs.write(found, eval_figures)
+    tell(found, as_json, _show)
 
 
 def _parts(text: str) -> tuple[str, ...]:
@@ -143,14 +124,6 @@ def _heads(text: str) -> str:
             do=f"use demo with --parts {','.join(OF_HEADS)} to need no model",
         )
     return text
-
-
-def _files(folder: Path | None, stem: str) -> list[Path]:
-    if folder is None:
-        return []
-    folder.mkdir(parents=True, exist_ok=True)
-    kinds = (".json", ".md", ".png") if can_draw() else (".json", ".md")
-    return [folder / f"{stem}{kind}" for kind in kinds]
 
 
 def _show(found: dict[str, Any]) -> None:
