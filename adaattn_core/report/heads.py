@@ -211,6 +211,8 @@ _COLUMNS = (
     Column("held", text=True),
     Column("why", text=True),
 )
+_SILENT = {"batch": "0", "rank": "0", "estimate": "-", "true Frobenius": "-", "true rows": "-"}
+"""What columns say that have nothing to say: where all cells do, there is no column."""
 
 
 def heads_table(heads: Sequence[Head]) -> str:
@@ -244,4 +246,10 @@ def heads_table(heads: Sequence[Head]) -> str:
                 key_of(head),
             )
         )
-    return table("heads", _COLUMNS, rows)
+    kept = [
+        k
+        for k, column in enumerate(_COLUMNS)
+        if any(row.cells[k] != _SILENT.get(column.name) for row in rows)
+    ]
+    rows = [Row([row.cells[k] for k in kept], row.key) for row in rows]
+    return table("heads", [_COLUMNS[k] for k in kept], rows)

@@ -1,7 +1,8 @@
 """Draw the figures of the documentation: python docs/figures/draw.py [NAME ...]
 
 Every figure is made from data in this repository: the heads that the demo ships, and the tables
-of docs/benchmarks. No download, no GPU; all of them take under a minute on two cores.
+of docs/benchmarks. No download, no GPU; all of them take under a minute on two cores. One is
+photographed, and needs Chromium.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from certificate import draw_certificate
 from diagrams import draw_call, draw_pipeline
 from far_field import draw_far_field
 from one_setting import draw_one_setting
+from report_page import draw_report_page
 from running_text import write_tables
 from speed_error import draw_speed_error
 from structures import draw_landmark, draw_structures
@@ -36,6 +38,7 @@ FIGURES: dict[str, Callable[[], Path]] = {
     "certificate": draw_certificate,
     "far_field": draw_far_field,
     "speed_error": draw_speed_error,
+    "report_page": draw_report_page,
     "architecture": draw_architecture,
     "call": draw_call,
     "pipeline": draw_pipeline,

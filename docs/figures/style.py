@@ -55,11 +55,15 @@ def save(figure: Any, name: str, dpi: int = 150, source: Path | None = None) -> 
     """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight")
-    path = FOLDER / f"{name}.png"
-    image = Image.open(buffer).convert("RGB")
     notes = PngInfo()
     if source is not None:
         notes.add_text(SOURCE, digest(source))
-    image = image.quantize(COLOURS, dither=Image.Dither.NONE)
-    image.save(path, optimize=True, pnginfo=notes)
+    return save_image(Image.open(buffer), name, notes)
+
+
+def save_image(image: Image.Image, name: str, notes: PngInfo | None = None) -> Path:
+    """Write a picture with a palette of few colours."""
+    path = FOLDER / f"{name}.png"
+    small = image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+    small.save(path, optimize=True, pnginfo=notes)
     return path
