@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from adaattn_bench.again import command_of
 from adaattn_bench.contenders import EXACT
 from adaattn_core.files import atomic_write, write_all
 from adaattn_core.report.charts import Guide, Series, xy_chart
@@ -269,13 +270,19 @@ def markdown(report: Mapping[str, Any], figure: str | None = None) -> str:
     """Return the report as a page of documentation."""
     machine, settings = report["machine"], report["settings"]
     versions = ", ".join(
-        f"{n} {machine[n]}" for n in ("cuda", "torch", "numpy") if machine.get(n)
+        f"{n} {machine[n]}"
+        for n in ("driver", "cuda", "cudnn", "torch", "numpy")
+        if machine.get(n)
     )
     lines = [
-        "# adaattn bench",
+        f"# `adaattn bench` on {machine['device']}",
+        "",
+        "```console",
+        f"$ {command_of(report)}",
+        "```",
         "",
         f"{machine['device']}, {versions}, {report['date']}; {settings['dtype']}, causal,"
-        f" heads: {settings['source']}, {settings['rounds']} rounds of"
+        f" heads: {Path(settings['source']).name}, {settings['rounds']} rounds of"
         f" {settings['burst_ms']:g} ms.",
         "",
     ]

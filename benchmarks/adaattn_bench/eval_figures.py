@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+from adaattn_bench.again import command_of
 from adaattn_bench.eval_tables import Report, Sheet, perplexity, sheets
 from adaattn_bench.models import TORCH
 from adaattn_core.files import atomic_write, write_all
@@ -179,7 +180,7 @@ def markdown(report: Report, figure: str | None = None) -> str:
     """Return the report as a page of documentation."""
     machine, asked = report["machine"], report["settings"]
     lines = [
-        f"# {_title(report)}", "",
+        f"# {_title(report)}", "", "```console", f"$ {command_of(report)}", "```", "",
         f"{_what(report)}, {machine['device']}, torch {machine['torch']}, {report['date']};"
         f" plans {'pay' if asked['hurried'] else 'do not pay'} for measuring and certifying.",
         "",

@@ -19,6 +19,7 @@ import typer
 
 from adaattn_bench import bench as benching
 from adaattn_bench import clock, contenders, devices
+from adaattn_bench.again import BENCH, command_of
 from adaattn_bench.bench import Settings, sweep
 from adaattn_bench.bench_figures import markdown, page
 from adaattn_bench.clock import take_turns
@@ -83,6 +84,22 @@ def test_every_contender_has_times_rates_memory_and_errors(cli: Any, tmp_path: P
     assert "not here: SageAttention" in text
     assert page.read_text().count("<svg") == 4
     assert page.read_text().index("<svg") < page.read_text().index("<table")
+
+
+def test_a_page_says_the_command_that_repeats_it(cli: Any, small: Settings) -> None:
+    report = sweep(small)
+    command = command_of(report)
+    assert f"$ {command}" in markdown(report)
+    words = command.split()
+    assert words[:2] == ["adaattn", "bench"]
+    code, out, _ = cli(
+        *words[1:], "--peers", "none", "--burst-ms", 0, "--truth-rows", 16, "--json"
+    )
+    assert code == 0
+    again = json.loads(out)["settings"]
+    assert {n: again[n] for n in BENCH} == {n: report["settings"][n] for n in BENCH}
+    decoding = {**report, "settings": {**report["settings"], "tokens": 1, "budgets": []}}
+    assert command_of(decoding).endswith("--budgets none --rounds 2 --seed 0")
 
 
 def test_the_table_names_everybody_and_the_cache(cli: Any) -> None:
