@@ -114,7 +114,18 @@ def peers(report: Report) -> str:
     for name, (_, _, label) in STYLES.items():
         cells = [_cell(found[length].get(name)) for length in sizes]
         rows.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+    return "\n".join([*rows, "", carried(report)]).rstrip()
+
+
+def carried(report: Report) -> str:
+    """Who was measured at another time, in a sentence; nothing if nobody was."""
+    names = [
+        label for name, (_, _, label) in STYLES.items() if name in report.get("carried", {})
+    ]
+    if not names:
+        return ""
+    who = " and ".join(names) + (" were" if len(names) > 1 else " was")
+    return f"{who} measured in an earlier run, as multiples of cuDNN's time in it."
 
 
 def _cell(point: Point | None) -> str:
@@ -127,6 +138,7 @@ WRITERS: dict[str, Callable[[Report], str]] = {
     "sentence": sentence,
     "by_length": by_length,
     "peers": peers,
+    "carried": carried,
     "ablations": lambda _: ablations.table(),
 }
 
