@@ -66,7 +66,8 @@ def perplexity(report: Report) -> Sheet:
         )
     asked = report["settings"]
     remark = (
-        f"{asked['windows']} windows of {asked['tokens']:,} tokens of each text, each alone."
+        f"{asked['windows']} window{'s' * (asked['windows'] > 1)} of {asked['tokens']:,} tokens"
+        " of each text, each alone."
     )
     header = ("attention", *names, "largest change", "share kept", "largest upper")
     return Sheet("Perplexity", header, rows, remark)
@@ -87,7 +88,7 @@ def _needle(report: Report) -> Sheet:
         rows.append((column, *cells))
     remark = (
         "A 12-digit code, asked for at the end: tokens of it that are the most likely ones, and"
-        f" mean nats a token, over depths {report['settings']['depths']}."
+        f" mean nats a token, over depths {', '.join(map(str, report['settings']['depths']))}."
     )
     header = ("attention", *(f"{n:,} tokens" for n in lengths), "share kept")
     return Sheet("Needle", header, rows, remark)
