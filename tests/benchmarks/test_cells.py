@@ -41,7 +41,6 @@ def report_of(one: Any) -> dict[str, Any]:
         "device": "a GPU", "driver": "1", "cuda": "13", "torch": "2", "cudnn": 9, "rounds": 1,
         "date": "today", "command": "this", "revision": "abc", "burst_ms": 1.0,
         "ceilings_before": ceilings, "ceilings_after": ceilings, "cells": cells,
-        "geometric_mean": 2.0, "worst": 2.0,
     }  # fmt: skip
 
 
