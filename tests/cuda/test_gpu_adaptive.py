@@ -332,7 +332,7 @@ def test_a_forced_structure_is_run_and_certified_as_it_is() -> None:
     assert_covered(found, result.certificate.upper[0])
 
 
-@pytest.mark.parametrize("case", [{"length": 16_384}, {"length": 4096, "dim": 128}])
+@pytest.mark.parametrize("case", [{"length": 32_768}, {"length": 4096, "dim": 128}])
 def test_a_frozen_plan_repeats_bit_for_bit_without_measuring(case: dict[str, Any]) -> None:
     q, k, v = smooth(**case)
     first = attention(q, k, v, mask=Mask.causal(), budget=0.1, backend="cuda", seed=11)
