@@ -1,4 +1,4 @@
-// far_nest.cuh -- the landmarks of a judged tile, copied once for all levels: those of level 0, then what each further level adds.
+// far_nest.cuh -- the landmarks of a judged tile, copied once for all levels: those of the last, then what each level before it adds.
 // SPDX-License-Identifier: Apache-2.0
 //
 // Algorithm    One block per head, judged tile and stretch of 4,096 far keys. Levels are nested, so in this order every level's
@@ -75,24 +75,25 @@ ADAATTN_DEVICE void run(const Params& params) {
     const int pairs = sizes.batch * sizes.heads_q * sizes.judges;
     const int pair = static_cast<int>(blockIdx.x) % pairs;
     const int first = static_cast<int>(blockIdx.x) / pairs * T::kStretch;
-    const far_gather::Slot slot = params.slots[pair * sizes.levels];
+    const far_gather::Slot slot = params.slots[(pair + 1) * sizes.levels - 1];
     const int tile = params.judge_tiles[pair % sizes.judges];
     const int stop = sizes.near_first(tile);
-    if (slot.head < 0 || first >= stop) return;  // where level 0 is not offered none is
+    if (slot.head < 0 || first >= stop) return;  // where the last level is not offered none is
     const i64 row = static_cast<i64>(slot.head) * sizes.groups + slot.group;
     const far::Selection* selected = params.selections + row * far::kLevelsMax;
     const i32* counts = params.tile_counts + row * far::kLevelsMax * params.tile_stride + tile -
                         params.groups[slot.group].tile_first;
+    // From here on levels are numbered from the last, which has the fewest landmarks.
     u32 thresholds[far::kLevelsMax];
     int all[far::kLevelsMax];  // landmarks of a level before the near field
     int offered = 0;
 #pragma unroll
     for (int level = 0; level < far::kLevelsMax; ++level) {
-        const bool own =
-            level < sizes.levels && params.slots[pair * sizes.levels + level].head >= 0;
-        thresholds[level] = own ? static_cast<u32>(selected[level].threshold) : 256u;
-        all[level] = own ? counts[level * params.tile_stride] : 0;
-        offered += own;
+        const int own = sizes.levels - 1 - level;
+        const bool wanted = own >= 0 && params.slots[pair * sizes.levels + own].head >= 0;
+        thresholds[level] = wanted ? static_cast<u32>(selected[own].threshold) : 256u;
+        all[level] = wanted ? counts[own * params.tile_stride] : 0;
+        offered += wanted;
     }
 
     // 1. What lies before the stretch.
@@ -163,7 +164,7 @@ ADAATTN_DEVICE void run(const Params& params) {
     }
     // A tile of the forward kernel multiplies what lies behind the last landmark by 0: it must be finite.
     if (first + T::kStretch < stop) return;
-    const int rows = counts[(offered - 1) * params.tile_stride];
+    const int rows = counts[(sizes.levels - offered) * params.tile_stride];
     const uint4 zero = make_uint4(0, 0, 0, 0);
     uint4* values = reinterpret_cast<uint4*>(params.landmark_value);
     const i64 pieces = sizes.dim_v / 8;

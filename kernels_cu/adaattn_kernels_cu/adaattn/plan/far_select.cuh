@@ -26,7 +26,7 @@ struct Params {
     far::Selection* selections;  // (batch, heads_q, groups, kLevelsMax)
     i32*
         tile_counts;  // (batch, heads_q, groups, kLevelsMax, tile_stride): landmarks before a tile's near field
-    float tau[far::kLevelsMax];  // descending
+    float tau[far::kLevelsMax];  // ascending: level 0 has the most landmarks
     i32 listed;
     i32 tile_stride;
 };

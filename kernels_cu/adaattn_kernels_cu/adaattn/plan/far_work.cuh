@@ -2,7 +2,7 @@
 //
 // Algorithm    One block. 1. Slots (a group of a head at a level) get consecutive rows of the landmark buffer, by a prefix sum over
 //              their counts; what does not fit is not offered (judging) or makes its head dense (attending). Nor is a level
-//              offered that would cost too much. A judged tile's levels share the rows of the last of them (far_nest).
+//              offered that would cost too much. A judged tile's levels share the rows of the first of them (far_nest).
 //              kJudge: 2. items of the judged tiles at every possible level, into partial slots, up to four a slot where there are
 //              many landmarks: counted by their number of key tiles in 256 buckets, longest first; the order within a bucket
 //              is free, items do not depend on each other.
@@ -104,14 +104,12 @@ struct Block {
         return mean;
     }
 
-    // kJudge: the last level that is worth judging; below the slot's own if that one is not.
-    ADAATTN_DEVICE int last_offered(const far_gather::Slot& slot) const {
-        if (landmarks_of(slot, slot.level) > params.most_landmarks) return slot.level - 1;
-        int last = slot.level;
-        while (last + 1 < params.sizes.levels &&
-               landmarks_of(slot, last + 1) <= params.most_landmarks)
-            ++last;
-        return last;
+    // kJudge: the first level that is worth judging, and all after it are, which have fewer landmarks.
+    ADAATTN_DEVICE int first_offered(const far_gather::Slot& slot) const {
+        int level = 0;
+        while (level < params.sizes.levels && landmarks_of(slot, level) > params.most_landmarks)
+            ++level;
+        return level;
     }
 
     // kJudge: landmarks before the near field of a slot's tile, at a level.
@@ -121,7 +119,7 @@ struct Block {
         const int group = params.judge_groups[judge];
         const i64 row =
             static_cast<i64>(index / sizes.levels / sizes.judges) * sizes.groups + group;
-        return params.tile_counts[(row * far::kLevelsMax + larger(level, 0)) * params.tile_stride +
+        return params.tile_counts[(row * far::kLevelsMax + level) * params.tile_stride +
                                   params.judge_tiles[judge] - params.groups[group].tile_first];
     }
 
@@ -144,10 +142,10 @@ struct Block {
                     const i64 row = static_cast<i64>(slot.head) * sizes.groups + slot.group;
                     wanted = params.selections[row * far::kLevelsMax + slot.level].count;
                     if constexpr (T::kMode == kJudge) {
-                        const int last = last_offered(slot);
-                        wanted = tile_count(index, last);
-                        taken = slot.level == last;
-                        if (last < slot.level) slot.head = -1;
+                        const int most = first_offered(slot);
+                        wanted = most < sizes.levels ? tile_count(index, most) : 0;
+                        taken = slot.level == sizes.levels - 1;  // the tile's last slot
+                        if (slot.level < most) slot.head = -1;
                     }
                 }
             }
