@@ -138,15 +138,15 @@ def test_a_judged_tile_has_the_landmarks_of_every_level_in_its_first_rows(
     stops = np.maximum(judge_tiles * TILE - 256, 0) // 64 * 64
     groups = np.zeros(1, GROUP)
     groups["tiles"], groups["far_keys"] = tiles, stops[0]
-    thresholds = np.array([256, 240, 150])
+    thresholds = np.array([150, 240, 256])
     selections = np.zeros((HEADS, 1, LEVELS_MAX, 2), np.int32)
     selections[:, 0, :levels, 0] = thresholds
-    selections[1, 0, :levels, 0] = [250, 250, 0]
+    selections[1, 0, :levels, 0] = [0, 250, 250]
     counts = np.zeros((HEADS, 1, LEVELS_MAX, tiles), np.int32)
     slots = np.zeros((HEADS, 2, levels), SLOT)
     slots["head"] = np.arange(HEADS)[:, None, None]
     slots["level"] = np.arange(levels)
-    slots["head"][2, :, 2] = slots["head"][3, 1] = -1
+    slots["head"][2, :, 0] = slots["head"][3, 1] = -1
     rows, expected = [], []
     first = 128
     for h in range(HEADS):
@@ -158,8 +158,9 @@ def test_a_judged_tile_has_the_landmarks_of_every_level_in_its_first_rows(
             slots["row_first"][h, j] = first
             if not offered.any():
                 continue
-            order = [chosen[0]]
-            for fewer, more in pairwise([c for c, o in zip(chosen, offered, strict=True) if o]):
+            taken = [c for c, o in zip(chosen, offered, strict=True) if o][::-1]
+            order = [taken[0]]
+            for fewer, more in pairwise(taken):
                 order.append(np.setdiff1d(more, fewer))
             keys = np.concatenate(order)
             room = -(-len(keys) // SLOT_ROWS) * SLOT_ROWS
@@ -467,7 +468,7 @@ def test_judged_items_share_the_landmarks_of_a_slot(
     tables = far_tables(g, levels, 8, 0)
     judges = len(tables.judge_tiles)
     assert judges == 2
-    counts = np.sort(rng.integers(0, 1500, (HEADS, g.groups, levels)), axis=2)
+    counts = -np.sort(-rng.integers(0, 1500, (HEADS, g.groups, levels)), axis=2)
     selections = np.zeros((HEADS, g.groups, LEVELS_MAX, 2), np.int32)
     selections[:, :, :levels, 1] = counts
     before = np.zeros((HEADS, g.groups, LEVELS_MAX, g.tiles_per_group), np.int32)
@@ -497,8 +498,8 @@ def test_judged_items_share_the_landmarks_of_a_slot(
     assert offered.any()
     assert offered.all() == (most == 1e9)
     np.testing.assert_array_equal(slots["head"] >= 0, np.repeat(offered[:, None], judges, 1))
-    last = offered.sum(1) - 1  # levels share the rows of the last that is offered
-    wanted = judged[np.arange(HEADS), :, np.maximum(last, 0)] * (last >= 0)[:, None]
+    most = levels - offered.sum(1)  # levels share the rows of the first that is offered
+    wanted = judged[np.arange(HEADS), :, np.minimum(most, 2)] * (most < levels)[:, None]
     room = (-(-wanted // SLOT_ROWS) * SLOT_ROWS).ravel()
     first = (np.cumsum(room) - room).reshape(HEADS, judges, 1)
     assert (slots["row_first"] == first)[slots["head"] >= 0].all()
