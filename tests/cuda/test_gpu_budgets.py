@@ -124,13 +124,17 @@ def _are_certified_by_rows(q: Any, k: Any, v: Any, mask: Mask) -> None:
 
 
 def test_a_plan_that_misses_its_budget_climbs() -> None:
-    """Noise has no blocks to leave out: such heads end dense, and the result says so."""
+    """Noise has no blocks to leave out: such heads end dense, and the result says so.
+
+    Rows are drawn for two plans of a head; the last step is certified by a theorem, which says
+    0.06 of f32 here: a budget below that is infeasible for this plan.
+    """
     mask = Mask.causal("bottom_right")
     q, k, v = arrays("bf16", (64, 64), (2, 1))
     problem = AttentionProblem.from_arrays(q, k, v, mask=mask)
     blocks = BlockSparse(tau=0.5, band=0, group=512)
     plan = Plan.uniform(problem, HeadPlan(structure=blocks, qk="bf16", pv="bf16"))
-    result = attention(q, k, v, mask=mask, plan=plan, budget=0.05, backend="cuda")
-    assert (result.certificate.upper <= 0.05).all()
+    result = attention(q, k, v, mask=mask, plan=plan, budget=0.1, backend="cuda")
+    assert (result.certificate.upper <= 0.1).all()
     assert result.provenance["escalated"]
     assert_covered(result, problem, 0.95)
