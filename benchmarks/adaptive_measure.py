@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import statistics
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from adaptive_clock import side_by_side, synchronize, whole_calls
+from adaattn_bench.clock import reason, synchronize, take_turns, whole_calls
+from adaattn_bench.contenders import Contender
+from adaattn_bench.facts import facts_of, stages_of
+from adaattn_bench.truth import Truth
 from adaptive_data import CUDNN, DENSE, name_of
-from adaptive_peers import Contender, Heads, contenders, ours
-from adaptive_truth import Truth, errors
+from adaptive_peers import Heads, contenders, ours
 
 
 @dataclass(frozen=True)
@@ -27,43 +25,6 @@ class Settings:
     whole_repeats: int
 
 
-def escalated(result: Any) -> int:
-    """Heads that were computed again because their first certificate missed the budget."""
-    noted = result.provenance.get("escalated")
-    if noted is None:
-        return 0
-    if isinstance(noted, Mapping | list | tuple | set | frozenset):
-        return len(noted)
-    return int(np.count_nonzero(np.asarray(noted)))
-
-
-def stages(result: Any) -> dict[str, float]:
-    """Milliseconds of each stage: the device's where it planned, else the host's."""
-    provenance = result.provenance
-    if (found := provenance.get("stage_ms")) is not None:
-        return {stage: float(ms) for stage, ms in found.items()}
-    return {
-        n.removesuffix("_seconds") + " (host)": 1e3 * float(x)
-        for n, x in provenance.items()
-        if n.endswith("_seconds")
-    }
-
-
-def facts(result: Any, heads: int) -> dict[str, Any]:
-    """Return what a result says of itself, head by head."""
-    certificate = result.certificate
-    indices = [(0, head) for head in range(heads)]
-    kinds = Counter(result.plan[index].structure.kind for index in indices)
-    return {
-        "upper": [float(x) for x in np.asarray(certificate.upper)[0]],
-        "estimate": [float(x) for x in np.asarray(certificate.estimate)[0]],
-        "guarantee": sorted({str(x) for x in np.asarray(certificate.guarantee).ravel()}),
-        "share": [float(result.facts[index].share) for index in indices],
-        "structures": dict(kinds),
-        "escalated": escalated(result),
-    }
-
-
 def _stage_times(heads: Heads, rel: float, repeats: int) -> dict[str, float]:
     call = ours(heads, rel, profile=True)
     call()
@@ -71,7 +32,7 @@ def _stage_times(heads: Heads, rel: float, repeats: int) -> dict[str, float]:
     for _ in range(repeats):
         result = call()
         synchronize()
-        seen.append(stages(result))
+        seen.append(stages_of(result))
     names = dict.fromkeys(name for entry in seen for name in entry)
     return {n: statistics.median(entry.get(n, 0.0) for entry in seen) for n in names}
 
@@ -81,14 +42,14 @@ def _known(entry: dict[str, Any], name: str, make: Any) -> None:
     try:
         entry[name] = make()
     except Exception as error:  # one missing figure must not cost the others
-        entry.setdefault("missing", {})[name] = f"{type(error).__name__}: {error}"[:300]
+        entry.setdefault("missing", {})[name] = reason(error)
 
 
-def _entry(name: str, contender: Contender, truth: Truth, heads: Heads) -> dict[str, Any]:
+def _entry(name: str, contender: Contender, truth: Truth) -> dict[str, Any]:
     result = contender.call()
-    entry: dict[str, Any] = {"errors": errors(contender.out_of(result), truth)}
+    entry: dict[str, Any] = {"errors": truth.errors(contender.out_of(result))}
     if name.startswith("budget"):
-        _known(entry, "facts", lambda: facts(result, heads.count))
+        _known(entry, "facts", lambda: facts_of(result))
     return entry
 
 
@@ -106,13 +67,16 @@ def measure(heads: Heads, truth: Truth, settings: Settings) -> dict[str, Any]:
     entries: dict[str, dict[str, Any]] = {}
     for name, contender in found.items():
         try:
-            entries[name] = _entry(name, contender, truth, heads)
-        except Exception as error:  # as in side_by_side
-            absent[name] = f"{type(error).__name__}: {error}"[:300]
+            entries[name] = _entry(name, contender, truth)
+        except Exception as error:  # as in take_turns
+            absent[name] = reason(error)
     bursts = {name: found[name].burst for name in entries}
-    times, failed = side_by_side(bursts, settings.rounds, settings.burst_ms)
-    absent |= failed
-    entries = {name: entries[name] | {"ms": ms} for name, ms in times.items()}
+    timings = take_turns(bursts, settings.rounds, settings.burst_ms)
+    absent |= timings.failed
+    entries = {
+        name: entries[name] | {"ms": times.to_json()}
+        for name, times in timings.summaries().items()
+    }
     for rel in settings.budgets:
         if (entry := entries.get(name_of(rel))) is not None:
             call = found[name_of(rel)].call

@@ -20,10 +20,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import math
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -32,17 +29,18 @@ from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-import numpy as np
 import torch
 
 import adaptive_cases
 import adaptive_plots
 import adaptive_report
-import adaptive_truth
-from adaptive_clock import replays
+from adaattn_bench.clock import replays
+from adaattn_bench.devices import describe
+from adaattn_bench.statistics import rounded
+from adaattn_bench.truth import Truth
 from adaptive_data import CUDNN, DENSE
 from adaptive_measure import Settings, line, measure
-from adaptive_peers import MAKERS, Heads, contenders
+from adaptive_peers import NAMES, Heads, contenders
 
 BATCHES = ((1, 13, 25), (5, 17, 29))
 """Layers that run together as one problem with three times the heads."""
@@ -68,10 +66,8 @@ class Run:
 
     def _header(self) -> dict[str, Any]:
         options = self.options
-        header = {
-            "device": platform.processor() or platform.machine(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
+        return {
+            **describe(options.device),
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "command": "python benchmarks/gpu_adaptive.py",
             "revision": options.revision,
@@ -86,17 +82,6 @@ class Run:
             "graphs": [],
             "cut_short": [],
         }
-        if options.device == "cuda":
-            header |= {
-                "device": torch.cuda.get_device_name(),
-                "driver": subprocess.run(
-                    ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-                    capture_output=True, text=True, check=False,
-                ).stdout.partition("\n")[0].strip(),
-                "cuda": torch.version.cuda,
-                "cudnn": torch.backends.cudnn.version(),
-            }  # fmt: skip
-        return header
 
     def time_left(self, what: str) -> bool:
         """Whether something new may be begun; if not, the report says what was left out."""
@@ -110,7 +95,7 @@ class Run:
         """Write what is known so far; the file appears whole or not at all."""
         path = self.options.out / "gpu_adaptive.json"
         part = path.with_suffix(".part")
-        part.write_text(json.dumps(_rounded(self.report)))
+        part.write_text(json.dumps(rounded(self.report)))
         part.replace(path)
 
     def captures(self) -> Iterator[tuple[str, int, Path]]:
@@ -141,8 +126,8 @@ class Run:
         for layer, heads in layers.items():
             if not self.time_left(f"{text} {length} layer {layer}"):
                 return
-            generator = torch.Generator().manual_seed(length)  # the same rows in every layer
-            truths[layer] = adaptive_truth.draw(heads, self.options.rows, generator)
+            # The same rows in every layer.
+            truths[layer] = Truth.draw(heads.given, self.options.rows, seed=length)
             self._cell("cells", heads, truths[layer], text=text, layers=[layer])
         for batch in BATCHES:
             if not truths.keys() >= set(batch):
@@ -153,7 +138,7 @@ class Run:
             together = Heads(
                 *(torch.cat([getattr(h, name) for h in sets], 1) for name in ("q", "k", "v"))
             )
-            truth = adaptive_truth.joined([truths[layer] for layer in batch])
+            truth = Truth.joined([truths[layer] for layer in batch])
             self._cell("cells", together, truth, text=text, layers=list(batch))
 
     def _cell(self, section: str, heads: Heads, truth: Any, **facts: Any) -> None:
@@ -175,9 +160,7 @@ class Run:
             if not self.time_left(f"{name} {dim} {length}"):
                 break
             heads = make()
-            generator = torch.Generator().manual_seed(length)
-            rows = min(HARD_ROWS, options.rows)
-            truth = adaptive_truth.draw(heads, rows, generator)
+            truth = Truth.draw(heads.given, min(HARD_ROWS, options.rows), seed=length)
             self._cell("hard", heads, truth, case=name)
         self.settings = whole
 
@@ -231,19 +214,6 @@ class Run:
         self.write()
 
 
-def _rounded(value: Any) -> Any:
-    """Five digits of every number; None for what is not finite."""
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(item) for item in value]
-    if isinstance(value, np.generic):
-        return _rounded(value.item())
-    if isinstance(value, float):
-        return float(f"{value:.5g}") if math.isfinite(value) else None
-    return value
-
-
 def joined(reports: list[dict[str, Any]]) -> dict[str, Any]:
     """One report of several runs of one revision on one kind of device, parts of the whole."""
     report, *others = reports
@@ -274,7 +244,7 @@ def carry_peers(report: dict[str, Any], earlier: dict[str, Any]) -> None:
         if CUDNN not in then or CUDNN not in now:
             continue
         factor = now[CUDNN]["ms"]["median"] / then[CUDNN]["ms"]["median"]
-        for name in MAKERS.keys() & then.keys() - now.keys():
+        for name in NAMES.keys() & then.keys() - now.keys():
             ms = {key: factor * value for key, value in then[name]["ms"].items()}
             now[name] = {"errors": then[name]["errors"], "ms": ms}
             cell["absent"].pop(name, None)
@@ -296,7 +266,7 @@ def main() -> None:
     parser.add_argument("--texts", nargs="+", default=["prose", "code"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32_768, 131_072])
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.1, 0.2])
-    parser.add_argument("--peers", nargs="*", choices=tuple(MAKERS), default=list(MAKERS))
+    parser.add_argument("--peers", nargs="*", choices=tuple(NAMES), default=list(NAMES))
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--rows", type=int, default=2048, help="exact rows a head, at least")
     parser.add_argument("--rounds", type=int, default=3)

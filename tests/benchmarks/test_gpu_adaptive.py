@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from adaattn_bench.truth import Truth
 from adaattn_core.testing.oracles import relative_frobenius, row_quantile
 
 torch = pytest.importorskip("torch")
@@ -37,33 +38,33 @@ def problem(module, length=96, dim=16):
 
 def test_exact_rows_are_causal_attention(module, monkeypatch):
     heads = problem(module)
-    truth = module("adaptive_truth")
+    truth = module("adaattn_bench.truth")
     monkeypatch.setattr(truth, "CELLS_MAX", 5 * heads.length)  # several pieces
-    rows = torch.tensor([0, 1, 5, 17, 64, 70, 95])
-    q, k, v = (x.double() for x in heads.wide())
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    got = truth.exact_rows(heads, rows)
+    rows = np.array([0, 1, 5, 17, 64, 70, 95])
+    q, k, v = (x.double() for x in (heads.q, heads.k, heads.v))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    expected = attend(q, k, v, is_causal=True, enable_gqa=True).numpy()
+    got = truth.exact_rows(heads.given, rows)
     # Both are off by float64's rounding alone. A score is a sum of `dim` products, scaled; its
     # error enters numerator and denominator; each of these sums up to `length` terms; and a
     # few roundings of exp, the shift and the quotient remain. The unit is the largest value.
     dim = q.shape[3]
-    score = float((q.abs() @ k.abs().mT).max()) / math.sqrt(dim)
+    wide = k.repeat_interleave(heads.count // k.shape[1], dim=1)
+    score = float((q.abs() @ wide.abs().mT).max()) / math.sqrt(dim)
     relative = 2 * (dim + 3) * score + 2 * heads.length + 8
     limit = 2 * relative * ROUNDOFF * float(v.abs().max())
     assert limit <= 1e-12
-    assert float((got - expected[0][:, rows]).abs().max()) <= limit
+    assert np.abs(got - expected[:, :, rows]).max() <= limit
 
 
 def test_errors_are_those_of_the_oracles(module):
     heads = problem(module)
-    truth = module("adaptive_truth")
-    exact = truth.draw(heads, heads.length, torch.Generator())
+    exact = Truth.draw(heads.given, heads.length, seed=0)
     assert len(exact.rows) == heads.length
-    noise = torch.randn(exact.out.shape, generator=torch.Generator().manual_seed(4))
-    out = (exact.out + 0.1 * noise)[None]
-    errors = truth.errors(out, exact)
+    out = exact.out + 0.1 * np.random.default_rng(4).standard_normal(exact.out.shape)
+    errors = exact.errors(torch.from_numpy(out))
     for head in range(heads.count):
-        pair = out[0, head].numpy(), exact.out[head].numpy()
+        pair = out[0, head], exact.out[0, head]
         # Roots of sums of squares over roots of sums of squares, in another order on each side.
         rel = 2 * (pair[0].size + 8) * ROUNDOFF
         assert rel <= 1e-12
@@ -74,12 +75,11 @@ def test_errors_are_those_of_the_oracles(module):
 
 def test_a_nonfinite_or_zero_output_is_no_small_error(module):
     heads = problem(module)
-    truth = module("adaptive_truth")
-    exact = truth.draw(heads, heads.length, torch.Generator())
-    broken = exact.out[None].clone()
+    exact = Truth.draw(heads.given, heads.length, seed=0)
+    broken = torch.from_numpy(exact.out.copy())
     broken[0, 0] = math.nan
     broken[0, 1] = 0.0
-    errors = truth.errors(broken, exact)["rows"]
+    errors = exact.errors(broken)["rows"]
     assert errors[0] == errors[1] == math.inf
     assert errors[2] == 0.0
 
@@ -111,7 +111,7 @@ def test_rotation_is_that_of_transformers(module, stretch):
 def test_a_problem_is_measured_and_reported(module):
     heads = problem(module)
     measuring, report = module("adaptive_measure"), module("adaptive_report")
-    exact = module("adaptive_truth").draw(heads, heads.length, torch.Generator())
+    exact = Truth.draw(heads.given, heads.length, seed=0)
     settings = measuring.Settings(
         budgets=(0.2,), peers=("cuDNN", "dense", "FA3"), rounds=1, burst_ms=0.0, whole_repeats=1
     )
@@ -120,6 +120,7 @@ def test_a_problem_is_measured_and_reported(module):
     assert len(facts["upper"]) == len(facts["share"]) == heads.count
     assert np.less_equal(cell["contenders"]["cuDNN"]["errors"]["rows"], 0.02).all()
     assert "missing" not in cell["contenders"]["budget 0.2"]
+    assert set(cell["contenders"]) == {"cuDNN", "dense", "budget 0.2"}
     assert set(cell["absent"]) <= {"FA3"}
     whole = {
         "device": "a CPU", "torch": torch.__version__, "date": "today", "command": "python",
