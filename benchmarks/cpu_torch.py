@@ -27,9 +27,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812 -- its usual name
 
 import adaattn_torch
+from adaattn_core import Mask, attention
 
 TITLE = "## The backend torch beside PyTorch's own attention"
 WAYS = ("no budget", "budget 0.1")
+HEADS = ("share", "held", "covered")
 SHORT = (1, 128, 512, 2048)
 """Lengths at which the function without a budget is timed as well."""
 
@@ -83,14 +85,35 @@ def ratio(times: dict[str, list[float]], name: str) -> float:
     )
 
 
+def heads_of(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> list[tuple[float, float, float]]:
+    """Share kept, certified error and true error of every head under the budget."""
+    exact = F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=scale, enable_gqa=True
+    )
+    result = attention(q, k, v, mask=Mask.causal(), scale=scale, budget=0.1, backend="torch")
+    missed = torch.linalg.vector_norm((result.out - exact).double(), dim=3)
+    sizes = torch.linalg.vector_norm(result.out.double(), dim=3).square().mean(dim=2).sqrt()
+    true = torch.quantile(missed, 0.95, dim=2) / sizes
+    return [
+        (facts.share, result.certificate[index].upper, float(true[index]))
+        for index, facts in result.facts.items()
+    ]
+
+
 def measure(folder: Path, step: int, repeats: int) -> dict[str, list[float]]:
-    """Ratios of every `step`-th layer of a text, and PyTorch's seconds."""
-    found: dict[str, list[float]] = {name: [] for name in (*WAYS, "seconds")}
+    """Ratios of every `step`-th layer of a text, PyTorch's seconds, and facts of the heads."""
+    found: dict[str, list[float]] = {name: [] for name in (*WAYS, "seconds", *HEADS)}
     for path in sorted(folder.glob("*.npz"))[::step]:
         times = rounds(calls(*load(path)), repeats)
         for name in WAYS:
             found[name].append(ratio(times, name))
         found["seconds"].append(statistics.median(times["PyTorch"]))
+        for share, upper, true in heads_of(*load(path)):
+            found["share"].append(share)
+            found["held"].append(upper <= 0.1)
+            found["covered"].append(true <= upper)
         print(path.name, {n: round(x[-1], 3) for n, x in found.items()}, flush=True)
     return found
 
@@ -134,6 +157,22 @@ def section(
         for what, over in (("mean over layers", statistics.mean), ("worst layer", max)):
             cells = " | ".join(f"{over(t[way]):.3f}" for t in texts.values())
             lines.append(f"| {way}, {what} | {cells} |")
+    shares = [t["share"] for t in texts.values()]
+    for what, cells in (
+        ("heads", [str(len(x)) for x in shares]),
+        ("mean share of causal scores kept", [f"{statistics.mean(x):.3f}" for x in shares]),
+        ("median share", [f"{statistics.median(x):.3f}" for x in shares]),
+        ("heads run dense", [str(sum(share == 1 for share in x)) for x in shares]),
+        (
+            "certificates within the budget",
+            [f"{statistics.mean(t['held']):.1%}" for t in texts.values()],
+        ),
+        (
+            "coverage (true 95% row error <= upper)",
+            [f"{statistics.mean(t['covered']):.1%}" for t in texts.values()],
+        ),
+    ):
+        lines.append(f"| {what} | {' | '.join(cells)} |")
     lines += ["", "| tokens | PyTorch, µs | without a budget, µs |", "|---|---|---|"]
     lines += [f"| {n:,} | {a:,.0f} | {b:,.0f} |" for n, (a, b) in lengths.items()]
     return "\n".join(lines) + "\n"

@@ -22,7 +22,9 @@ CPU_ARITHMETIC = Arithmetic(step_keys=512, exp_rel_upper=EXP_U20)
 PLAIN_ARITHMETIC = Arithmetic()
 _TRUNCATION = 2.0**-22
 
-_aten = torch.ops.aten
+# The overloads themselves: finding one takes longer than a small attention.
+_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_on_gpu = torch.ops.aten._scaled_dot_product_flash_attention.default
 GPU_DIMS = 8
 """The GPU kernel takes head dims that are multiples of this, up to 256."""
 
@@ -104,9 +106,7 @@ def fused(
         Float32, or float64 of float64 inputs; not to be used where a row sees nothing.
     """
     if query.device.type != "cpu":
-        out, lse, *_ = _aten._scaled_dot_product_flash_attention(
-            query, key, value, 0.0, causal, False, scale=scale
-        )
+        out, lse, *_ = _on_gpu(query, key, value, 0.0, causal, False, scale=scale)
         return out, lse
     dim, dim_v = query.shape[-1], value.shape[-1]
     if dim != dim_v:  # the kernel wants them alike: zeros change neither scores nor sums
@@ -115,9 +115,7 @@ def fused(
             query, key = pad(query, (0, dim_v - dim)), pad(key, (0, dim_v - dim))
         else:
             value = pad(value, (0, dim - dim_v))
-    out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, causal, attn_mask=mask, scale=scale
-    )
+    out, lse = _on_cpu(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
     return (out if dim <= dim_v else out[..., :dim_v]), lse
 
 

@@ -130,6 +130,16 @@ class Operands:
             yield Operands(query, key, value, self.scale), heads
 
     @cached_property
+    def side_by_side(self) -> torch.Tensor:
+        """Keys and values in one row each: (heads_kv, len_kv, dim_qk + dim_v)."""
+        return torch.cat([self.key, self.value], 2)
+
+    @cached_property
+    def transposed(self) -> torch.Tensor:
+        """Keys by columns, which few queries are multiplied with faster."""
+        return self.key.transpose(1, 2).contiguous()
+
+    @cached_property
     def query_norms(self) -> torch.Tensor:
         """Norms of the queries, rounded up: (heads_q, len_q)."""
         return row_norms_upper(self.query)

@@ -32,7 +32,7 @@ from adaattn_torch.backend.sequences import Sequence
 ORACLE_SHARE = 0.2
 """Exact rows are computed in float32 where the theorem's bound on their own error is below this
 share of the errors that they show (of their 90% quantile), else in float64 ..."""
-ORACLE_SIZE = 0.005
+ORACLE_SIZE = 0.01
 """... unless it is below this share of their root-mean-square norm: nothing beside any budget
 that approximations can keep."""
 SUM_KEYS = 512

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LIMIT = SCORE_RANGE[torch.float32]
-_FEW = 1 << 14
-"""Numbers up to which one reduction in one call is faster than a faster one in three."""
 
 
 def forward(
@@ -116,10 +114,10 @@ def _one_call(
     elif size > 1:
         k, v = key.expand(-1, size, -1, -1), value.expand(-1, size, -1, -1)
     out, lse = kernels.fused(q, k, v, scale, causal=causal)
-    largest = [_largest(query), _largest(key), _largest(out)]
+    edges = [*_edges(query), *_edges(key), *_edges(out)]
     # Elsewhere than on a CPU reading waits for the device: once.
-    numbers = [x.item() for x in largest] if query.is_cpu else torch.stack(largest).tolist()
-    of_query, of_key, of_out = numbers
+    numbers = [x.item() for x in edges] if query.is_cpu else torch.stack(edges).tolist()
+    of_query, of_key, of_out = (max(-numbers[i], numbers[i + 1]) for i in (0, 2, 4))
     reach = of_query * max(scale, 1.0) * dim
     # NaN compares false. What values hold, and sums that overflow, show in the output.
     if not (
@@ -143,13 +141,10 @@ def _one_call(
 _NOTHING = Mask.none()
 
 
-def _largest(x: torch.Tensor) -> torch.Tensor:
-    """Largest magnitude; NaN where there is one."""
-    if x.numel() < _FEW:
-        return torch.linalg.vector_norm(x, math.inf)
-    # Rows outermost where they are so in memory.
+def _edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Smallest and largest number; rows outermost where they are so in memory."""
     low, high = torch.aminmax(x.transpose(1, 2) if x.stride(1) < x.stride(2) else x)
-    return torch.maximum(-low, high)
+    return low, high
 
 
 def _folds(x: torch.Tensor) -> bool:

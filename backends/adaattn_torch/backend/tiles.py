@@ -144,20 +144,33 @@ class TiledHeads:
 
     Attributes
     ----------
+    operands : Operands
+        Of all heads of the sequence: what is made of the keys is made once.
     query : Tensor, shape (heads, len_q, dim_qk)
-    key, value : Tensor, shape (heads_kv, len_kv, dim)
-    scale : float
     owners : list of int
         Key/value head of every query head.
     tiling : Tiling
     """
 
+    operands: Operands
     query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    scale: float
     owners: list[int]
     tiling: Tiling
+
+    @property
+    def key(self) -> torch.Tensor:
+        """Keys of all key/value heads: (heads_kv, len_kv, dim_qk)."""
+        return self.operands.key
+
+    @property
+    def value(self) -> torch.Tensor:
+        """Values of all key/value heads: (heads_kv, len_kv, dim_v)."""
+        return self.operands.value
+
+    @property
+    def scale(self) -> float:
+        """Factor on the scores."""
+        return self.operands.scale
 
     @classmethod
     def of(cls, operands: Operands, heads: list[int], tiling: Tiling) -> TiledHeads:
@@ -165,14 +178,12 @@ class TiledHeads:
         every = len(heads) == len(operands.query)
         query = operands.query if every else operands.query[heads]
         owners = [head // operands.group_size for head in heads]
-        return cls(query, operands.key, operands.value, operands.scale, owners, tiling)
+        return cls(operands, query, owners, tiling)
 
     def some(self, places: list[int]) -> TiledHeads:
         """Return some of them; what was made of their keys is shared."""
         owners = [self.owners[place] for place in places]
-        few = replace(self, query=self.query[places], owners=owners)
-        few.__dict__ |= {"both": self.both, "transposed": self.transposed}
-        return few
+        return replace(self, query=self.query[places], owners=owners)
 
     @cached_property
     def shared(self) -> list[tuple[int, slice]]:
@@ -183,13 +194,8 @@ class TiledHeads:
     def both(self) -> torch.Tensor:
         """Keys and values side by side, whole pools of them: one gather serves both."""
         pad = -self.key.shape[1] % self.tiling.structure.pool
-        joined = torch.cat([self.key, self.value], 2)
+        joined = self.operands.side_by_side
         return torch.nn.functional.pad(joined, (0, 0, 0, pad)) if pad else joined
-
-    @cached_property
-    def transposed(self) -> torch.Tensor:
-        """Keys by columns, which few queries are multiplied with faster."""
-        return self.key.transpose(1, 2).contiguous()
 
     def weights(
         self, tile: int, rows: NDArray[np.int64]
@@ -212,7 +218,7 @@ class TiledHeads:
         scores = query.new_empty((*query.shape[:2], reach))
         for owner, places in self.shared:
             torch.mm(
-                query[places].flatten(0, 1), self.transposed[owner, :, :reach],
+                query[places].flatten(0, 1), self.operands.transposed[owner, :, :reach],
                 out=scores[places].flatten(0, 1),
             )  # fmt: skip
         if self.tiling.causal:
