@@ -29,6 +29,7 @@ from adaattn_cuda.kernels import sm90_attn_fwd_f16 as sm90
 from adaattn_cuda.planner.drawing import certifying_rows
 from adaattn_cuda.planner.frozen import Frozen, frozen
 from adaattn_cuda.planner.launch import FarArrays, FarLaunch
+from adaattn_cuda.planner.levels import table_refusal
 from adaattn_cuda.reading import Reading, Whole
 from adaattn_cuda.recent import Recent
 from adaattn_cuda.work.far import FarGeometry
@@ -191,7 +192,6 @@ def refusal(
 ) -> str:
     """Why a problem is not planned on the device; empty if it is."""
     mask = problem.mask
-    kinds = {candidate.plan.structure.kind for candidate in table.candidates}
     span = problem.sequences[0] if problem.sequences else None
     if driver.device_facts(device).arch != "sm_90a":
         return "the planning kernels are Hopper's"
@@ -209,8 +209,9 @@ def refusal(
         return f"shorter than {LEAST_KEYS} queries and keys"
     if mask.right == 0 and _offset(problem) < 0:
         return "more queries than keys under a causal mask"
-    if kinds - {"landmark"}:
-        return f"structures {sorted(kinds - {'landmark'})}"
+    unlike = table_refusal(table, problem.dtype, SIZES)
+    if unlike:
+        return unlike
     if certifying_rows(span.len_q, budget, retried=bool(table.candidates)) is None:
         return f"rows={budget.rows}, confidence={budget.confidence}: more rows than are drawn"
     return ""

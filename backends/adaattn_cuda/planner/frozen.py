@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.policies.table import FALLBACK, Candidate, DecisionTable
 from adaattn_core.problem import AttentionProblem
 from adaattn_core.structure import Landmark
+from adaattn_cuda.planner.levels import size_refusal
 from adaattn_cuda.work.far import LEVELS_MAX
 
 __all__ = ["Frozen", "frozen"]
@@ -43,9 +44,9 @@ def frozen(plan: Plan, problem: AttentionProblem, sizes: tuple[Landmark, ...]) -
             structures.add(head.structure)
         elif head.structure.kind != "dense":
             return f"structure {head.structure.kind} in the plan"
-    shapes = {replace(structure, tau=sizes[0].tau) for structure in structures}
-    if len(shapes) > 1 or not shapes <= {replace(s, tau=sizes[0].tau) for s in sizes}:
-        return "landmarks of other sizes than the planning kernels run"
+    unlike = size_refusal(structures, sizes)
+    if unlike:
+        return unlike
     if len(structures) > LEVELS_MAX:
         return f"{len(structures)} landmark masses in one plan: at most {LEVELS_MAX}"
     ladder = sorted(structures, key=lambda structure: structure.tau)
