@@ -15,7 +15,8 @@ from adaattn_core.testing.oracles import exact_attention, row_quantile
 from adaattn_torch.backend.geometry import Geometry
 from adaattn_torch.backend.masking import SequenceMask
 from adaattn_torch.backend.operands import Operands
-from adaattn_torch.backend.tiles import OCTAVES, Strip, TiledHeads, Tiling, takes
+from adaattn_torch.backend.tiles import OCTAVES, Strip
+from adaattn_torch.backend.tiling import TiledHeads, Tiling, takes
 
 TILED = Landmark(tau=0.05, band=64, group=128, samples=8, tile=128, tail=32, screen_rank=0)
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)

@@ -36,7 +36,7 @@ from adaattn_torch.backend.rows import row_errors
 from adaattn_torch.backend.sequences import Sequence
 from adaattn_torch.backend.short import forward
 from adaattn_torch.backend.tensors import DTYPES, as_tensor
-from adaattn_torch.backend.tiles import Tiling
+from adaattn_torch.backend.tiling import Tiling
 
 FORMATS = ("f64", "f32", "f16", "bf16")
 """Operand formats that plans may name here."""

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from adaattn_core.stats import MeasureRequest, StructureEstimate
 from adaattn_core.structure import Landmark
 from adaattn_torch.backend.masking import SequenceMask
-from adaattn_torch.backend.tiles import Strip, TiledHeads, Tiling, merge
+from adaattn_torch.backend.tiles import Strip, merge
+from adaattn_torch.backend.tiling import TiledHeads, Tiling
 
 JUDGE_ROWS = 128
 """Held-out rows per head on which candidates are judged, as many of each tile."""

@@ -22,7 +22,8 @@ from adaattn_torch.backend.masking import SequenceMask
 from adaattn_torch.backend.operands import Operands
 from adaattn_torch.backend.probing import Prober
 from adaattn_torch.backend.screening import heavy_keys
-from adaattn_torch.backend.tiles import TiledHeads, Tiling, attend_rest, attend_tiles
+from adaattn_torch.backend.tiles import attend_rest, attend_tiles
+from adaattn_torch.backend.tiling import TiledHeads, Tiling
 
 
 @dataclass(eq=False)

@@ -19,7 +19,7 @@ from adaattn_torch.backend.judging import JUDGE_ROWS, STATS_STEP, Judge, relativ
 from adaattn_torch.backend.masking import SequenceMask
 from adaattn_torch.backend.operands import Operands, rounded
 from adaattn_torch.backend.sequences import Sequence
-from adaattn_torch.backend.tiles import TiledHeads, Tiling
+from adaattn_torch.backend.tiling import TiledHeads, Tiling
 
 NORMS = ("query_norm_upper", "key_norm_upper", "value_norm_upper")
 
