@@ -13,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 import adaattn_kernels_cu as kernels
+from adaattn_core.policies import BudgetPolicy
 from adaattn_core.policies.table import TABLE
 from adaattn_cuda.planner import params as p
 from adaattn_cuda.planner.layout import CERTIFICATE, DECISION
@@ -628,3 +629,137 @@ def test_splits_are_merged_as_if_they_were_one(unit: ctypes.CDLL) -> None:
     unit.merge(ctypes.byref(block), len(counts) * TILE // 16)
     assert (returned == POISON).all()
     assert not (merged == POISON).all(axis=(1, 2)).any()
+
+
+def test_judging_measures_every_level_as_it_would_run(unit: ctypes.CDLL) -> None:
+    """Select, list, copy and decide in turn, levels in a policy's order; NumPy attends."""
+    rng = np.random.default_rng(31)
+    table = BudgetPolicy().table_taus
+    taus = sorted(table)[4:]  # a table goes from the safest candidate to the cheapest
+    levels, len_kv, spare = len(taus), 3 * 1024, 7
+    g = FarGeometry(
+        batch=1, heads_q=HEADS, heads_kv=HEADS_KV, len_q=len_kv, len_kv=len_kv, dim_qk=DIM,
+        dim_v=DIM, causal=True, offset=0, group=1024, band=256, samples=16, drawn=128,
+    )  # fmt: skip
+    tables = far_tables(g, levels, 8, 0)
+    judges, scale = len(tables.judge_tiles), 0.3
+    size = sizes(len_kv, groups=g.groups, levels=levels, judges=judges, landmark_rows=1 << 16)
+    key, value = (rng.standard_normal((HEADS_KV, len_kv, DIM)).astype(np.float16) for _ in "kv")
+    query = rng.standard_normal((HEADS, len_kv, DIM)).astype(np.float32)
+    codes = rng.normal(150, 12, (HEADS, g.groups, g.code_stride)).clip(0, 255).astype(np.uint8)
+    selections = np.zeros((HEADS, g.groups, LEVELS_MAX, 2), np.int32)
+    counts = np.zeros((HEADS, g.groups, LEVELS_MAX, g.tiles_per_group), np.int32)
+    slots = np.zeros((HEADS, judges, levels), SLOT)
+    parts = np.zeros((HEADS, judges, levels), np.int32)
+    most = HEADS * judges * levels * JUDGE_PARTS
+    items, sources = np.zeros(most + 1, ITEM), np.zeros(3 * most + 3, SOURCE)
+    queue, places = np.zeros(4, np.int32), np.zeros(HEADS, PLACE)
+    buffers = [np.full((size.landmark_rows, DIM), np.nan, np.float16) for _ in "kv"]
+    pools = tables.judge_pool_rows * HEADS
+    pool_key, pool_value = (rng.standard_normal((pools, DIM)) for _ in "kv")
+    bias = rng.normal(2, 1, pools)
+    exact = rng.standard_normal((HEADS, judges * TILE, DIM)).astype(np.float32)
+    partial = np.full((HEADS, judges, levels, JUDGE_PARTS, TILE, DIM), np.nan, np.float32)
+    lse = np.full(partial.shape[:-1], np.nan, np.float32)
+    stats = np.zeros((HEADS, g.groups, size.samples, 4), np.float32)
+    errors = np.zeros((HEADS, LEVELS_MAX + 1), np.float32)
+    finished, decision = np.zeros(HEADS, np.int32), np.zeros(HEADS, np.int32)
+    verdicts = np.zeros(HEADS, DECISION)
+    listed = np.unique(tables.judge_groups).astype(np.int32)
+    arrays = {
+        "groups": tables.groups, "group_list": listed, "codes": codes,
+        "selections": selections, "tile_counts": counts, "judge_tiles": tables.judge_tiles,
+        "judge_groups": tables.judge_groups, "slots": slots, "parts": parts,
+        "pool_first": tables.judge_pool_first, "landmark_key": buffers[0],
+        "landmark_value": buffers[1], "exact": exact, "partial_out": partial,
+        "partial_lse": lse, "stats": stats, "sample_rows": tables.sample_rows,
+        "errors": errors, "finished": finished, "decision": decision, "verdicts": verdicts,
+    }  # fmt: skip
+
+    def run(launch: Any, block: Any, blocks: int) -> None:
+        pointers = {name for name, kind in block._fields_ if kind is ctypes.c_uint64}
+        for name in pointers & arrays.keys():
+            setattr(block, name, arrays[name].ctypes.data)
+        if isinstance(block, p.Select):
+            block.decision = 0
+        launch(ctypes.byref(block), blocks)
+
+    stride = g.tiles_per_group
+    select = p.Select(sizes=size, listed=len(listed), tile_stride=stride)
+    select.tau[:levels] = taus
+    run(unit.select_levels, select, HEADS * len(listed))
+    judged = selections[..., 1][:, tables.judge_groups, :levels]
+    mean = (judged * np.array(tables.judge_weights)[None, :, None]).sum(1)
+    addresses = (part.ctypes.data for part in (items, sources, queue, places))
+    work = p.Work(
+        sizes=size, landmarks=p.List(*addresses, TILE, TILE, g.tiles, 0), tile_stride=stride,
+        most_landmarks=float(np.median(mean[:, 0])), judge_weights=tables.judge_weights,
+        part_tiles=1,
+    )  # fmt: skip
+    run(unit.work_judge, work, 1)
+    assert (slots["head"] < 0).any()
+    assert (parts > 1).any()
+    nest = p.Nest(sizes=size, key=rows_of(key), value=rows_of(value), tile_stride=stride)
+    run(unit.nest, nest, HEADS * judges * -(-len_kv // GATHER_KEYS))
+
+    def attend(q: Any, row_first: int, run_of: list[tuple[Any, Any, Any, Any]]) -> Any:
+        scores = [scale * q @ k.T.astype(np.float64) + b for k, _, b, _ in run_of]
+        for s, (_, _, _, position) in zip(scores, run_of, strict=True):
+            if position is not None:
+                s[position[None] > row_first + np.arange(TILE)[:, None]] = -np.inf
+        whole = np.concatenate(scores, 1)
+        top = np.log(np.exp(whole - whole.max()).sum(1)) + whole.max()
+        values = np.concatenate([v for _, v, _, _ in run_of]).astype(np.float64)
+        return np.exp(whole - top[:, None]) @ values, top
+
+    for item in items[: queue[1]]:
+        slot, part = divmod(int(item["partial"]), JUDGE_PARTS)
+        head, row = int(item["head"]), int(item["row_first"])
+        taken = []
+        for source in sources[item["first_source"] :][: item["sources"]]:
+            at = slice(int(source["first_key"]), int(source["first_key"] + source["keys"]))
+            if source["tensor"] == ORIGINAL:
+                own = key[head // 2, at], value[head // 2, at], 0.0
+                taken.append((*own, np.arange(at.start, at.stop)))
+            elif source["tensor"] == POOLED:
+                taken.append((pool_key[at], pool_value[at], bias[at], None))
+            else:
+                taken.append((buffers[0][at], buffers[1][at], 0.0, None))
+        out, top = attend(query[head, row : row + TILE], row, taken)
+        where = np.unravel_index(slot, (HEADS, judges, levels))
+        partial[(*where, part)], lse[(*where, part)] = out, top
+    decide = p.Decide(
+        sizes=size, dense_tiles=tables.dense_tiles, near_tiles=tables.near_tiles,
+        far_tiles=tables.far_tiles, spare_rows=spare, chunk_heads=1, exact_stride=judges * TILE,
+        judge_weights=tables.judge_weights,
+    )  # fmt: skip
+    record = np.zeros((), TABLE)
+    record["count"] = levels
+    ctypes.memmove(decide.table, record.tobytes(), TABLE.itemsize)
+    run(unit.decide, decide, HEADS * levels)
+    for h in range(HEADS):
+        for level in range(levels):
+            found = verdicts["measures"]["error"][h, level]
+            if slots["head"][h, 0, level] < 0:
+                assert np.isinf(found)
+                continue
+            away = []
+            for j, tile in enumerate(tables.judge_tiles):
+                group, row = tables.judge_groups[j], int(tile) * TILE
+                first = int(g.near_first(np.array([tile]))[0])
+                own = codes[h, group, :first] >= selections[h, group, level, 0]
+                chosen, near = np.flatnonzero(own), np.arange(first, row + TILE)
+                start = int(tables.judge_pool_first[h, j * levels + level])
+                at = slice(start, start + first // 64)
+                out, _ = attend(
+                    query[h, row : row + TILE], row,
+                    [
+                        (pool_key[at], pool_value[at], bias[at], None),
+                        (key[h // 2, chosen], value[h // 2, chosen], 0.0, None),
+                        (key[h // 2, near], value[h // 2, near], 0.0, near),
+                    ],
+                )  # fmt: skip
+                away.append(np.linalg.norm(out - exact[h, j * TILE :][:TILE], axis=1))
+            rms = np.sqrt(np.square(exact[h].astype(np.float64)).sum(1).mean())
+            expected = -np.sort(-np.concatenate(away))[spare] / rms
+            assert found == pytest.approx(expected, rel=1e-3), (h, level)
