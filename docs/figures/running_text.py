@@ -25,7 +25,6 @@ PAGES = (
     "docs/explanation/report.md",
     "docs/benchmarks/ablations.md",
 )
-BENCH = ROOT / "docs/benchmarks/bench.json"
 BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 OURS = "dense"
 
@@ -135,35 +134,11 @@ def _cell(point: Point | None) -> str:
     return f"{point.speed:.2f}; {point.error:.3f}, {point.worst:.3f}"
 
 
-def bench(_: Report) -> str:
-    """Everybody of the page of `adaattn bench`: speed beside cuDNN, error of the worst head."""
-    report = json.loads(BENCH.read_text(encoding="utf-8"))
-    cells, base = report["cells"], "torch cuDNN"
-    heads = [f"{cell['shape']['len_kv'] // 1024}k tokens" for cell in cells]
-    rows = ["| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(cells)]
-    for name in dict.fromkeys(name for cell in cells for name in cell["contenders"]):
-        row = [name]
-        for cell in cells:
-            entry, own = (cell["contenders"].get(n, {}) for n in (name, base))
-            if "ms" in entry and "ms" in own:
-                speed = own["ms"]["median"] / entry["ms"]["median"]
-                row.append(f"{speed:.2f}; {max(entry['errors']['rows']):.3f}")
-            else:
-                row.append("-")
-        rows.append(f"| {' | '.join(row)} |")
-    absent = dict.fromkeys(name for cell in cells for name in cell["absent"])
-    missing = [n for n in absent if not any("ms" in c["contenders"].get(n, {}) for c in cells)]
-    if missing:
-        rows += ["", f"Not run: {', '.join(missing)}."]
-    return "\n".join(rows)
-
-
 WRITERS: dict[str, Callable[[Report], str]] = {
     "sentence": sentence,
     "by_length": by_length,
     "peers": peers,
     "carried": carried,
-    "bench": bench,
     "ablations": lambda _: ablations.table(),
 }
 
