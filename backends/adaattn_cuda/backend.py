@@ -10,7 +10,7 @@ on the caller's stream, and returns. It neither waits for the device nor copies 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -22,22 +22,19 @@ from adaattn_core.deciding import Adapted
 from adaattn_core.decoding import DevicePages
 from adaattn_core.errors import UnsupportedError
 from adaattn_core.facts import RawResult, RowErrors, RunFacts
-from adaattn_core.formats import get_format
 from adaattn_core.mask import Mask
-from adaattn_core.plan import HeadPlan, Plan
+from adaattn_core.plan import Plan
 from adaattn_core.policies.table import DecisionTable
 from adaattn_core.problem import AttentionProblem, HeadIndex
-from adaattn_core.structure import BlockSparse, Landmark
 from adaattn_cuda import paged
 from adaattn_cuda.adaptive import SIZES, AdaptiveCalls
 from adaattn_cuda.backward import attention_backward
 from adaattn_cuda.device import driver
 from adaattn_cuda.device.launch import Launch
 from adaattn_cuda.device.library import library_of
-from adaattn_cuda.device.views import ArrayView, contiguous, view
+from adaattn_cuda.device.views import contiguous, view
 from adaattn_cuda.dispatch import (
     input_views,
-    make_launch,
     make_task,
     mask_key,
     mask_views,
@@ -45,29 +42,19 @@ from adaattn_cuda.dispatch import (
 )
 from adaattn_cuda.facts import LazyFacts
 from adaattn_cuda.forward import attention_forward
+from adaattn_cuda.groups import STRUCTURES, HeadGroups
 from adaattn_cuda.jit.toolchain import nvrtc_version
 from adaattn_cuda.kernels import sm80_attn_fwd as sm80
 from adaattn_cuda.kernels.listed import Kept, ListedLaunch
-from adaattn_cuda.kernels.sm90_attn_fwd_8bit import EightBitLaunch
 from adaattn_cuda.kernels.smxx_exact_rows import oracle_upper, row_figures
 from adaattn_cuda.kernels.smxx_operand_norms import FactsPlan, RowFacts
-from adaattn_cuda.kernels.smxx_probe import Allocate
-from adaattn_cuda.kernels.task import Arrays, BlockHeads, Recipe, addresses
+from adaattn_cuda.kernels.task import Recipe
 from adaattn_cuda.quantised import QuantisedRun
 from adaattn_cuda.recent import Recent
-from adaattn_cuda.sampled import FarRun, chosen_blocks, run_landmarks
+from adaattn_cuda.sampled import FarRun
+from adaattn_cuda.starts import LAYOUTS_REMEMBERED, Started, Starts, allocator
 
 __all__ = ["CudaBackend"]
-
-_LAYOUTS_REMEMBERED = 256
-_PLANS_REMEMBERED = 32
-STRUCTURES = ("dense", "block_sparse", "landmark")
-Groups = dict[Recipe, tuple[HeadIndex, ...] | None]
-"""How -> the heads that run so; None stands for all of them."""
-Started = tuple[Launch | FarRun, QuantisedRun | None, tuple[HeadIndex, ...] | None]
-"""A launch, the scales of 8-bit operands, and its heads; None stands for all of them."""
-FLUSH_KEYS = 256
-"""Keys after which 8-bit kernels add partial sums of P V to float32."""
 
 
 class CudaBackend:
@@ -77,10 +64,9 @@ class CudaBackend:
 
     def __init__(self) -> None:
         driver.load_driver()
-        self._launches: Recent[Launch] = Recent(_LAYOUTS_REMEMBERED)
-        self._facts: Recent[FactsPlan] = Recent(_LAYOUTS_REMEMBERED)
-        self._groups: Recent[tuple[Plan, Groups]] = Recent(_PLANS_REMEMBERED)
-        self._blocks: Recent[BlockHeads] = Recent(_PLANS_REMEMBERED)
+        self._groups = HeadGroups()
+        self._starts = Starts()
+        self._facts: Recent[FactsPlan] = Recent(LAYOUTS_REMEMBERED)
         self._last = threading.local()
         self._adaptive = AdaptiveCalls()
         self._paged = paged.PagedRuns()
@@ -187,10 +173,14 @@ class CudaBackend:
             out, lse, written = library.outputs((*rows, dim_v), problem.dtype, problem.query)
             out_view = contiguous(written[0], (*rows, dim_v), query.dtype, device)
             lse_view = contiguous(written[1], rows, "f32", device)
-            groups = self._groups_of(plan) if heads is None else self._group(plan, heads)
+            groups = (
+                self._groups.of_plan(plan)
+                if heads is None
+                else self._groups.of_heads(plan, heads)
+            )
         else:
             out_view, lse_view = view(into.out), view(into.lse)
-            groups = self._group(plan, plan.heads if heads is None else heads)
+            groups = self._groups.of_heads(plan, plan.heads if heads is None else heads)
         masks = mask_views(problem.mask, (*rows, problem.len_kv), query.device)
         sinks = sink_view(problem)
         arrays = (query, key, value, out_view, lse_view, *masks)
@@ -205,13 +195,15 @@ class CudaBackend:
         ran_dense: set[HeadIndex] = set()
         for recipe, own in groups.items():
             if recipe.sampled:
-                found, odd = self._look(problem, plan, arrays, sinks, recipe, own, stream)
+                found, odd = self._starts.chosen(
+                    problem, plan, arrays, sinks, recipe, own, stream
+                )
                 started += found
                 ran_dense |= odd
                 if not odd:
                     continue
                 recipe, own = recipe._replace(sampled=False), tuple(sorted(odd))
-            one = self._start(problem, arrays, sinks, layout, recipe, own, stream)
+            one = self._starts.one(problem, arrays, sinks, layout, recipe, own, stream)
             started.append((*one, own))
         launches = [launch for launch, _, _ in started]
         self._last.launches = [launch for launch in launches if not isinstance(launch, FarRun)]
@@ -260,7 +252,7 @@ class CudaBackend:
         plain = Recipe(problem.dtype, problem.dtype)
         task = make_task(problem, arrays, plain, None, sinks)
         stream = library_of(problem.query).stream(query.device)
-        found = row_figures(task, rows, self._allocator(problem), stream)
+        found = row_figures(task, rows, allocator(problem), stream)
         errors = {}
         for index, figures in found.items():
             facts = raw.facts[index]
@@ -395,155 +387,3 @@ class CudaBackend:
     def last_launches(self) -> tuple[Launch, ...]:
         """Return what this thread's last run started, ready for other addresses."""
         return tuple(getattr(self._last, "launches", ()))
-
-    # -- pieces of run ------------------------------------------------------------------------
-    def _start(
-        self,
-        problem: AttentionProblem,
-        arrays: Arrays,
-        sinks: ArrayView | None,
-        layout: Hashable,
-        recipe: Recipe,
-        heads: tuple[HeadIndex, ...] | None,
-        stream: int,
-    ) -> tuple[Launch, QuantisedRun | None]:
-        lse, allowed, bias = arrays[4:]
-        known_by = (
-            layout,
-            lse[1:],
-            allowed[1:] if allowed else None,
-            bias[1:] if bias else None,
-            (problem.scale, recipe, heads, problem.softcap, sinks is None),
-        )
-        launch = self._launches.get(known_by)
-        if launch is None:
-            launch = make_launch(problem, arrays, recipe, heads, stream, sinks)  # may compile
-            self._launches.put(known_by, launch)
-        library = library_of(problem.query)
-        # Asked for as floats: allocators align far beyond what is needed.
-        scratch = [
-            library.empty((-(-size // 4),), "f32", problem.query)
-            for size in launch.scratch_bytes
-        ]
-        places = tuple(map(library.pointer, scratch))
-        launch.start((*addresses(arrays, sinks), *places), lse.device, stream)
-        if isinstance(launch, EightBitLaunch):
-            return launch, launch.quantised(scratch[-1], places[-1])
-        return launch, None
-
-    def _look(
-        self,
-        problem: AttentionProblem,
-        plan: Plan,
-        arrays: Arrays,
-        sinks: ArrayView | None,
-        recipe: Recipe,
-        heads: tuple[HeadIndex, ...] | None,
-        stream: int,
-    ) -> tuple[list[Started], set[HeadIndex]]:
-        """Run heads whose structures are chosen from sampled rows; also return odd ones.
-
-        Odd are heads whose sampled rows saw NaN or Inf: nothing of them has run.
-        """
-        allocate = self._allocator(problem)
-        index = tuple(plan.heads if heads is None else heads)
-        plain = recipe._replace(sampled=False)
-        task = make_task(problem, arrays, plain, index, sinks)
-        blocks, far = {}, {}
-        for i in index:
-            structure = plan[i].structure
-            if isinstance(structure, BlockSparse):
-                blocks[i] = structure
-            elif isinstance(structure, Landmark):
-                far[i] = structure
-        started: list[Started] = []
-        given, odd = chosen_blocks(task, blocks, plan.seed, allocate, stream)
-        if given:
-            recipe = plain._replace(blocks=BlockHeads(given))
-            launch = make_launch(problem, arrays, recipe, tuple(given), stream, sinks)
-            launch.start(addresses(arrays, sinks), task.query.device, stream)
-            started.append((launch, None, tuple(given)))
-        runs, lost = run_landmarks(task, far, plan.seed, allocate, stream)
-        started += [(run, None, run.heads()) for run in runs]
-        return started, odd | lost
-
-    def _allocator(self, problem: AttentionProblem) -> Allocate:
-        """Return what allocates bytes beside a problem's arrays."""
-        library = library_of(problem.query)
-
-        def allocate(size_bytes: int) -> tuple[Any, int]:
-            made = library.empty((max(-(-size_bytes // 4), 4),), "f32", problem.query)
-            return made, library.pointer(made)
-
-        return allocate
-
-    def _groups_of(self, plan: Plan) -> Groups:
-        """Return the groups of a plan, remembered for as long as the plan is used again."""
-        known = self._groups.get(id(plan))
-        if known is not None and known[0] is plan:
-            return known[1]
-        groups = self._group(plan, plan.heads)
-        if len(groups) == 1 and not any(r.blocks or r.sampled for r in groups):
-            groups = dict.fromkeys(groups)
-        self._groups.put(id(plan), (plan, groups))
-        return groups
-
-    def _group(self, plan: Plan, heads: Collection[HeadIndex]) -> Groups:
-        """Heads by how they run; raises for what is not done here."""
-        groups: dict[Recipe, list[HeadIndex]] = {}
-        given: dict[Recipe, dict[HeadIndex, BlockSparse]] = {}
-        for index in heads:
-            head: HeadPlan = plan[index]
-            structure = head.structure
-            if isinstance(structure, BlockSparse) and structure.blocks is not None:
-                given.setdefault(_recipe(head), {})[index] = structure
-            elif structure.kind in STRUCTURES:
-                recipe = _recipe(head)._replace(sampled=structure.kind != "dense")
-                groups.setdefault(recipe, []).append(index)
-            else:
-                raise UnsupportedError(
-                    got=f"structure {structure.kind} for sequence {index[0]}, head {index[1]}",
-                    needed=f"one of {', '.join(STRUCTURES)} on the GPU",
-                    do='plan with FixedPolicy(Dense(), ...), or use backend="numpy"',
-                    structure=structure.kind,
-                )
-        found: Groups = {recipe: tuple(chosen) for recipe, chosen in groups.items()}
-        for recipe, of in given.items():
-            found[recipe._replace(blocks=self._same_blocks(of))] = tuple(of)
-        return found
-
-    def _same_blocks(self, of: dict[HeadIndex, BlockSparse]) -> BlockHeads:
-        """Return blocks as one object, the same for equal ones while it is remembered."""
-        number = {id(structure): n for n, structure in enumerate(of.values())}
-        unique = {number[id(structure)]: structure for structure in of.values()}
-        key = (tuple(unique.items()), tuple((i, number[id(s)]) for i, s in of.items()))
-        known = self._blocks.get(key)
-        if known is None:
-            known = BlockHeads(of)
-            self._blocks.put(key, known)
-        return known
-
-
-def _recipe(head: HeadPlan) -> Recipe:
-    """Return what a kernel must know; of fields that a format does not use, the default."""
-    plain = Recipe(head.qk, head.pv)
-    if not (get_format(head.qk).is_quantised or get_format(head.pv).is_quantised):
-        return plain
-    wanted = (("scales", "tile"), ("rounding", "nearest"), ("flush_keys", FLUSH_KEYS))
-    for name, offered in wanted:
-        if getattr(head, name) != offered:
-            raise UnsupportedError(
-                got=f"{name}={getattr(head, name)!r} with formats {head.qk}, {head.pv}",
-                needed=f"{name}={offered!r} in 8 bits on the GPU",
-                do='leave it out, or use backend="numpy"',
-            )
-    if head.p_scale > get_format("e4m3").max_finite:
-        raise UnsupportedError(
-            got=f"p_scale={head.p_scale:g}",
-            needed="at most 448: larger weights would all become e4m3's largest number",
-            do='leave it out, or use backend="numpy"',
-        )
-    return plain._replace(
-        smooth_k=head.smooth_k if head.qk == "i8" else plain.smooth_k,
-        p_scale=head.p_scale if head.pv == "e4m3" else plain.p_scale,
-    )

@@ -21,7 +21,7 @@ from adaattn_core.problem import AttentionProblem
 from adaattn_core.structure import Landmark, ScoreSkip
 from adaattn_core.testing.oracles import exact_attention, rms_row_norm
 from adaattn_cuda import backend as backend_module
-from adaattn_cuda import dispatch
+from adaattn_cuda import dispatch, starts
 from adaattn_cuda.backend import CudaBackend
 from adaattn_cuda.device import driver
 from adaattn_cuda.device.views import ArrayView
@@ -121,6 +121,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaBackend]:
     monkeypatch.setattr(backend_module, "view", host_view)
     monkeypatch.setattr(dispatch, "view", host_view)
     monkeypatch.setattr(backend_module, "library_of", lambda array: HostLibrary())
+    monkeypatch.setattr(starts, "library_of", lambda array: HostLibrary())
     monkeypatch.setattr(dispatch.sm80, "Sm80Launch", Recorder)
     monkeypatch.setattr(backend_module, "RowFacts", HostRecords)
     monkeypatch.setattr(backend_module, "FactsPlan", lambda problem, *others: problem)

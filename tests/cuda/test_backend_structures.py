@@ -19,7 +19,7 @@ from adaattn_core.problem import AttentionProblem
 from adaattn_core.structure import BlockSparse, Dense, Landmark
 from adaattn_core.testing.oracles import exact_attention
 from adaattn_cuda import backend as backend_module
-from adaattn_cuda import dispatch
+from adaattn_cuda import dispatch, starts
 from adaattn_cuda.backend import CudaBackend
 from adaattn_cuda.device import driver
 from adaattn_reference.backend import NumpyBackend
@@ -77,6 +77,7 @@ def backend(monkeypatch: pytest.MonkeyPatch, kernels: Kernels) -> Iterator[CudaB
     monkeypatch.setattr(driver, "load_driver", lambda: None)
     monkeypatch.setattr(driver, "current_device", lambda: 0)
     monkeypatch.setattr(backend_module, "library_of", lambda array: _Library())
+    monkeypatch.setattr(starts, "library_of", lambda array: _Library())
     monkeypatch.setattr(backend_module, "RowFacts", _Records)
     monkeypatch.setattr(backend_module, "FactsPlan", lambda problem, *others: problem)
     monkeypatch.setattr(backend_module, "nvrtc_version", lambda: "13.0")
@@ -165,4 +166,4 @@ def test_equal_blocks_share_a_work_list(backend: CudaBackend) -> None:
     for _ in range(2):
         same = replace(GIVEN, blocks=tuple(tuple(row) for row in GIVEN.blocks or ()))
         backend.run(p, Plan.uniform(p, HeadPlan(structure=same)))
-    assert len(backend._launches) == 1
+    assert backend._starts.remembered == 1
