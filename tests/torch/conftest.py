@@ -19,6 +19,14 @@ ROUNDOFF = {
 }
 
 
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="gpu: PyTorch sees no CUDA device"))
+
+
 @pytest.fixture(autouse=True)
 def _fresh_warnings():
     forget_warnings()

@@ -33,8 +33,8 @@ ORACLE_SHARE = 0.2
 """Exact rows are computed in float32 where the theorem's bound on their own error is below this
 share of the errors that they show (of their 90% quantile), else in float64 ..."""
 ORACLE_SIZE = 0.01
-"""... unless it is below this share of their root-mean-square norm: nothing beside any budget
-that approximations can keep."""
+"""... unless it is below this share of their root-mean-square norm and below those errors:
+approximations show so much. Exact rows show less, and a budget may ask for that little."""
 SUM_KEYS = 512
 """Keys of one product P·V; products are added in float64."""
 STRETCHES = 8
@@ -69,7 +69,8 @@ def row_errors(
         errors = _compare(sequence, shifted, returned, exact, "f32")
         typical = float(np.quantile(errors.error, 0.9)) if len(rows[head]) else 0.0
         size = float(np.sqrt(np.mean(np.square(errors.exact_norm)))) if len(rows[head]) else 0.0
-        if errors.oracle_upper <= max(ORACLE_SHARE * typical, ORACLE_SIZE * size):
+        little = max(ORACLE_SHARE * typical, min(ORACLE_SIZE * size, typical))
+        if errors.oracle_upper <= little:
             found[head] = errors
     for head, chosen in rows.items():
         if head not in found:
