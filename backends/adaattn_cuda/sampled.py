@@ -18,8 +18,7 @@ from adaattn_core.errors import UnsupportedError
 from adaattn_core.problem import HeadIndex
 from adaattn_core.structure import BlockSparse, Landmark
 from adaattn_cuda.device import driver
-from adaattn_cuda.device.launch import kernel_of, upload
-from adaattn_cuda.jit.spec import KernelSpec
+from adaattn_cuda.device.launch import start_once, upload
 from adaattn_cuda.kernels import sm80_attn_fwd as sm80
 from adaattn_cuda.kernels import sm90_attn_fwd_f16 as sm90
 from adaattn_cuda.kernels import smxx_probe as kernels
@@ -374,7 +373,9 @@ def _attend(
         )
         packed.bias, packed.squares = bias, squares[1]
         packed.squares_head, packed.squares_batch = strides, strides * task.query.shape[1]
-        _launch(tile.spec(task.query.dtype), tile.threads, packed, listed.grid, device, stream)
+        start_once(
+            tile.spec(task.query.dtype), tile.threads, packed, listed.grid, device, stream
+        )
         return tile.spec(task.query.dtype).name, tile.tile_n, (listed, squares)
     chosen = sm80.specialisation(task, facts.arch, listed=True)
     spec = chosen.spec(facts.arch)
@@ -385,18 +386,8 @@ def _attend(
     for place, (_, key_at, value_at) in zip(params.further, further, strict=True):
         place.key, place.value = key_at, value_at
     sm80.place(params, (*pointers, 0, 0))
-    _launch(spec, chosen.threads, params, listed.grid, device, stream)
+    start_once(spec, chosen.threads, params, listed.grid, device, stream)
     return spec.name, chosen.tile_n, listed
-
-
-def _launch(
-    spec: KernelSpec, threads: int, block: Any, grid: int, device: int, stream: int
-) -> None:
-    if not grid:
-        return
-    kernel = kernel_of(spec, threads, stream)
-    kernel.prepare(device)
-    driver.Call(kernel, block, grid, stream).start(device)
 
 
 def _matrices(

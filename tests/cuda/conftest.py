@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from adaattn_cuda.device import driver
 from adaattn_cuda.jit.toolchain import nvrtc_version
 
 sys.path.insert(0, str(Path(__file__).parent / "emulation"))
+from far_on_cpu import far_library
 from kernels_on_cpu import Kernels
 from sm80_on_cpu import Emulator
 
@@ -77,3 +79,9 @@ def emulator(cxx: str, tmp_path_factory: pytest.TempPathFactory) -> Emulator:
 def kernels(cxx: str, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     """Any kernel of every GPU's on a CPU; a specialisation is compiled once for all tests."""
     return Kernels(cxx, tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture(scope="session")
+def far_unit(cxx: str, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The planning kernels on a CPU, compiled once for all tests."""
+    return far_library(cxx, tmp_path_factory.mktemp("far"))

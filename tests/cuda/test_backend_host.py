@@ -3,14 +3,19 @@ it."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+from backend_on_host import (
+    NAMES,
+    Recorder,
+    host_backend,
+    host_view,
+    problem,
+)
 
 from adaattn_core import ErrorBudget, attention
 from adaattn_core.backend import Backend, Forwards, Measures, Samples
@@ -19,125 +24,17 @@ from adaattn_core.mask import Mask
 from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.problem import AttentionProblem
 from adaattn_core.structure import Landmark, ScoreSkip
-from adaattn_core.testing.oracles import exact_attention, rms_row_norm
 from adaattn_cuda import backend as backend_module
-from adaattn_cuda import dispatch, starts
+from adaattn_cuda import dispatch
 from adaattn_cuda.backend import CudaBackend
 from adaattn_cuda.device import driver
 from adaattn_cuda.device.views import ArrayView
-from adaattn_cuda.facts import kernel_arithmetic
 from adaattn_cuda.kernels.task import Task
-
-NAMES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "bool": "bool"}
-
-
-class HostLibrary:
-    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
-        made = np.full(shape, 7, np.float32 if dtype == "f32" else like.dtype)
-        HostRecords.outputs[made.ctypes.data] = made
-        return made
-
-    def outputs(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
-        out, lse = self.empty(shape, dtype, like), self.empty(shape[:3], "f32", like)
-        return out, lse, (self.pointer(out), self.pointer(lse))
-
-    def stream(self, device: int) -> int:
-        return 99
-
-    def layout(self, array: Any) -> Any:
-        return array.shape, array.strides, str(array.dtype)
-
-    def pointer(self, array: Any) -> int:
-        return int(array.ctypes.data)
-
-
-class Recorder:
-    """Stands in for `Sm80Launch`."""
-
-    made: list[Task]
-    started: list[tuple[tuple[int, ...], int, int]]
-
-    workspace_bytes = 8
-    step_keys = 64
-    scratch_bytes = ()
-
-    def __init__(self, task: Task, stream: int) -> None:
-        self.name = f"kernel of {task.qk}/{task.pv}"
-        Recorder.made.append(task)
-
-    def start(self, pointers: tuple[int, ...], device: int, stream: int) -> None:
-        Recorder.started.append((pointers, device, stream))
-
-
-class HostRecords:
-    """Stands in for `RowFacts`: the same figures, of whatever the arrays hold when read."""
-
-    workspace_bytes = 1000
-
-    def __init__(
-        self, plan: Any, arrays: Any, masks: Any, like: Any, library: Any, stream: int
-    ):
-        self.problem, self.out = plan, HostRecords.outputs[arrays[3].pointer]
-
-    outputs: ClassVar[dict[int, Any]] = {}
-
-    def read(self) -> list[Any]:
-        p = self.problem
-        return [figures(x) for x in (p.query, p.key, p.value)] + [
-            np.pad(
-                (self.out.astype(np.float64) ** 2).sum((2, 3))[..., None],
-                ((0, 0), (0, 0), (0, 4)),
-            )
-        ]
-
-
-def figures(x: Any) -> Any:
-    """A NumPy model of smxx_operand_norms on (batch, heads, len, dim)."""
-    wide = x.astype(np.float64)
-    good = np.isfinite(wide).all(-1)
-    wide = np.where(good[..., None], wide, 0)
-    tf32 = wide.astype(np.float32).view(np.uint32)
-    kept = (
-        wide,
-        wide - wide.astype(ml_dtypes.bfloat16).astype(np.float64),
-        wide - np.clip(wide, -65504, 65504).astype(np.float16).astype(np.float64),
-        wide - ((tf32 + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32),
-        (wide - wide.sum(2, keepdims=True) / max(wide.shape[2], 1)) * good[..., None],
-    )
-    return np.stack([(part**2).sum(-1).max(-1, initial=0) for part in kept], axis=-1)
-
-
-def host_view(x: Any) -> ArrayView:
-    strides = tuple(s // x.dtype.itemsize for s in x.strides)
-    return ArrayView(x.ctypes.data, x.shape, strides, NAMES[str(x.dtype)], 0)
 
 
 @pytest.fixture
-def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaBackend]:
-    facts = driver.DeviceFacts("a card", "sm_80", 108, 166912)
-    monkeypatch.setattr(driver, "load_driver", lambda: None)
-    monkeypatch.setattr(driver, "device_facts", lambda device: facts)
-    monkeypatch.setattr(driver, "current_device", lambda: -1)
-    monkeypatch.setattr(backend_module, "view", host_view)
-    monkeypatch.setattr(dispatch, "view", host_view)
-    monkeypatch.setattr(backend_module, "library_of", lambda array: HostLibrary())
-    monkeypatch.setattr(starts, "library_of", lambda array: HostLibrary())
-    monkeypatch.setattr(dispatch.sm80, "Sm80Launch", Recorder)
-    monkeypatch.setattr(backend_module, "RowFacts", HostRecords)
-    monkeypatch.setattr(backend_module, "FactsPlan", lambda problem, *others: problem)
-    monkeypatch.setattr(backend_module, "nvrtc_version", lambda: "13.5")
-    Recorder.made, Recorder.started = [], []
-    return CudaBackend()
-
-
-def problem(
-    dtype: Any = np.float32, mask: Mask | None = None, len_q: int = 40, heads: int = 2
-) -> AttentionProblem:
-    rng = np.random.default_rng(0)
-    shapes = ((1, heads, len_q, 16), (1, 1, 50, 16), (1, 1, 50, 24))
-    return AttentionProblem.from_arrays(
-        *(rng.standard_normal(shape).astype(dtype) for shape in shapes), mask=mask
-    )
+def backend(monkeypatch: pytest.MonkeyPatch) -> CudaBackend:
+    return host_backend(monkeypatch)
 
 
 def test_it_is_a_backend(backend: CudaBackend) -> None:
@@ -390,84 +287,3 @@ def test_hopper_takes_8_bits_by_name_and_nothing_by_halves(
     empty = problem(ml_dtypes.bfloat16, len_q=0)
     backend.run(empty, Plan.uniform(empty, one))
     assert [(task.qk, task.pv) for task in Recorder.made] == [("bf16", "bf16")]
-
-
-# --- facts ---
-@pytest.mark.parametrize(("step_keys", "keys"), [(16, 16), (64, 32), (176, 32)])
-def test_the_kernels_state_their_arithmetic(
-    backend: CudaBackend, monkeypatch: pytest.MonkeyPatch, step_keys: int, keys: int
-) -> None:
-    """In fields of its own: steps, scores, sums, exponentials; a repaired row takes 32 keys."""
-    monkeypatch.setattr(Recorder, "step_keys", step_keys)
-    p = problem()
-    raw = backend.run(p, Plan.uniform(p, HeadPlan()))
-    raw.out[...] = 1.0
-    facts = raw.facts[0, 0]
-    assert (facts.score_residual_upper, facts.dropped_mass_upper) == (0, 0)
-    said = facts.arithmetic
-    assert said.step_keys == keys
-    assert said.exp_rel_upper == 2.0**-22
-    assert said.score_rel_upper == (p.dim_qk / 8 + 8) * 2.0**-22 + 2.0**-21
-    assert said.sum_rel_upper == (32 + 50 / (2 * keys)) * 2.0**-22 + 2.0**-21
-    narrow = kernel_arithmetic("bf16", "bf16", 64, 4096, 32)
-    assert narrow.score_rel_upper == 16 * 2.0**-22
-    assert narrow.sum_rel_upper == (4096 / 8 + 16) * 2.0**-22
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_facts_are_upper_bounds_and_read_late(backend: CudaBackend, dtype: Any) -> None:
-    p = problem(dtype, mask=Mask.causal("bottom_right"))
-    name = NAMES[str(np.dtype(dtype))]
-    raw = backend.run(p, Plan.uniform(p, HeadPlan(qk=name, pv=name)))
-    raw.out[...] = exact_attention(p).out.astype(dtype)  # what the kernel would have written
-    facts = raw.facts[0, 1]
-    for array, norm, residual in (
-        (p.query[0, 1], facts.query_norm_upper, facts.query_residual_upper),
-        (p.key[0, 0], facts.key_norm_upper, facts.key_residual_upper),
-        (p.value[0, 0], facts.value_norm_upper, facts.value_residual_upper),
-    ):
-        true = np.linalg.norm(array.astype(np.float64), axis=-1).max()
-        assert true <= norm <= 1.001 * true
-        assert residual <= 1e-30 * norm, "operands are exact"
-    assert facts.keys_max == 50
-    size = rms_row_norm(raw.out[0, 1].astype(np.float64))
-    assert 0.999 * size <= facts.output_rms <= size
-    assert set(dict(raw.facts)) == {(0, 0), (0, 1)}
-
-
-@pytest.mark.parametrize(("name", "bits"), [("tf32", 11), ("bf16", 8), ("f16", 11)])
-def test_residuals_of_narrower_operands(backend: CudaBackend, name: str, bits: int) -> None:
-    p = problem()
-    raw = backend.run(p, Plan.uniform(p, HeadPlan(qk=name, pv=name)))
-    raw.out[...] = 1.0
-    facts = raw.facts[0, 0]
-    norm = facts.query_norm_upper
-    assert 2.0 ** -(bits + 3) * norm < facts.query_residual_upper <= 2.0**-bits * norm
-
-
-def test_facts_of_values_that_are_not_finite(backend: CudaBackend) -> None:
-    p = problem()
-    p.value[0, 0, 3, 3] = math.nan
-    raw = backend.run(p, Plan.uniform(p, HeadPlan()))
-    raw.out[0, 0] = math.nan
-    raw.out[0, 1] = 1.0
-    assert raw.facts[0, 0].nonfinite
-    assert not raw.facts[0, 1].nonfinite
-    assert math.isfinite(raw.facts[0, 1].value_norm_upper)
-
-
-def test_facts_of_escalated_heads_are_measured_again(backend: CudaBackend) -> None:
-    p = problem()
-    plan = Plan.uniform(p, HeadPlan(qk="bf16", pv="bf16"))
-    raw = backend.run(p, plan)
-    raw.out[...] = 1.0
-    before = raw.facts[0, 1].query_residual_upper
-    backend.run(p, plan.with_heads({(0, 1): HeadPlan()}), heads=[(0, 1)], into=raw)
-    assert raw.facts[0, 1].query_residual_upper < 1e-30 < before
-    assert raw.facts[0, 0].query_residual_upper == pytest.approx(before, rel=0.5)
-
-
-def test_facts_of_an_empty_additive_mask(backend: CudaBackend) -> None:
-    p = problem(mask=Mask.additive(np.zeros((0, 50), np.float32)), len_q=0)
-    raw = backend.run(p, Plan.uniform(p, HeadPlan()))
-    assert raw.facts[0, 0].bias_max_abs == 0

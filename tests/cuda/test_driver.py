@@ -13,7 +13,7 @@ import pytest
 from adaattn_core.errors import AdaAttnError, BackendUnavailableError, UnsupportedError
 from adaattn_cuda import plugin
 from adaattn_cuda.device import driver
-from adaattn_cuda.device.launch import kernel_of
+from adaattn_cuda.device.launch import kernel_of, start_once
 from adaattn_cuda.jit.spec import KernelSpec
 
 
@@ -130,6 +130,12 @@ def test_nothing_is_loaded_during_a_capture(library: Library) -> None:
     library.capturing = True
     with pytest.raises(UnsupportedError, match="CUDA-graph capture"):
         kernel_of(KernelSpec("never_loaded", (), 0, "sm_90a"), 128, 99)
+
+
+def test_a_grid_without_blocks_starts_nothing(library: Library) -> None:
+    """The driver refuses it, and nothing is compiled for it."""
+    start_once(KernelSpec("never_compiled", (), 0, "sm_90a"), 128, None, 0, 0, 0)
+    assert not library.log
 
 
 @pytest.mark.parametrize(

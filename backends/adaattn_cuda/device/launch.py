@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from adaattn_core.errors import UnsupportedError
 from adaattn_cuda.device import driver
@@ -12,7 +12,15 @@ from adaattn_cuda.jit.compile import build
 from adaattn_cuda.jit.spec import KernelSpec
 from adaattn_cuda.work.records import WorkList
 
-__all__ = ["BackwardLaunch", "DeviceWork", "Launch", "kernel_of", "refuse_capture", "upload"]
+__all__ = [
+    "BackwardLaunch",
+    "DeviceWork",
+    "Launch",
+    "kernel_of",
+    "refuse_capture",
+    "start_once",
+    "upload",
+]
 
 
 class Launch(Protocol):
@@ -60,6 +68,23 @@ def kernel_of(spec: KernelSpec, threads: int, stream: int) -> driver.Kernel:
             refuse_capture(stream, "loads its kernels")
             _kernels[spec] = driver.Kernel(build(spec).cubin, spec.smem_bytes, threads)
         return _kernels[spec]
+
+
+def start_once(
+    spec: KernelSpec, threads: int, block: Any, grid: int, device: int, stream: int
+) -> None:
+    """Start a kernel on a parameter block, once; a grid of no blocks starts nothing.
+
+    Raises
+    ------
+    UnsupportedError
+        As `kernel_of`.
+    """
+    if not grid:
+        return
+    kernel = kernel_of(spec, threads, stream)
+    kernel.prepare(device)
+    driver.Call(kernel, block, grid, stream).start(device)
 
 
 def refuse_capture(stream: int, what: str) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from adaattn_core.problem import HeadIndex
 from adaattn_cuda.device import driver
-from adaattn_cuda.device.launch import kernel_of
+from adaattn_cuda.device.launch import start_once
 from adaattn_cuda.jit.spec import KernelSpec
 from adaattn_cuda.kernels.sm80_attn_fwd import BIAS_TYPES
 from adaattn_cuda.kernels.smxx_probe import Allocate
@@ -110,7 +109,7 @@ def row_figures(
                 if axis != "key" or name in ("allowed", "bias"):
                     setattr(block, f"{name}_{axis}", step)
     chosen = spec(task.query.dtype, driver.device_facts(device).arch)
-    _start(chosen, THREADS, block, len(table), device, stream)
+    start_once(chosen, THREADS, block, len(table), device, stream)
     read = np.frombuffer(driver.read(at, 16 * len(table), device), np.float64).reshape(-1, 2)
     del figures
     found, first = {}, 0
@@ -139,11 +138,3 @@ def oracle_upper(dim_qk: int, keys: int, score_max: float, value_norm: float) ->
     unit = 2.0**-52
     relative = 4 * (dim_qk + 16) * unit * score_max + 4 * (keys + 64) * unit
     return 2 * value_norm * relative
-
-
-def _start(
-    chosen: KernelSpec, threads: int, block: Any, grid: int, device: int, stream: int
-) -> None:
-    kernel = kernel_of(chosen, threads, stream)
-    kernel.prepare(device)
-    driver.Call(kernel, block, grid, stream).start(device)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from adaattn_core.problem import SequenceSpan
 from adaattn_cuda.device import driver
-from adaattn_cuda.device.launch import kernel_of
+from adaattn_cuda.device.launch import start_once
 from adaattn_cuda.device.views import ArrayView
 from adaattn_cuda.jit.spec import KernelSpec
 from adaattn_cuda.kernels.sm80_attn_fwd import BIAS_TYPES
@@ -238,7 +238,7 @@ def ask(task: Task, asked: Sequence[Asked], allocate: Allocate, stream: int) -> 
     arch = driver.device_facts(device).arch
     for step in (0, 1):
         spec = probe_spec(query.dtype, step, arch)
-        _start(spec, PROBE_THREADS, block, count * splits, device, stream)
+        start_once(spec, PROBE_THREADS, block, count * splits, device, stream)
     found = np.frombuffer(driver.read(mass_at, 4 * count * stride, device), np.float32)
     sums = np.frombuffer(driver.read(lse_at, 4 * count * rows, device), np.float32)
     at = {
@@ -261,7 +261,7 @@ def pool(task: Task, block: Pool, count: int, stream: int) -> None:
     block.scale = task.scale
     _set_strides(block, query=task.query, key=task.key, value=task.value)
     spec = pool_spec(task.query.dtype, driver.device_facts(device).arch)
-    _start(spec, POOL_THREADS, block, count * block.pools_most, device, stream)
+    start_once(spec, POOL_THREADS, block, count * block.pools_most, device, stream)
 
 
 def gather(
@@ -275,20 +275,10 @@ def gather(
     )  # fmt: skip
     _set_strides(block, key=task.key, value=task.value)
     spec = gather_spec(task.key.item_bytes, driver.device_facts(device).arch)
-    _start(spec, GATHER_THREADS, block, -(-count // GATHER_ROWS), device, stream)
+    start_once(spec, GATHER_THREADS, block, -(-count // GATHER_ROWS), device, stream)
 
 
 def _set_strides(block: Any, **arrays: ArrayView) -> None:
     for name, array in arrays.items():
         for axis, step in zip(_AXES, array.strides, strict=False):
             setattr(block, f"{name}_{axis}", step)
-
-
-def _start(
-    spec: KernelSpec, threads: int, block: Any, grid: int, device: int, stream: int
-) -> None:
-    if not grid:
-        return
-    kernel = kernel_of(spec, threads, stream)
-    kernel.prepare(device)
-    driver.Call(kernel, block, grid, stream).start(device)

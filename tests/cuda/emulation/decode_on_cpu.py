@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import math
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from units import library
 
-import adaattn_kernels_cu as kernels
 from adaattn_core.paged import PagedKV
 from adaattn_core.pages import Pages
 from adaattn_core.testing.paged import PagedSpec
@@ -55,24 +53,7 @@ class DecodeEmulator:
         arguments = ", ".join(cpp(t) for t in chosen.spec("sm_90a").traits)
         traits = f"adaattn::smxx_attn_decode::Traits<{arguments}>"
         unit = _UNIT.format(traits=traits, smem_bytes=chosen.smem_bytes)
-        stem = self._folder / hashlib.sha256(unit.encode()).hexdigest()[:16]
-        built = stem.with_suffix(".so")
-        if not built.exists():
-            stem.with_suffix(".cpp").write_text(unit)
-            # The emulation shadows the shipped instruction headers: it must come first.
-            paths = ["-I", str(Path(__file__).parent), "-I", str(kernels.root())]
-            warnings = ["-Wall", "-Werror", "-Wno-unknown-pragmas"]
-            flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=off", *warnings]
-            command = [
-                self._cxx,
-                *flags,
-                *paths,
-                str(stem.with_suffix(".cpp")),
-                "-o",
-                str(built),
-            ]
-            subprocess.run(command, check=True, timeout=120)
-        return ctypes.CDLL(str(built))
+        return library(self._cxx, self._folder, unit)
 
     def run(
         self, spec: PagedSpec, chosen: Specialisation, splits: int, lam: float = 0.0,

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from units import library
 
-import adaattn_kernels_cu as kernels
 from adaattn_cuda import sampled
-from adaattn_cuda.device import driver
+from adaattn_cuda.device import driver, launch
 from adaattn_cuda.device.launch import DeviceWork
 from adaattn_cuda.jit.spec import KernelSpec, cpp
-from adaattn_cuda.kernels import listed, sm80_attn_fwd, smxx_exact_rows, smxx_probe
+from adaattn_cuda.kernels import listed, sm80_attn_fwd
 
 _UNIT = """\
 #include "cuda_words.h"
@@ -54,18 +52,7 @@ class Kernels:
             header=spec.header, stem=spec.stem, params=spec.params or "Params",
             arguments=", ".join(cpp(t) for t in spec.traits), smem_bytes=spec.smem_bytes,
         )  # fmt: skip
-        stem = self._folder / hashlib.sha256(unit.encode()).hexdigest()[:16]
-        built = stem.with_suffix(".so")
-        if not built.exists():
-            stem.with_suffix(".cpp").write_text(unit)
-            emulation = Path(__file__).parent
-            paths = ["-I", str(emulation), "-I", str(kernels.root())]
-            warnings = ["-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-variable"]
-            flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=off", *warnings]
-            source = str(stem.with_suffix(".cpp"))
-            command = [self._cxx, *flags, *paths, source, "-o", str(built)]
-            subprocess.run(command, check=True, timeout=120)
-        return ctypes.CDLL(str(built))
+        return library(self._cxx, self._folder, unit)
 
     def run(self, spec: KernelSpec, threads: int, block: Any, grid: int, *_: Any) -> None:
         """Run a launch to its end."""
@@ -126,7 +113,7 @@ def play_device(monkeypatch: pytest.MonkeyPatch, found: Kernels, arch: str) -> N
     monkeypatch.setattr(driver, "is_capturing", lambda stream: False)
     for module in (sampled, listed):
         monkeypatch.setattr(module, "upload", upload)
-    for module in (sampled, listed, sm80_attn_fwd, smxx_probe, smxx_exact_rows):
+    for module in (launch, listed, sm80_attn_fwd):
         monkeypatch.setattr(
             module, "kernel_of", lambda spec, threads, stream: _Kernel(found, spec)
         )

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
+from units import library
 
-import adaattn_kernels_cu as kernels
 from adaattn_core.mask import Mask
 from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_cuda.device.views import ArrayView, broadcast
@@ -65,25 +63,7 @@ class Emulator:
             params = "RuledParams"
         params = chosen.spec("sm_80").params or params
         unit = _UNIT.format(traits=traits, params=params, smem_bytes=chosen.smem_bytes)
-        stem = self._folder / hashlib.sha256(unit.encode()).hexdigest()[:16]
-        built = stem.with_suffix(".so")
-        if not built.exists():
-            stem.with_suffix(".cpp").write_text(unit)
-            emulation = Path(__file__).parent
-            # The emulation shadows the shipped instruction header: it must come first.
-            paths = ["-I", str(emulation), "-I", str(kernels.root())]
-            warnings = ["-Wall", "-Werror", "-Wno-unknown-pragmas"]
-            flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=off", *warnings]
-            command = [
-                self._cxx,
-                *flags,
-                *paths,
-                str(stem.with_suffix(".cpp")),
-                "-o",
-                str(built),
-            ]
-            subprocess.run(command, check=True, timeout=120)
-        return ctypes.CDLL(str(built))
+        return library(self._cxx, self._folder, unit)
 
     def run(
         self,
