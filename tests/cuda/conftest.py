@@ -1,8 +1,9 @@
-"""Skips with a reason where NVRTC, g++ or a GPU is missing; a cache of its own per test."""
+"""Skips with a reason where NVRTC, g++ or a GPU is missing; no test uses the user's cache."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -37,12 +38,30 @@ def _no_nvrtc() -> str | None:
     return None
 
 
+@pytest.fixture(scope="session")
+def shared_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the kernels of all GPU tests of a run, of every worker of it.
+
+    A run compiles some hundred kernels; ``ADAATTN_TEST_CACHE_DIR`` keeps them between runs.
+    """
+    kept = os.environ.get("ADAATTN_TEST_CACHE_DIR")
+    if kept:
+        return Path(kept)
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "gpu-kernels"
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest,
+    shared_kernels: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """No test reads or writes the user's cache."""
-    monkeypatch.setenv("ADAATTN_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+    """No test reads or writes the user's cache; those without a GPU have one each."""
+    on_gpu = request.node.get_closest_marker("gpu") is not None
+    folder = shared_kernels if on_gpu else tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("ADAATTN_CACHE_DIR", str(folder))
     for name in ("ADAATTN_NO_JIT", "ADAATTN_KEEP", "ADAATTN_QUIET"):
         monkeypatch.delenv(name, raising=False)
 

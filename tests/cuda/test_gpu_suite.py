@@ -25,9 +25,9 @@ KIT = (
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def environment(shared_kernels: Path) -> dict[str, str]:
     """One kernel cache for all processes."""
-    return {**os.environ, "ADAATTN_CACHE_DIR": str(tmp_path_factory.mktemp("kernels"))}
+    return {**os.environ, "ADAATTN_CACHE_DIR": str(shared_kernels)}
 
 
 def run(command: list[str], environment: dict[str, str]) -> None:
