@@ -69,7 +69,9 @@ def exact_rows(view: HeadView) -> NDArray[np.float64]:
         for block in _blocks(view, low, high):
             rows.add(block, low, high)
     seen = rows.total != 0
-    out = np.where(view.live[:, None] & ~view.regular, np.nan, np.zeros(rows.sums.shape))
+    out = np.zeros(rows.sums.shape)
+    if not view.regular:
+        out[view.live] = np.nan
     out[seen] = rows.sums[seen] / rows.total[seen, None]
     if view.sink is not None:
         out *= with_sink(rows.lse(), view.sink)[0][:, None]
