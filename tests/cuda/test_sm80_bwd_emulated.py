@@ -370,10 +370,12 @@ def test_nan_reaches_the_rows_and_keys_that_see_it(emulator: Emulator) -> None:
 
 
 def test_fewer_blocks_than_work_take_it_in_turn(emulator: Emulator) -> None:
-    p, grad = problem("bf16", (150, 150), heads=(2, 1), mask=Mask.causal("top_left"))
-    whole, turns = emulator.run(p, grad), emulator.run(p, grad, most_blocks=2)
-    for name, got in turns.items():
-        np.testing.assert_array_equal(got, whole[name])
+    for length, blocks in ((150, 2), (9, 1)):  # at last with queries that see nothing
+        mask = Mask.causal("top_left" if length == 150 else "bottom_right")
+        p, grad = problem("bf16", (150, length), heads=(2, 1), mask=mask)
+        whole, turns = emulator.run(p, grad), emulator.run(p, grad, most_blocks=blocks)
+        for name, got in turns.items():
+            np.testing.assert_array_equal(got, whole[name])
 
 
 def test_strided_layouts(emulator: Emulator) -> None:

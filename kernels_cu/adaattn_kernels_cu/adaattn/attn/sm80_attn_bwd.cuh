@@ -400,7 +400,8 @@ ADAATTN_DEVICE void run(const Params& params) {
     for (int block = static_cast<int>(ptx::block_index()); block < params.blocks;
          block += params.grid) {
         run_block<T>(params, block);
-        ptx::block_sync();  // all are done with shared memory
+        ptx::copy_async_wait<0>();  // a block that saw nothing has not waited for its own rows
+        ptx::block_sync();          // all are done with shared memory
     }
 }
 

@@ -95,6 +95,14 @@ inline void refuse_unaligned(const void* global, int bytes) {
     }
 }
 
+// Copies land in any order: none may go where one is still on its way.
+inline void refuse_second_copy(const Copy& other, u32 address) {
+    if (other.address == address) {
+        fprintf(stderr, "two copies on their way to one place\n");
+        abort();
+    }
+}
+
 inline void start_fiber() {
     machine.body();
     machine.fibers[machine.current].done = true;
@@ -255,7 +263,11 @@ ADAATTN_DEVICE void copy_async_16(u32 address, const void* global, bool valid) {
         emulation::refuse_unaligned(global, 16);
         memcpy(copy.bytes, global, 16);
     }
-    emulation::machine.fibers[emulation::machine.current].open.push_back(copy);
+    emulation::Fiber& fiber = emulation::machine.fibers[emulation::machine.current];
+    for (const auto& group : fiber.groups) {
+        for (const emulation::Copy& other : group) emulation::refuse_second_copy(other, address);
+    }
+    fiber.open.push_back(copy);
 }
 ADAATTN_DEVICE void copy_async_commit() {
     emulation::Fiber& fiber = emulation::machine.fibers[emulation::machine.current];
