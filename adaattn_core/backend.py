@@ -119,12 +119,21 @@ BACKEND_PARTS = ("name", "capabilities", "run", "provenance")
 """What a `Backend` must have."""
 
 
+ORACLE_SHARE = 0.1
+"""Share of the error asked for that exact rows may have themselves."""
+
+
 @runtime_checkable
 class Samples(Protocol):
     """A backend that looks at rows after a plan has run: sampled certificates need no more."""
 
     def row_errors(
-        self, problem: AttentionProblem, raw: RawResult, rows: Mapping[HeadIndex, NDArray[Any]]
+        self,
+        problem: AttentionProblem,
+        raw: RawResult,
+        rows: Mapping[HeadIndex, NDArray[Any]],
+        *,
+        enough: float = 0.0,
     ) -> dict[HeadIndex, RowErrors]:
         """Compare returned rows with exact attention of the same rows.
 
@@ -132,6 +141,12 @@ class Samples(Protocol):
         ----------
         rows : mapping of (sequence, head) to ndarray of int64
             Row numbers within the sequence; repeats are allowed.
+        enough : float
+            Relative error that a certificate of these rows is asked for (`ErrorBudget.rel`).
+            Exact rows may be as far from the truth as `ORACLE_SHARE` of it, in units of the
+            head's `RunFacts.output_rms`, where that is cheaper; 0, the default: they are as
+            near to it as the backend makes them. How near is said in either case
+            (`RowErrors.oracle_upper`).
         """
         ...
 

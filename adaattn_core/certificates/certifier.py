@@ -164,7 +164,7 @@ class Certifier:
             every = len(live) <= count
             rows[index] = live if every else live[rng.integers(0, len(live), count)]
         assert self.sampler is not None, "exhausted() says so of every head"
-        errors = self.sampler.row_errors(self.problem, raw, rows)
+        errors = self.sampler.row_errors(self.problem, raw, rows, enough=budget.rel)
         return {
             index: sampled_certificate(
                 errors[index],

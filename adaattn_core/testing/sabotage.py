@@ -95,10 +95,15 @@ class SabotagedMeasures(SabotagedBackend):
         return self.measuring.measure(problem, request)[0], None
 
     def row_errors(
-        self, problem: AttentionProblem, raw: RawResult, rows: Mapping[HeadIndex, NDArray[Any]]
+        self,
+        problem: AttentionProblem,
+        raw: RawResult,
+        rows: Mapping[HeadIndex, NDArray[Any]],
+        *,
+        enough: float = 0.0,
     ) -> dict[HeadIndex, RowErrors]:
         """Change what the honest comparison found."""
-        found = self.measuring.row_errors(problem, raw, rows)
+        found = self.measuring.row_errors(problem, raw, rows, enough=enough)
         return {index: self.how.errors(errors) for index, errors in found.items()}
 
 

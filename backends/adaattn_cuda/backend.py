@@ -239,11 +239,16 @@ class CudaBackend:
         return into
 
     def row_errors(
-        self, problem: AttentionProblem, raw: RawResult, rows: Mapping[HeadIndex, NDArray[Any]]
+        self,
+        problem: AttentionProblem,
+        raw: RawResult,
+        rows: Mapping[HeadIndex, NDArray[Any]],
+        *,
+        enough: float = 0.0,
     ) -> dict[HeadIndex, RowErrors]:
         """Compare returned rows with exact ones in f64; see `adaattn_core.backend.Samples`.
 
-        Waits for the device.
+        Waits for the device. Whatever is enough: f64 costs little there.
         """
         query, key, value = input_views(problem)
         masks = mask_views(problem.mask, (*query.shape[:3], problem.len_kv), query.device)

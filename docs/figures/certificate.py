@@ -28,9 +28,9 @@ class Recording(NumpyBackend):
 
     drawn: RowErrors
 
-    def row_errors(self, *arguments: Any) -> Any:
+    def row_errors(self, *arguments: Any, **options: Any) -> Any:
         """Errors of drawn rows."""
-        errors: dict[Any, RowErrors] = super().row_errors(*arguments)  # type: ignore[assignment]
+        errors: dict[Any, RowErrors] = super().row_errors(*arguments, **options)  # type: ignore[assignment]
         (self.drawn,) = errors.values()
         return errors
 

@@ -11,7 +11,7 @@ import numpy as np
 import scipy
 from numpy.typing import NDArray
 
-from adaattn_core.backend import Capabilities, Gradients
+from adaattn_core.backend import ORACLE_SHARE, Capabilities, Gradients
 from adaattn_core.bounds import largest_norm_upper, rms_norm_lower
 from adaattn_core.bounds.rounding import add_up, mul_up
 from adaattn_core.errors import UnsupportedError
@@ -42,9 +42,10 @@ Float = NDArray[np.floating[Any]]
 STRUCTURES = ("dense", "score_skip", "low_rank", "block_sparse", "landmark")
 FORMATS_RUN = ("f64", "f32", "tf32", "f16", "bf16", "i8", "e4m3")
 """Operand formats that plans may name here."""
-ORACLE_SHARE = 0.2
+OWN_SHARE = 0.2
 """Exact rows are computed in float32 where the theorem's bound on their own error is below this
-share of the errors that they show (of their 90% quantile), else in float64."""
+share of the errors that they show (of their 90% quantile), or far below what is enough; else in
+float64."""
 
 
 class Workspace:
@@ -148,12 +149,18 @@ class NumpyBackend:
         return raw
 
     def row_errors(
-        self, problem: AttentionProblem, raw: RawResult, rows: Mapping[HeadIndex, NDArray[Any]]
+        self,
+        problem: AttentionProblem,
+        raw: RawResult,
+        rows: Mapping[HeadIndex, NDArray[Any]],
+        *,
+        enough: float = 0.0,
     ) -> dict[HeadIndex, RowErrors]:
         """Compare returned rows with exact attention of the same rows.
 
         The exact rows are those of float32 arithmetic where its own error, bounded by theorem 8
-        and part of what is returned, hardly matters beside the errors found, else of float64.
+        and part of what is returned, hardly matters beside the errors found or what is enough,
+        else of float64.
         """
         wide = ProblemViews(problem, np.float64)
         narrow = None
@@ -171,7 +178,11 @@ class NumpyBackend:
                 if view.in_range:
                     errors = errors_against(view, out, _input_facts(view), problem)
                     typical = float(np.quantile(errors.error, 0.9)) if len(chosen) else 0.0
-                    if errors.oracle_upper <= ORACLE_SHARE * typical:
+                    little = OWN_SHARE * typical
+                    if enough:
+                        size = raw.facts[index].output_rms
+                        little = max(little, ORACLE_SHARE * enough * size)
+                    if errors.oracle_upper <= little:
                         return index, errors
             view = wide.rows(index, chosen)
             return index, errors_against(view, out, _input_facts(view), problem)

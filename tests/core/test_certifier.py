@@ -21,7 +21,7 @@ class Oracle:
         self.errors = errors
         self.asked = []
 
-    def row_errors(self, problem, raw, rows):
+    def row_errors(self, problem, raw, rows, *, enough=0.0):
         self.asked.append({index: len(drawn) for index, drawn in rows.items()})
         return {
             index: RowErrors(self.errors[drawn], np.ones(len(drawn)), 0.0)

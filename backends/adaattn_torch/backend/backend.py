@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 
-from adaattn_core.backend import Capabilities
+from adaattn_core.backend import ORACLE_SHARE, Capabilities
 from adaattn_core.errors import UnsupportedError
 from adaattn_core.facts import RawResult, RowErrors
 from adaattn_core.mask import Mask
@@ -18,7 +18,7 @@ from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_core.stats import MeasureRequest, ProblemStats
 from adaattn_core.structure import Dense, Landmark, Structure
-from adaattn_torch.backend import kernels
+from adaattn_torch.backend import halves, kernels
 from adaattn_torch.backend.dense import attend, spelled_out
 from adaattn_torch.backend.facts import facts_of
 from adaattn_torch.backend.geometry import Geometry
@@ -126,9 +126,14 @@ class TorchBackend:
         return raw
 
     def row_errors(
-        self, problem: AttentionProblem, raw: RawResult, rows: Mapping[HeadIndex, NDArray[Any]]
+        self,
+        problem: AttentionProblem,
+        raw: RawResult,
+        rows: Mapping[HeadIndex, NDArray[Any]],
+        *,
+        enough: float = 0.0,
     ) -> dict[HeadIndex, RowErrors]:
-        """Compare returned rows with exact attention of the same rows."""
+        """Compare returned rows with exact ones; see `adaattn_core.backend.Samples`."""
         space = raw.workspace
         if not isinstance(space, Workspace) or space.problem is not problem:
             space = Workspace(problem)
@@ -138,7 +143,11 @@ class TorchBackend:
                 mine = {
                     head: chosen for (owner, head), chosen in rows.items() if owner == sequence
                 }
-                errors = row_errors(space[sequence], mine, raw.out, raw.lse)
+                little = {
+                    head: ORACLE_SHARE * enough * raw.facts[sequence, head].output_rms
+                    for head in mine
+                }
+                errors = row_errors(space[sequence], mine, raw.out, raw.lse, little)
                 found.update({(sequence, head): error for head, error in errors.items()})
         return found
 
@@ -225,18 +234,22 @@ def _run_sequence(
     sequence = space[number]
     regular = sequence.regular
     groups: dict[tuple[Structure, str, str, bool], list[int]] = {}
-    for head in heads:
+    for head in range(space.problem.heads_q):
         how = plan[number, head]
         structure = how.structure
         sound = regular[head] and (how.qk == "f64" or sequence.fits_float32)
         if not sound and structure != Dense():
-            raw.ran_dense.add((number, head))
+            if head in heads:
+                raw.ran_dense.add((number, head))
             structure = Dense()
         if isinstance(structure, Landmark):  # heads that differ in their mass go together
             structure = replace(structure, tau=0.0)
         groups.setdefault((structure, how.qk, how.pv, sound), []).append(head)
     used: set[str] = set()
-    for (structure, qk, pv, sound), chosen in groups.items():
+    for (structure, qk, pv, sound), planned in groups.items():
+        chosen = [head for head in planned if head in heads]
+        if not chosen:
+            continue
         said: dict[str, Any] = {}
         if isinstance(structure, Landmark) and sequence.mask.visible:
             taus = [plan[number, head].structure.tau for head in chosen]  # type: ignore[attr-defined]
@@ -245,7 +258,7 @@ def _run_sequence(
             names = {kernels.kernel_for(out, out.shape[2], masked=True)}
             said = {"share": found.share, "rank": found.rank, "dropped": found.dropped}
         else:
-            out, lse, names = _dense(sequence, chosen, (qk, pv), sound)
+            out, lse, names = _dense(sequence, planned, chosen, (qk, pv), sound)
         used |= names
         stored = out.to(raw.out.dtype)
         _write(raw, sequence, chosen, stored, lse)
@@ -296,31 +309,57 @@ def _landmarks(
 
 
 def _dense(
-    sequence: Sequence, heads: list[int], formats: tuple[str, str], sound: bool
+    sequence: Sequence,
+    planned: list[int],
+    heads: list[int],
+    formats: tuple[str, str],
+    sound: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, set[str]]:
+    """Attend some of the heads that a plan runs like this; bits depend on the plan alone."""
     every = list(range(len(sequence.query)))
-    whole = heads == every
-    if not whole and sequence.query.device.type != "cpu":
+    if heads != every and sequence.query.device.type != "cpu":
         # Products of other shapes may differ in bits there: heads are computed as ever.
-        out, lse, names = _dense(sequence, every, formats, sound)
+        out, lse, names = _dense(sequence, every, every, formats, sound)
         return out[heads], lse[heads], names
     operands = sequence.formatted(*formats) if sound else sequence.careful(*formats)
-    if whole:
+    if heads == every:
         return _attended(operands, sequence.mask, sound)
     outs, sums, used = [], [], set()
-    for some, members in operands.shared(heads):  # keys are not copied
-        out, lse, names = _attended(some, sequence.mask.heads(members), sound)
+    for members, whole in _calls(operands, planned, heads):  # keys are not copied
+        mask = sequence.mask.heads(members)
+        out, lse, names = _attended(operands.together(members), mask, sound, whole)
         outs.append(out)
         sums.append(lse)
         used |= names
     return torch.cat(outs), torch.cat(sums), used
 
 
+def _calls(
+    operands: Operands, planned: list[int], heads: list[int]
+) -> Iterator[tuple[list[int], int]]:
+    """Heads that are attended together, and how many of their key/value heads are not halved.
+
+    Where a call of the plan is made for some of its heads only, each goes the same way.
+    """
+    query = operands.query
+    for run in operands.sharing(planned):
+        shape = (len(run), len(run[0]), query.shape[1])
+        whole = halves.whole_part(shape, query.dtype, query.device.type)
+        together = [head for members in run for head in members]
+        if set(together) <= set(heads):
+            yield together, whole
+            continue
+        for n, members in enumerate(run):
+            some = [head for head in members if head in heads]
+            if some:
+                yield some, int(n < whole)
+
+
 def _attended(
-    operands: Operands, mask: SequenceMask, sound: bool
+    operands: Operands, mask: SequenceMask, sound: bool, whole: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, set[str]]:
     if sound:
-        return attend(operands, mask)
+        return attend(operands, mask, whole=whole)
     out, lse = spelled_out(operands, mask, careful=True)
     return out, lse, {kernels.PLAIN}
 

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from adaattn_torch.backend import kernels
+from adaattn_torch.backend import halves, kernels
 from adaattn_torch.backend.masking import SequenceMask
 from adaattn_torch.backend.operands import Operands
 from adaattn_torch.backend.tensors import row_contiguous
@@ -23,7 +23,10 @@ PLAIN_SCORES = 1 << 24
 
 
 def attend(
-    operands: Operands, mask: SequenceMask, kernel: str | None = None
+    operands: Operands,
+    mask: SequenceMask,
+    kernel: str | None = None,
+    whole: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, set[str]]:
     """Attention of regular heads: finite inputs whose scores cannot overflow.
 
@@ -33,6 +36,8 @@ def attend(
     mask : SequenceMask
     kernel : str, optional
         `kernels.PLAIN` spells it out.
+    whole : int, optional
+        Key/value heads whose query heads are not taken in halves (`halves.causal`).
 
     Returns
     -------
@@ -50,8 +55,12 @@ def attend(
     if mask.causal_square or (mask.structural and mask.visible == len_q * operands.len_kv):
         name = kernel or kernels.kernel_for(operands.query, dim_v, masked=False)
         if name != kernels.PLAIN:
-            out, lse = square(operands, causal=mask.causal_square)
-            return out, lse, {name}
+            if not mask.causal_square or len_q == 1:
+                out, lse = _every_key(operands)
+                return out, lse, {name}
+            given = grouped(operands.query, operands.key, operands.value)
+            out, lse, name = halves.causal(*given, operands.scale, whole)
+            return out.flatten(0, 1), lse.flatten(0, 1), {name}
     name = kernel or kernels.kernel_for(operands.query, dim_v, masked=True)
     if name == kernels.PLAIN:
         out, lse = spelled_out(operands, mask)
@@ -60,15 +69,15 @@ def attend(
     return out, lse, {name}
 
 
-def square(operands: Operands, *, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention by one call: every key, or row i of as many sees keys 0..i."""
+def _every_key(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of rows that see every key, by one call."""
     if operands.query.shape[1] == 1 and operands.group_size > 1:  # heads as rows: one product
         query = operands.query.reshape(len(operands.key), 1, operands.group_size, -1)
         key, value = (row_contiguous(x)[:, None] for x in (operands.key, operands.value))
         out, lse = kernels.fused(query, key, value, operands.scale)
         return out.flatten(0, 2)[:, None], lse.flatten()[:, None]
     query, key, value = grouped(operands.query, operands.key, operands.value)
-    out, lse = kernels.fused(query, key, value, operands.scale, causal=causal)
+    out, lse = kernels.fused(query, key, value, operands.scale)
     return out.flatten(0, 1), lse.flatten(0, 1)
 
 

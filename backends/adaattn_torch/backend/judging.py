@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from adaattn_core.stats import MeasureRequest, StructureEstimate
 from adaattn_core.structure import Landmark
+from adaattn_torch.backend.halves import merge
 from adaattn_torch.backend.masking import SequenceMask
-from adaattn_torch.backend.tiles import Strip, merge
+from adaattn_torch.backend.tiles import Strip
 from adaattn_torch.backend.tiling import TiledHeads, Tiling
 
 JUDGE_ROWS = 128

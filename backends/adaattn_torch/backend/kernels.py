@@ -6,12 +6,17 @@ dtype or the mask, `is_fused` says so and attention is spelled out (`dense.spell
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
+from adaattn_core.bounds import product_sum_error
+from adaattn_core.certificates.charges import SPARE_ROUNDINGS
 from adaattn_core.facts import Arithmetic
 
 CPU_KERNEL = "aten::_scaled_dot_product_flash_attention_for_cpu"
 GPU_KERNEL = "aten::_scaled_dot_product_flash_attention"
+HALVED = f"{CPU_KERNEL} (rows of some heads in halves)"
 PLAIN = "matmul, softmax"
 """What provenance calls attention that is spelled out."""
 
@@ -19,6 +24,9 @@ EXP_U20 = 2.0**-18
 """Relative error of the CPU kernel's exponential: 20 ulp as PyTorch documents, rounded up."""
 CPU_ARITHMETIC = Arithmetic(step_keys=512, exp_rel_upper=EXP_U20)
 """The CPU kernel goes through the keys in steps of 512 (all of them where there are fewer)."""
+MERGE_ROUNDINGS = 4
+"""What merging two parts by their log-sum-exps rounds, relative to the largest of them: it acts
+as so many more roundings of a score."""
 PLAIN_ARITHMETIC = Arithmetic()
 _TRUNCATION = 2.0**-22
 
@@ -64,6 +72,9 @@ def arithmetic_of(names: set[str], dim: int, keys: int) -> Arithmetic:
     """
     if names == {CPU_KERNEL}:
         return CPU_ARITHMETIC
+    if names <= {CPU_KERNEL, HALVED}:  # of half the steps, hence twice as many: two merge
+        score = product_sum_error(dim + SPARE_ROUNDINGS + MERGE_ROUNDINGS, "f32")
+        return replace(CPU_ARITHMETIC, step_keys=256, score_rel_upper=score)
     if names <= {PLAIN}:
         return PLAIN_ARITHMETIC
     if GPU_KERNEL not in names:

@@ -7,7 +7,6 @@ divided by a power of two first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -120,14 +119,32 @@ class Operands:
             self.query[index], self.key[shared], self.value[shared], self.scale, owner
         )
 
-    def shared(self, chosen: list[int]) -> Iterator[tuple[Operands, list[int]]]:
-        """Yield some query heads (in order) with the key/value head that they share."""
+    def sharing(self, chosen: list[int]) -> list[list[list[int]]]:
+        """Sort query heads by key/value heads; neighbours of whole ones come together.
+
+        Returns
+        -------
+        list of list of list of int
+            What one call attends: heads by key/value head, each as many.
+        """
+        found: list[list[list[int]]] = []
         for owner, members in groupby(chosen, lambda head: head // self.group_size):
             heads = list(members)
-            first, last = heads[0], heads[-1] + 1
-            query = self.query[first:last] if last - first == len(heads) else self.query[heads]
-            key, value = (x[owner : owner + 1] for x in (self.key, self.value))
-            yield Operands(query, key, value, self.scale), heads
+            last = found[-1][-1] if found else []
+            whole = len(heads) == len(last) == self.group_size
+            if whole and last[0] // self.group_size == owner - 1:
+                found[-1].append(heads)
+            else:
+                found.append([heads])
+        return found
+
+    def together(self, chosen: list[int]) -> Operands:
+        """Return heads that one call attends, with their key/value heads; see `sharing`."""
+        first, last = chosen[0], chosen[-1]
+        owners = slice(first // self.group_size, last // self.group_size + 1)
+        near = last - first == len(chosen) - 1
+        query = self.query[first : last + 1] if near else self.query[chosen]
+        return Operands(query, self.key[owners], self.value[owners], self.scale)
 
     @cached_property
     def side_by_side(self) -> torch.Tensor:

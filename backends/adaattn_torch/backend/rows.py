@@ -29,12 +29,9 @@ from adaattn_torch.backend.facts import input_facts
 from adaattn_torch.backend.operands import Operands, float32_is_exact
 from adaattn_torch.backend.sequences import Sequence
 
-ORACLE_SHARE = 0.2
+OWN_SHARE = 0.2
 """Exact rows are computed in float32 where the theorem's bound on their own error is below this
-share of the errors that they show (of their 90% quantile), else in float64 ..."""
-ORACLE_SIZE = 0.01
-"""... unless it is below this share of their root-mean-square norm and below those errors:
-approximations show so much. Exact rows show less, and a budget may ask for that little."""
+share of the errors that they show (of their 90% quantile), or below what the caller says."""
 SUM_KEYS = 512
 """Keys of one product P·V; products are added in float64."""
 STRETCHES = 8
@@ -49,7 +46,11 @@ Chosen = Mapping[int, NDArray[np.int64]]
 
 
 def row_errors(
-    sequence: Sequence, rows: Chosen, out: torch.Tensor, lse: torch.Tensor
+    sequence: Sequence,
+    rows: Chosen,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    little: Mapping[int, float],
 ) -> dict[int, RowErrors]:
     """Errors of some returned rows of some heads of a sequence.
 
@@ -61,6 +62,8 @@ def row_errors(
         As returned.
     lse : Tensor, shape (batch, heads_q, len_q)
         As returned.
+    little : mapping of int to float
+        Errors of exact rows of each head that do not matter.
     """
     rows = {head: np.sort(np.asarray(chosen, np.int64)) for head, chosen in rows.items()}
     facts, found = input_facts(sequence), {}
@@ -68,9 +71,7 @@ def row_errors(
         returned = _returned(sequence, head, rows, out)
         errors = _compare(sequence, shifted, returned, exact, "f32")
         typical = float(np.quantile(errors.error, 0.9)) if len(rows[head]) else 0.0
-        size = float(np.sqrt(np.mean(np.square(errors.exact_norm)))) if len(rows[head]) else 0.0
-        little = max(ORACLE_SHARE * typical, min(ORACLE_SIZE * size, typical))
-        if errors.oracle_upper <= little:
+        if errors.oracle_upper <= max(OWN_SHARE * typical, little[head]):
             found[head] = errors
     for head, chosen in rows.items():
         if head not in found:

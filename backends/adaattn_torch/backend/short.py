@@ -15,7 +15,7 @@ from adaattn_core.arrays import in_library_of
 from adaattn_core.mask import Mask
 from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.problem import AttentionProblem
-from adaattn_torch.backend import kernels
+from adaattn_torch.backend import halves, kernels
 from adaattn_torch.backend.operands import SCALE_RANGE, SCORE_RANGE, float32_is_exact
 from adaattn_torch.backend.tensors import DTYPES
 
@@ -99,6 +99,14 @@ def _one_call(
     if kernels.kernel_for(query, dim_v, masked=False) == kernels.PLAIN:
         return None
     size = heads // shared
+    if (
+        causal
+        and halves.whole_part((shared, size, len_q), query.dtype, query.device.type) < shared
+    ):
+        if batch > 1:  # heads are halved by sequence
+            return None
+        if size == 1:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
     q, k, v = query, key, value
     if size > 1 and len_q == 1 and (batch == 1 or _folds(query)):
         q = query.reshape(batch, shared, size, dim)  # as `dense.grouped`: one row each
@@ -113,7 +121,10 @@ def _one_call(
             q, k, v = (x.flatten(0, 1)[:, None] for x in (query, key, value))
     elif size > 1:
         k, v = key.expand(-1, size, -1, -1), value.expand(-1, size, -1, -1)
-    out, lse = kernels.fused(q, k, v, scale, causal=causal)
+    if causal:
+        out, lse, _ = halves.causal(q, k, v, scale)
+    else:
+        out, lse = kernels.fused(q, k, v, scale)
     edges = [*_edges(query), *_edges(key), *_edges(out)]
     # Elsewhere than on a CPU reading waits for the device: once.
     numbers = [x.item() for x in edges] if query.is_cpu else torch.stack(edges).tolist()

@@ -20,6 +20,7 @@ import torch
 
 from adaattn_torch.backend import kernels
 from adaattn_torch.backend.far import BASE_WEIGHT, BIAS_RANGE, HIDDEN
+from adaattn_torch.backend.halves import merge
 from adaattn_torch.backend.tiling import TiledHeads, runs
 
 CODE_BITS, OCTAVES = 4, 40
@@ -288,16 +289,6 @@ def attend_tiles(
         else:
             out[:, rows], lse[:, rows] = far, far_lse
     return scores, found
-
-
-def merge(
-    out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
-) -> None:
-    """Merge attention over other keys into `out` and `lse`, whose rows have seen a key."""
-    total = torch.logaddexp(lse, other_lse)
-    out *= (lse - total).exp_()[..., None]
-    out.addcmul_(other, (other_lse - total).exp_()[..., None])
-    lse.copy_(total)
 
 
 def _own_keys(heads: TiledHeads, out: torch.Tensor, lse: torch.Tensor) -> None:
