@@ -211,9 +211,10 @@ def test_scale_of_zero(scale):
     "policy", [None, FixedPolicy(qk="e4m3", pv="e4m3")], ids=["default", "fixed"]
 )
 def test_budget_and_certificate(policy):
+    torch.manual_seed(0)  # one certificate in twenty may be wrong: not this one
     query, key, value = torch.randn(3, 1, 2, 300, 16)
     out, info = sdpa(
-        query, key, value, is_causal=True, budget=0.1, policy=policy, layer="x",
+        query, key, value, is_causal=True, budget=0.1, policy=policy, layer="x", seed=0,
         return_info=True,
     )  # fmt: skip
     exact = torch.from_numpy(oracle(query, key, value, is_causal=True)[0].astype(float))

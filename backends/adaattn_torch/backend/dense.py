@@ -55,11 +55,11 @@ def attend(
     if mask.causal_square or (mask.structural and mask.visible == len_q * operands.len_kv):
         name = kernel or kernels.kernel_for(operands.query, dim_v, masked=False)
         if name != kernels.PLAIN:
-            if not mask.causal_square or len_q == 1:
-                out, lse = _every_key(operands)
-                return out, lse, {name}
             given = grouped(operands.query, operands.key, operands.value)
-            out, lse, name = halves.causal(*given, operands.scale, whole)
+            if mask.causal_square and len_q > 1:
+                out, lse, name = halves.causal(*given, operands.scale, whole)
+            else:
+                out, lse = kernels.fused(*given, operands.scale)
             return out.flatten(0, 1), lse.flatten(0, 1), {name}
     name = kernel or kernels.kernel_for(operands.query, dim_v, masked=True)
     if name == kernels.PLAIN:
@@ -67,18 +67,6 @@ def attend(
     else:
         out, lse = _by_rows(operands, mask)
     return out, lse, {name}
-
-
-def _every_key(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of rows that see every key, by one call."""
-    if operands.query.shape[1] == 1 and operands.group_size > 1:  # heads as rows: one product
-        query = operands.query.reshape(len(operands.key), 1, operands.group_size, -1)
-        key, value = (row_contiguous(x)[:, None] for x in (operands.key, operands.value))
-        out, lse = kernels.fused(query, key, value, operands.scale)
-        return out.flatten(0, 2)[:, None], lse.flatten()[:, None]
-    query, key, value = grouped(operands.query, operands.key, operands.value)
-    out, lse = kernels.fused(query, key, value, operands.scale)
-    return out.flatten(0, 1), lse.flatten(0, 1)
 
 
 def grouped(

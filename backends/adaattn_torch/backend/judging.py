@@ -82,17 +82,16 @@ class Part:
         for tile in tiles:
             drawn = np.random.default_rng((seed, 3, tile)).permutation(size)[:count]
             rows = tile * size + np.sort(drawn)
-            _, weights, total, lse = heads.weights(tile, rows)
+            _, weights, lse = heads.weights(tile, rows)
             reach = tiling.reach(tile)
             own = tiling.own[tile] if tiling.causal else reach
             of_own = heads.values(weights[:, :, own:], slice(own, reach))
             near_total = weights[:, :, own:].sum(dim=2)
             owns.append(of_own / near_total.clamp_min(1e-30)[..., None])
-            own_sums.append(near_total.log() + lse - total.log())
-            exacts.append(heads.values(weights, slice(0, reach)) / total[..., None])
+            own_sums.append(near_total.log() + lse)
+            exacts.append(heads.values(weights, slice(0, reach)))
             few = slice(None, None, STATS_STEP)
-            shares = weights[:, few] / total[:, few, None]
-            facts.append(_facts(shares, lse[:, few], tiling, rows[few]))
+            facts.append(_facts(weights[:, few], lse[:, few], tiling, rows[few]))
             index = torch.from_numpy(rows).to(heads.query.device)
             queries.append(heads.query.index_select(1, index))
         strip = Strip.probe(heads, tiles, seed)

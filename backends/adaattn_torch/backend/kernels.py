@@ -30,9 +30,9 @@ as so many more roundings of a score."""
 PLAIN_ARITHMETIC = Arithmetic()
 _TRUNCATION = 2.0**-22
 
-# The overloads themselves: finding one takes longer than a small attention.
-_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_on_gpu = torch.ops.aten._scaled_dot_product_flash_attention.default
+# PyTorch's own bindings, not `torch.ops`: a call through that takes longer.
+_on_cpu = torch._scaled_dot_product_flash_attention_for_cpu
+_on_gpu = torch._scaled_dot_product_flash_attention
 GPU_DIMS = 8
 """The GPU kernel takes head dims that are multiples of this, up to 256."""
 

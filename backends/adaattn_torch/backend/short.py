@@ -1,6 +1,6 @@
 """The shortest way to a kernel: exact attention without a plan and without a certificate.
 
-Three reductions, of queries, keys and output, tell whether the numbers are sound; whatever is
+Reductions of queries, keys and output tell whether the numbers are sound; whatever is
 not, and every mask that one call of a kernel does not take, goes the way of `TorchBackend.run`.
 """
 
@@ -57,8 +57,9 @@ def _one_call(
     if not (query.dim() == key.dim() == value.dim() == 4):
         return None
     batch, heads, len_q, dim = query.shape
-    shared, len_kv = key.shape[1], key.shape[2]
-    dtype, dim_v = query.dtype, value.shape[3]
+    batch_key, shared, len_kv, dim_key = key.shape
+    batch_value, shared_value, len_value, dim_v = value.shape
+    dtype, on_cpu = query.dtype, query.is_cpu
     causal = False
     if mask is not None and mask is not _NOTHING:
         if mask.lengths is not None or mask.cu_seqlens_q is not None or mask.left is not None:
@@ -66,20 +67,25 @@ def _one_call(
         if mask.allowed is not None or mask.bias is not None:
             return None
         causal = mask.right == 0
-        if causal and len_q != len_kv:
-            if not (len_q == 1 and mask.alignment == "bottom_right"):
-                return None
-            causal = False
-        elif mask.right is not None and not causal:
+        if mask.right is not None and not causal:
             return None
+        last = len_q == 1 and mask.alignment == "bottom_right"
+        if causal and len_q != len_kv and not last:
+            return None
+        causal = causal and len_q > 1  # one row sees every key
     if not (
         dtype in _NAMES
         and batch and heads and len_q and len_kv and dim and dim_v and shared
         and dtype is key.dtype is value.dtype
-        and key.shape == (batch, shared, len_kv, dim)
-        and value.shape[:3] == key.shape[:3]
+        and batch == batch_key == batch_value
+        and shared == shared_value
+        and len_kv == len_value
+        and dim == dim_key
         and not heads % shared
-        and query.device == key.device == value.device
+        and (
+            (on_cpu and key.is_cpu and value.is_cpu)
+            or query.device == key.device == value.device
+        )
         and not (query.requires_grad or key.requires_grad or value.requires_grad)
     ):  # fmt: skip
         return None
@@ -91,7 +97,7 @@ def _one_call(
     if not SCALE_RANGE[0] < scale < SCALE_RANGE[1]:
         return None
     narrow = dtype is torch.bfloat16 or dtype is torch.float16
-    widened = narrow and query.is_cpu  # see `Sequence.working`
+    widened = narrow and on_cpu  # see `Sequence.working`
     if (dtype is torch.float32 or widened) and not float32_is_exact():
         return None
     if widened:
@@ -108,31 +114,33 @@ def _one_call(
         if size == 1:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
     q, k, v = query, key, value
-    if size > 1 and len_q == 1 and (batch == 1 or _folds(query)):
-        q = query.reshape(batch, shared, size, dim)  # as `dense.grouped`: one row each
-    elif size > 1 and not batch == shared == 1:
-        if batch > 1 and not (_folds(query) and _folds(key) and _folds(value)):
+    if size > 1 and batch == 1:  # as `dense.grouped`
+        q = query.view(shared, size, len_q, dim)
+        k, v = (x.transpose(0, 1).expand(-1, size, -1, -1) for x in (key, value))
+    elif size > 1:
+        if not (_folds(query) and _folds(key) and _folds(value)):
             return None
         q = query.reshape(batch * shared, size, len_q, dim)
         k = key.reshape(batch * shared, 1, len_kv, dim).expand(-1, size, -1, -1)
         v = value.reshape(batch * shared, 1, len_kv, dim_v).expand(-1, size, -1, -1)
-    elif size == 1 and heads > 1 and strides[1] > strides[2]:
-        if _folds(query) and _folds(key) and _folds(value):  # the output comes in that order
-            q, k, v = (x.flatten(0, 1)[:, None] for x in (query, key, value))
-    elif size > 1:
-        k, v = key.expand(-1, size, -1, -1), value.expand(-1, size, -1, -1)
+    elif heads > 1 and strides[1] > strides[2] and all(map(_folds, (query, key, value))):
+        q, k, v = (x.flatten(0, 1)[:, None] for x in (query, key, value))  # as the output comes
     if causal:
         out, lse, _ = halves.causal(q, k, v, scale)
     else:
         out, lse = kernels.fused(q, k, v, scale)
-    edges = [*_edges(query), *_edges(key), *_edges(out)]
+    found = (*_edges(query), *_edges(key), out.sum())
     # Elsewhere than on a CPU reading waits for the device: once.
-    numbers = [x.item() for x in edges] if query.is_cpu else torch.stack(edges).tolist()
-    of_query, of_key, of_out = (max(-numbers[i], numbers[i + 1]) for i in (0, 2, 4))
+    numbers = [x.item() for x in found] if on_cpu else torch.stack(found).tolist()
+    of_query, of_key = max(-numbers[0], numbers[1]), max(-numbers[2], numbers[3])
     reach = of_query * max(scale, 1.0) * dim
-    # NaN compares false. What values hold, and sums that overflow, show in the output.
+    # NaN compares false. What values hold, and sums that overflow, show in the output, and
+    # that in its sum.
     if not (
-        reach < _LIMIT and reach * of_key < _LIMIT and of_key < _LIMIT and of_out < math.inf
+        reach < _LIMIT
+        and reach * of_key < _LIMIT
+        and of_key < _LIMIT
+        and math.isfinite(numbers[4])
     ):
         return None
     shape = (batch, heads, len_q)
@@ -154,7 +162,8 @@ _NOTHING = Mask.none()
 
 def _edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Smallest and largest number; rows outermost where they are so in memory."""
-    low, high = torch.aminmax(x.transpose(1, 2) if x.stride(1) < x.stride(2) else x)
+    turned = x.shape[2] > 1 and x.stride(1) < x.stride(2)
+    low, high = torch.aminmax(x.transpose(1, 2) if turned else x)
     return low, high
 
 

@@ -60,13 +60,12 @@ class Strip:
         queries, sums = [], []
         for number, tile in enumerate(tiles):
             rows = tiling.drawn(tile, seed)
-            query, weights, total, lse = heads.weights(tile, rows)
+            query, weights, lse = heads.weights(tile, rows)
             queries.append(query)
             sums.append(lse)
             far = tiling.far(tile)
             if far:
-                share = (1 / (total * len(rows)))[:, None]
-                mass[:, number, :far] = torch.bmm(share, weights[:, :, :far])[:, 0]
+                torch.mean(weights[:, :, :far], dim=1, out=mass[:, number, :far])
                 if not tiling.causal:
                     mass[:, number, tiling.start[tile] : tiling.stop[tile]] = 0
         return cls(heads, tiles, torch.stack(queries, 1), torch.stack(sums, 1), mass)
@@ -75,12 +74,10 @@ class Strip:
     def masses(self) -> torch.Tensor:
         """Mass of the keys up to each code: (heads, tiles, codes)."""
         shape, codes = self.mass.shape[:2], (OCTAVES << CODE_BITS) + 1
-        rows = torch.arange(shape.numel(), device=self.mass.device).view(*shape, 1)
         number = self._bits(self.mass)
         number = number.sub_(self._bits(self._edge(0))).clamp_(0, codes - 1)
-        places = number.long().add_(rows * codes).flatten()
-        counted = torch.bincount(places, self.mass.flatten(), codes * shape.numel())
-        return counted.view(*shape, codes).cumsum(dim=2)
+        counted = self.mass.new_zeros((*shape, codes))
+        return counted.scatter_add_(2, number.long(), self.mass).cumsum(dim=2)
 
     def _bits(self, mass: torch.Tensor) -> torch.Tensor:
         """Leading bits of masses, as integers that grow with them."""
@@ -126,7 +123,7 @@ class Strip:
         chosen = self.landmarks(taus, places)
         landmark = chosen.unflatten(2, (-1, size))
         rest = mass.unflatten(2, (-1, size)).masked_fill(landmark, 0)
-        filled = size - landmark.sum(dim=3, dtype=mass.dtype)
+        filled = size - landmark.count_nonzero(dim=3).to(mass.dtype)
         filled[:, :, -1:] -= beyond
         left = rest.sum(dim=3)
         seen = self._far_pools(filled.shape[2])
@@ -151,7 +148,7 @@ class Strip:
             bias += (true / predicted.clamp_min(1e-20)).log().clamp(*BIAS_RANGE)
         if not tiling.causal:
             bias = torch.where(seen, bias, HIDDEN)
-        numbers, counts = chosen.nonzero()[:, 2], chosen.sum(dim=2).tolist()
+        numbers, counts = chosen.nonzero()[:, 2], chosen.count_nonzero(dim=2).tolist()
         return Columns(self, owners, numbers, counts, pools, bias)
 
     def _far_pools(self, blocks: int) -> torch.Tensor:

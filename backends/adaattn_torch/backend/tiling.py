@@ -185,17 +185,14 @@ class TiledHeads:
 
     def weights(
         self, tile: int, rows: NDArray[np.int64]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Exact weights of some rows of a tile.
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Softmax weights of some rows of a tile.
 
         Returns
         -------
         query : Tensor, shape (heads, rows, dim_qk)
             Scaled.
         weights : Tensor, shape (heads, rows, keys that the tile reaches)
-            Relative to the largest one of a row.
-        total : Tensor, shape (heads, rows)
-            Their sum.
         lse : Tensor, shape (heads, rows)
         """
         index = torch.from_numpy(rows).to(self.query.device)
@@ -211,10 +208,9 @@ class TiledHeads:
             last = index[:, None] + self.tiling.geometry.offset
             hidden = torch.arange(own, reach, device=index.device) > last
             scores[:, :, own:].masked_fill_(hidden, -math.inf)
-        top = scores.amax(dim=2, keepdim=True)
-        weights = scores.sub_(top).exp_()
-        total = weights.sum(dim=2)
-        return query, weights, total, total.log() + top[..., 0]
+        weights = torch.softmax(scores, dim=2)  # its exponential is faster than `exp_`
+        # The largest weight is 1 / total: of the scores relative to the largest one.
+        return query, weights, scores.amax(dim=2) - weights.amax(dim=2).log()
 
     def values(self, weights: torch.Tensor, keys: slice) -> torch.Tensor:
         """Sum values of some keys by weights (heads, rows, keys)."""
