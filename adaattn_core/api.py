@@ -154,7 +154,8 @@ def attention(
     costs = None if target is None else get_cost_model(target)
     chosen = _backend(backend, problem, plan, deciding, target)
     capabilities = chosen.capabilities()
-    costs = get_cost_model(capabilities.target) if costs is None else costs
+    if costs is None:
+        costs = capabilities.costs.get(problem.device) or get_cost_model(capabilities.target)
     raw, final, certificate, stats, notes = run_pipeline(
         problem, chosen, capabilities, deciding, asked, costs,
         plan=plan, seed=seed, layer=layer, drawn=drawn, profile=profile,

@@ -10,11 +10,12 @@ plan on a device.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
+from adaattn_core.costs import CostModel
 from adaattn_core.facts import RawResult, RowErrors
 from adaattn_core.mask import Mask
 from adaattn_core.plan import Plan
@@ -55,6 +56,9 @@ class Capabilities:
     paged : tuple of str
         Structure kinds it runs where keys and values come as pages
         (`adaattn_core.paged.PagedKV`); empty where it takes no pages.
+    costs : mapping of str to CostModel
+        By kind of device: prices that were measured on this machine. Plans are made with those
+        of `target` where there are none.
     """
 
     qk_formats: tuple[str, ...]
@@ -75,6 +79,7 @@ class Capabilities:
     rule_formats: tuple[str, ...] | None = None
     sizes: tuple[Structure, ...] = ()
     paged: tuple[str, ...] = ()
+    costs: Mapping[str, CostModel] = field(default_factory=dict, compare=False)
 
 
 @runtime_checkable

@@ -31,6 +31,26 @@ def as_path(path: Any) -> Path:
     return Path(path)
 
 
+def cache_folder(name: str) -> Path:
+    """Folder of this machine for what can be made again; it may not exist yet.
+
+    ``ADAATTN_CACHE_DIR/name``, else below the user's cache.
+    """
+    chosen = os.environ.get("ADAATTN_CACHE_DIR")
+    if chosen:
+        return Path(chosen).expanduser() / name
+    return user_cache() / name
+
+
+def user_cache() -> Path:
+    """Return the user's own folder for such things."""
+    if os.name == "nt":
+        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "adaattn"
+
+
 @contextmanager
 def reading(
     path: Path, *, needed: str, do: str, error: type[AdaAttnError] = FileError

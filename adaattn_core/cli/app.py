@@ -18,6 +18,7 @@ from adaattn_core.cli.doctor import doctor
 from adaattn_core.cli.explain import explain
 from adaattn_core.cli.options import in_flags
 from adaattn_core.cli.run import run
+from adaattn_core.cli.warmup import warmup
 from adaattn_core.errors import AdaAttnError, ArgumentError, FileError
 from adaattn_core.plugins.registry import default_registry
 
@@ -39,7 +40,7 @@ def build_app() -> typer.Typer:
         rich_markup_mode=None,
     )
     app.callback(invoke_without_command=True)(_root)
-    for command in (demo, run, explain, backends, doctor):
+    for command in (demo, run, explain, backends, doctor, warmup):
         app.command()(command)
     default_registry().add_commands(app)
     return app

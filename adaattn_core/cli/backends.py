@@ -62,7 +62,10 @@ def _describe(info: BackendInfo) -> dict[str, Any]:
             capabilities: Capabilities = backend.capabilities()
         except AdaAttnError as error:
             return body | {"available": False, "reason": error.got}
-        body["capabilities"] = dataclasses.asdict(capabilities) | {
-            name: isinstance(backend, protocol) for name, protocol in PROTOCOLS.items()
-        }
+        measured = {kind: model.source for kind, model in capabilities.costs.items()}
+        body["capabilities"] = (
+            dataclasses.asdict(capabilities)
+            | {"costs": measured}
+            | {name: isinstance(backend, protocol) for name, protocol in PROTOCOLS.items()}
+        )
     return body

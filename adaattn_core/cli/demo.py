@@ -8,8 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
+from adaattn_core.api import attention
+from adaattn_core.budget import ErrorBudget
 from adaattn_core.cli.compute import Outcome, compute
-from adaattn_core.cli.inputs import read_inputs
+from adaattn_core.cli.inputs import Inputs, read_inputs
 from adaattn_core.cli.options import parse_budget
 from adaattn_core.errors import ArgumentError
 from adaattn_core.files import atomic_write_text, check_writable
@@ -22,6 +24,7 @@ from adaattn_core.report.tables import console, head_table, print_json, progress
 
 DEFAULT_FIGURE = Path("adaattn-demo.png")
 TITLE = "SmolLM2-135M-Instruct, 8,192 tokens of prose, causal, heads of two layers"
+START_ROWS = 256
 PREDICTED_ON = "sm90"
 """Machine whose time is predicted beside what is measured here."""
 
@@ -30,8 +33,7 @@ def demo(
     budget: Annotated[
         str, typer.Option(help="tolerated row error relative to the rms output row, or 'exact'")
     ] = "0.1",
-    # The one that has every structure, wherever it runs: what there is to see are plans.
-    backend: Annotated[str, typer.Option(help="backend by name")] = "numpy",
+    backend: Annotated[str, typer.Option(help="backend by name")] = "auto",
     figure: Annotated[
         Path | None,
         typer.Option(help=f"write the map of choices there [default: {DEFAULT_FIGURE}]"),
@@ -96,7 +98,7 @@ def demo_layers() -> list[str]:
 
 
 def _run_layers(**choices: Any) -> dict[str, Outcome]:
-    outcomes = {}
+    outcomes: dict[str, Outcome] = {}
     folder = files("adaattn_core").joinpath("demo_data")
     with progress() as bar:
         names = demo_layers()
@@ -104,6 +106,8 @@ def _run_layers(**choices: Any) -> dict[str, Outcome]:
         for name in names:
             with as_file(folder.joinpath(name)) as path:
                 inputs = read_inputs(path)
+            if not outcomes:
+                _start(inputs, **choices)
             layer = name.removesuffix(".npz").removeprefix("smollm2_layer").lstrip("0") or "0"
             outcomes[layer] = compute(
                 inputs,
@@ -115,6 +119,12 @@ def _run_layers(**choices: Any) -> dict[str, Outcome]:
             )
             bar.advance(task)
     return outcomes
+
+
+def _start(inputs: Inputs, *, budget: ErrorBudget | None, backend: str) -> None:
+    """Run a few rows, so that no clock counts what a library does once in a process."""
+    first = (x[:, :, :START_ROWS] for x in (inputs.query, inputs.key, inputs.value))
+    attention(*first, mask=Mask.causal(), budget=budget, backend=backend)
 
 
 def _show(

@@ -18,8 +18,9 @@ from threadpoolctl import threadpool_info
 from adaattn_core import __version__
 from adaattn_core.api import attention
 from adaattn_core.arrays import to_numpy
+from adaattn_core.costs import get_cost_model
 from adaattn_core.errors import AdaAttnError
-from adaattn_core.plugins.registry import list_backends
+from adaattn_core.plugins.registry import get_backend, list_backends
 from adaattn_core.problem import AttentionProblem
 from adaattn_core.report.tables import console, print_json
 from adaattn_core.testing.oracles import exact_attention, relative_frobenius
@@ -111,9 +112,20 @@ def _backends() -> list[Finding]:
             found.append(Finding(f"backend {info.name}", "note", info.reason))
         else:
             found.append(_self_test(info.name))
+            found += _prices(info.name)
     if not any(f.name.startswith("backend") and f.state == "ok" for f in found):
         found.append(Finding("backends", "broken", "none can run here: reinstall adaattn"))
     return found
+
+
+def _prices(backend: str) -> list[Finding]:
+    """Where the prices that plans are made with come from."""
+    try:
+        can = get_backend(backend).capabilities()
+    except Exception:  # its self-test has said so
+        return []
+    given = can.costs.values() or [get_cost_model(can.target)]
+    return [Finding(f"prices {backend}", "ok", model.source) for model in given]
 
 
 def _self_test(backend: str) -> Finding:

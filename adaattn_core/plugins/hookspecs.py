@@ -1,4 +1,4 @@
-"""The whole extension surface: three hooks, one sentence each."""
+"""The whole extension surface: four hooks, one sentence each."""
 
 from __future__ import annotations
 
@@ -24,3 +24,12 @@ def adaattn_register_policies(register: Callable[..., None]) -> None:
 @hookspec
 def adaattn_register_commands(group: Any) -> None:
     """Add commands to the typer application `group` of the ``adaattn`` command line."""
+
+
+@hookspec
+def adaattn_warm_up(say: Callable[[str], None], arch: str | None, jobs: int) -> None:
+    """Do what a first call would wait for, or plans be better by; ``say`` what was done.
+
+    ``arch`` names hardware to prepare for that may not be here, ``jobs`` how many processes
+    may work at a time.
+    """

@@ -163,6 +163,10 @@ class Registry:
             except Exception as error:  # isolation, as above
                 self.failures[name] = f"{type(error).__name__}: {error}"
 
+    def warm_up(self, say: Callable[[str], None], arch: str | None, jobs: int) -> None:
+        """Let every plugin do what a first call would wait for."""
+        self.manager.hook.adaattn_warm_up(say=say, arch=arch, jobs=jobs)
+
     def in_order(self) -> list[Registration]:
         """Backends in the order in which ``"auto"`` asks them."""
         return sorted(self.backends.values(), key=lambda e: (not e.own, -e.priority, e.name))

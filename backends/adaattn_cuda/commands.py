@@ -1,4 +1,4 @@
-"""Commands of the CUDA backend: ``warmup``, ``cache`` and ``kernels``."""
+"""Commands of the CUDA backend: ``cache`` and ``kernels``, and its part of ``warmup``."""
 
 from __future__ import annotations
 
@@ -33,19 +33,18 @@ Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 
 def register(group: typer.Typer) -> None:
     """Add the commands to the application."""
-    group.command()(warmup)
     group.command()(kernels)
     group.add_typer(cache_app, name="cache")
 
 
-def warmup(arch: Arch = None, jobs: Jobs = 2) -> None:
+def warm_up(say: Callable[[str], None], arch: str | None, jobs: int) -> None:
     """Compile the usual kernels now, so that no first call has to."""
     count = 0
     for built in _build_all(_specs(arch), jobs, fresh=False):
         source = "cached" if built.cached else f"{built.seconds:.1f} s"
-        typer.echo(f"{built.spec.arch} {built.spec.name}: {source}")
+        say(f"{built.spec.arch} {built.spec.name}: {source}")
         count += 1
-    typer.echo(f"{count} kernels in {DiskCache(environment.cache_dir()).root}")
+    say(f"{count} kernels in {DiskCache(environment.cache_dir()).root}")
 
 
 def kernels(

@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from adaattn_core.files import user_cache
+
 __all__ = ["VARIABLES", "cache_dir", "keep_dir", "no_jit", "quiet"]
 
 VARIABLES = {
-    "ADAATTN_CACHE_DIR": "folder of the compiled kernels",
+    "ADAATTN_CACHE_DIR": "folder of the compiled kernels, and of measured prices",
     "ADAATTN_NO_JIT": "1: a kernel missing from the cache is an error, never compiled",
     "ADAATTN_KEEP": "folder that receives the source, cubin and compiler log of every compile",
     "ADAATTN_QUIET": "1: compile without the progress line on stderr",
@@ -28,11 +30,7 @@ def cache_dir() -> Path:
     chosen = os.environ.get("ADAATTN_CACHE_DIR")
     if chosen:
         return Path(chosen).expanduser()
-    if os.name == "nt":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "adaattn" / "kernels"
+    return user_cache() / "kernels"
 
 
 def no_jit() -> bool:

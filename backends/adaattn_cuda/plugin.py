@@ -21,8 +21,18 @@ def adaattn_register_backends(register: Callable[..., None]) -> None:
 
 @hookimpl
 def adaattn_register_commands(group: Any) -> None:
-    """Add ``warmup``, ``cache`` and ``kernels``; they also work on a machine without a GPU."""
+    """Add ``cache`` and ``kernels``; they also work on a machine without a GPU."""
     importlib.import_module("adaattn_cuda.commands").register(group)
+
+
+@hookimpl
+def adaattn_warm_up(say: Callable[[str], None], arch: str | None, jobs: int) -> None:
+    """Compile the usual kernels, for the devices of this machine or for `arch`."""
+    reason = None if arch else probe()
+    if reason is not None:
+        say(f"cuda: no kernel compiled ({reason}); --arch sm_90a compiles for one elsewhere")
+        return
+    importlib.import_module("adaattn_cuda.commands").warm_up(say, arch, jobs)
 
 
 def probe() -> str | None:

@@ -8,7 +8,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from adaattn_core.errors import BackendUnavailableError, UnsupportedError
+from adaattn_core.errors import UnsupportedError
 from adaattn_cuda import commands, plugin
 from adaattn_cuda.jit.compile import Built
 from adaattn_cuda.jit.resources import Resources
@@ -51,8 +51,9 @@ def test_kernels_warmup_and_cache(app: typer.Typer) -> None:
         assert 0 < row["registers"] <= 255
         assert row["seconds"] > 0
 
-    warm = runner.invoke(app, ["warmup", "--arch", "sm_80"])
-    assert warm.output.count("cached") == 2, "kernels had filled the cache"
+    said: list[str] = []
+    plugin.adaattn_warm_up(said.append, "sm_80", 2)
+    assert sum(line.endswith("cached") for line in said) == 2, "kernels had filled the cache"
     listed = json.loads(runner.invoke(app, ["cache", "ls", "--json"]).stdout)["entries"]
     assert sorted(row["name"] for row in listed) == sorted(spec.name for spec in SPECS)
     assert "removed 2" in runner.invoke(app, ["cache", "clear"]).output
@@ -88,6 +89,9 @@ def test_unknown_architecture(app: typer.Typer) -> None:
 
 
 @pytest.mark.usefixtures("no_driver")
-def test_warmup_without_a_device_asks_for_an_architecture(app: typer.Typer) -> None:
-    with pytest.raises(BackendUnavailableError, match="no CUDA driver"):
-        runner.invoke(app, ["warmup"], catch_exceptions=False)
+def test_warmup_without_a_device_names_the_option() -> None:
+    said: list[str] = []
+    plugin.adaattn_warm_up(said.append, None, 2)
+    assert len(said) == 1
+    assert "no CUDA driver" in said[0]
+    assert "--arch sm_90a" in said[0]

@@ -51,7 +51,7 @@ def variables() -> set[str]:
 
 def test_there_is_something_to_document() -> None:
     assert len(error_classes()) >= 10
-    assert len(hooks()) == 3
+    assert len(hooks()) == 4
     assert "ADAATTN_LOAD_PLUGINS" in variables()
 
 

@@ -18,7 +18,7 @@ from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_core.stats import MeasureRequest, ProblemStats
 from adaattn_core.structure import Dense, Landmark, Structure
-from adaattn_torch.backend import halves, kernels
+from adaattn_torch.backend import costing, halves, kernels
 from adaattn_torch.backend.dense import attend, spelled_out
 from adaattn_torch.backend.facts import facts_of
 from adaattn_torch.backend.geometry import Geometry
@@ -73,7 +73,8 @@ class TorchBackend:
             structures=("dense", "landmark"),
             sizes=(SIZES,),
             array_devices=_devices(),
-            target="torch_cpu",
+            target=costing.TARGET,
+            costs=costing.prices(),
         )
 
     def measure(
