@@ -33,7 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from adaattn_torch import scaled_dot_product_attention as ours
 
 LAYERS, WIDTH, HEADS, CONTEXT = 14, 768, 12, 1024
-BATCH = 8
+BATCH = 16
 Attention = Callable[..., torch.Tensor]
 
 
