@@ -186,16 +186,24 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Curves of all runs."""
+    """Curves of all runs, and below how far each is from the first, in the mean of 20 steps."""
     plt = importlib.import_module("matplotlib.pyplot")
-    figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    figure, (above, below) = plt.subplots(
+        2, 1, figsize=(7, 5.2), sharex=True, height_ratios=(3, 2), layout="constrained"
+    )
+    base = next(iter(report["runs"].values()))["losses"]
     for name, run in report["runs"].items():
-        axis.plot(run["losses"], label=name, linewidth=0.9)
-    axis.set_xlabel("step")
-    axis.set_ylabel("loss, nats a byte")
-    axis.set_ylim(top=4)
-    axis.legend(frameon=False, fontsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
+        (line,) = above.plot(run["losses"], label=name, linewidth=0.9)
+        off = [a - b for a, b in zip(run["losses"], base, strict=True)]
+        means = [statistics.fmean(off[i - 20 : i]) for i in range(20, len(off) + 1)]
+        below.plot(range(19, len(off)), means, color=line.get_color(), linewidth=1.2)
+    above.set_ylabel("loss, nats a byte")
+    above.set_ylim(top=4)
+    above.legend(frameon=False, fontsize=8)
+    below.set_ylabel("difference,\nmean of 20 steps")
+    below.set_xlabel("step")
+    for axis in (above, below):
+        axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
 
 
