@@ -114,7 +114,7 @@ class TorchBackend:
         space = workspace
         if not isinstance(space, Workspace) or space.problem is not problem:
             space = Workspace(problem)
-        raw = _empty_result(problem) if into is None else into
+        raw = _empty_result(problem, whole=heads is None) if into is None else into
         raw.workspace = space
         used: set[str] = set()
         by_sequence: dict[int, list[int]] = {}
@@ -218,14 +218,19 @@ def _check(head: HeadPlan) -> None:
         )
 
 
-def _empty_result(problem: AttentionProblem) -> RawResult:
+def _empty_result(problem: AttentionProblem, *, whole: bool) -> RawResult:
+    """Room for the output; nothing in it where sequences that all run leave no row out."""
     query = as_tensor(problem.query)
     shape = (problem.batch, problem.heads_q, problem.len_q)
-    dtype = DTYPES[problem.dtype]
-    return RawResult(
-        out=torch.zeros((*shape, problem.dim_v), dtype=dtype, device=query.device),
-        lse=torch.full(shape, -torch.inf, dtype=torch.float32, device=query.device),
-    )
+    out = query.new_empty((*shape, problem.dim_v), dtype=DTYPES[problem.dtype])
+    lse = query.new_empty(shape, dtype=torch.float32)
+    if (
+        not whole
+        or sum(span.len_q for span in problem.sequences) < problem.batch * problem.len_q
+    ):
+        out.zero_()
+        lse.fill_(-torch.inf)
+    return RawResult(out, lse)
 
 
 def _run_sequence(

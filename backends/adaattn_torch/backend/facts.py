@@ -9,7 +9,7 @@ from adaattn_torch.backend.sequences import Sequence
 
 _LARGEST = torch.finfo(torch.float64).max
 _SAFE = (1e-15, 1e15)
-"""Largest numbers whose squares neither overflow float32 nor matter if they are lost."""
+"""Largest norms whose squares neither overflow float32 nor matter if they are lost."""
 _RMS_SLACK = 1e-5
 """More than a float32 sum of squares may have gained, whatever its order."""
 
@@ -19,15 +19,15 @@ def output_sizes(out: torch.Tensor) -> list[float]:
     if not out.numel():
         return [0.0] * len(out)
     wide = out if out.dtype == torch.float64 else out.float()
-    low, high = torch.aminmax(wide.flatten(1), dim=1)
-    largest = torch.maximum(-low, high)
-    safe = (largest < _SAFE[1]) & ((largest > _SAFE[0]) | (largest == 0))
-    if not bool(safe.all()):
+    norms = torch.linalg.vector_norm(wide, dim=2)
+    largest = norms.amax(dim=1)
+    unit = torch.ones_like(largest)
+    if not bool(((largest < _SAFE[1]) & (largest > _SAFE[0])).all()):
+        low, high = torch.aminmax(wide.flatten(1), dim=1)
+        largest = torch.maximum(-low, high)
         unit = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
-        wide = wide / unit[:, None, None]
-    else:
-        unit = torch.ones_like(largest)
-    squares = torch.linalg.vector_norm(wide, dim=2).double().square().mean(dim=1)
+        norms = torch.linalg.vector_norm(wide / unit[:, None, None], dim=2)
+    squares = norms.double().square().mean(dim=1)
     sizes = squares.sqrt() * unit.double() * (1 - _RMS_SLACK)
     sizes = torch.where(torch.isfinite(largest), sizes.clamp(max=_LARGEST), torch.nan)
     return [float(x) for x in sizes.tolist()]

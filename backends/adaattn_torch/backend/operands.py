@@ -152,11 +152,6 @@ class Operands:
         return torch.cat([self.key, self.value], 2)
 
     @cached_property
-    def transposed(self) -> torch.Tensor:
-        """Keys by columns, which few queries are multiplied with faster."""
-        return self.key.transpose(1, 2).contiguous()
-
-    @cached_property
     def query_norms(self) -> torch.Tensor:
         """Norms of the queries, rounded up: (heads_q, len_q)."""
         return row_norms_upper(self.query)

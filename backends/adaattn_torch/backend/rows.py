@@ -34,10 +34,10 @@ OWN_SHARE = 0.2
 share of the errors that they show (of their 90% quantile), or below what the caller says."""
 SUM_KEYS = 512
 """Keys of one product P·V; products are added in float64."""
-STRETCHES = 8
+STRETCHES = 6
 """Stretches of sorted rows; each is computed over the keys that its last row sees."""
-CHUNK_KEYS = 4 * SUM_KEYS
-"""Keys whose weights are held at once: few enough for a core's cache."""
+CHUNK_KEYS = 8 * SUM_KEYS
+"""Keys whose weights are held at once: few enough for caches."""
 
 _SMALLEST = 1e-30
 """Of a norm that something is divided by."""

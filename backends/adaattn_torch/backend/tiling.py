@@ -201,7 +201,7 @@ class TiledHeads:
         scores = query.new_empty((*query.shape[:2], reach))
         for owner, places in self.shared:
             torch.mm(
-                query[places].flatten(0, 1), self.operands.transposed[owner, :, :reach],
+                query[places].flatten(0, 1), self.key[owner, :reach].T,
                 out=scores[places].flatten(0, 1),
             )  # fmt: skip
         if self.tiling.causal:
