@@ -45,6 +45,8 @@ LEAST_REL = 0.02
 """Smallest budget that 16-bit operands keep on any head but odd ones: their own error is 0.3 to
 0.5% of the rms row. Smaller budgets climb formats, step by step on the host."""
 LEAST_KEYS = 2048
+"""Queries and keys from which candidates are judged on the device; a table without any is dense
+whatever the length, and served there too: the host takes milliseconds for its certificate."""
 _CALLS_REMEMBERED = 256
 
 
@@ -205,7 +207,9 @@ def refusal(
         return f"{mask.describe()} mask: causal or none are planned on the device"
     if mask.lengths is not None or mask.cu_seqlens_q is not None:
         return "sequences of their own lengths are not planned on the device"
-    if span is None or span.len_kv < LEAST_KEYS or span.len_q < LEAST_KEYS:
+    if span is None or not span.len_q or not span.len_kv:
+        return "no queries or no keys"
+    if table.candidates and min(span.len_q, span.len_kv) < LEAST_KEYS:
         return f"shorter than {LEAST_KEYS} queries and keys"
     if mask.right == 0 and _offset(problem) < 0:
         return "more queries than keys under a causal mask"

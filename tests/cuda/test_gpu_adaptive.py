@@ -178,6 +178,26 @@ def test_a_short_problem_is_dense_and_certified_without_measuring(
         assert np.array_equal(again.certificate.upper[0], upper)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("lengths", [(1, 1), (1, 4000), (100, 300), (256, 256), (1000, 1500)])
+def test_the_shortest_problems_are_certified_on_the_device(
+    lengths: tuple[int, int], causal: bool
+) -> None:
+    """Training and decoding call with few rows: no milliseconds of the host for them."""
+    q, k, v = smooth(length=max(lengths))
+    q, k, v = (
+        x[:, :, :n].contiguous() for x, n in ((q, lengths[0]), (k, lengths[1]), (v, lengths[1]))
+    )
+    mask = Mask.causal("bottom_right") if causal else Mask()
+    found = adaattn_core.attention(q, k, v, mask=mask, budget=0.05, backend="cuda", seed=1)
+    assert found.provenance["planned_on"] == "device"
+    assert (found.certificate.upper <= 0.05).all()
+    exact = adaattn_core.attention(q, k, v, mask=mask, backend="cuda")
+    assert (found.out - exact.out).float().abs().max() <= 2**-7 * exact.out.float().abs().max()
+    errors = row_errors(found, q, k, v, causal=causal)
+    assert_covered(np.quantile(errors, 0.95, axis=1), found.certificate.upper[0])
+
+
 def test_heads_decide_for_themselves_alone_or_in_a_batch() -> None:
     """The same seed gives every head the same plan and the same bits, whoever is beside it."""
     first, second = smooth(seed=1), smooth(seed=2)
