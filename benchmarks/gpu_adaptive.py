@@ -5,6 +5,7 @@
     python benchmarks/gpu_adaptive.py --render FILE.json     table and plots of an earlier run
     python benchmarks/gpu_adaptive.py --join FILE.json ... --out DIR     several runs as one
                                       [--peers-of FILE.json]  with peers of an earlier one
+                                      [--rest-of FILE.json]   with problems that were left out
 
 Everything is inside the timed region: probe, plan, gather, attend, certify, escalate; inputs
 are warm on the device. Contenders take turns in random order; figures are medians of CUDA
@@ -248,8 +249,32 @@ def carry_peers(report: dict[str, Any], earlier: dict[str, Any]) -> None:
             ms = {key: factor * value for key, value in then[name]["ms"].items()}
             now[name] = {"errors": then[name]["errors"], "ms": ms}
             cell["absent"].pop(name, None)
-            carried[name] = f"{earlier['revision']}, {earlier['date']}"
+            own = f"{earlier['revision']}, {earlier['date']}"
+            carried[name] = earlier.get("carried", {}).get(name, own)
     report["carried"] = carried
+
+
+def complete(report: dict[str, Any], older: dict[str, Any]) -> None:
+    """Add the problems that a run left out, from one of an earlier revision, and say so."""
+
+    def known_by(entry: dict[str, Any]) -> tuple[Any, ...]:
+        return entry["text"], entry["len"], tuple(entry.get("layers", ()))
+
+    added = []
+    for key in ("captures", "cells"):
+        known = {known_by(entry) for entry in report[key]}
+        missing = [entry for entry in older[key] if known_by(entry) not in known]
+        report[key] = missing + report[key]
+        if key == "cells":
+            added += sorted({entry["len"] for entry in missing})
+    added = [f"{length // 1024}k tokens" for length in added]
+    for key, name in (("hard", "hard inputs"), ("needles", "needles")):
+        if not report[key] and older[key]:
+            report[key] = older[key]
+            added.append(name)
+    if added:
+        remark = f"Of an earlier revision, {older['revision']}: {', '.join(added)}."
+        report["remarks"] = [*report.get("remarks", ()), remark]
 
 
 def main() -> None:
@@ -262,6 +287,7 @@ def main() -> None:
     parser.add_argument("--render", type=Path, metavar="FILE")
     parser.add_argument("--join", type=Path, nargs="+", metavar="FILE")
     parser.add_argument("--peers-of", type=Path, metavar="FILE")
+    parser.add_argument("--rest-of", type=Path, metavar="FILE")
     parser.add_argument("--revision", default="unknown", help="of this repository")
     parser.add_argument("--texts", nargs="+", default=["prose", "code"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32_768, 131_072])
@@ -284,6 +310,8 @@ def main() -> None:
         report = joined([json.loads(path.read_text()) for path in options.join])
         if options.peers_of:
             carry_peers(report, json.loads(options.peers_of.read_text()))
+        if options.rest_of:
+            complete(report, json.loads(options.rest_of.read_text()))
         (options.out / "gpu_adaptive.json").write_text(json.dumps(report))
         return
     if options.data is None:

@@ -89,7 +89,7 @@ class BudgetPolicy:
 
     taus: tuple[float, ...] = (0.1, 0.02)
     lams: tuple[float, ...] = (5e-3, 2e-3, 1e-3, 5e-4)
-    table_taus: tuple[float, ...] = (0.999, 0.2, 0.07, 0.03, 0.012, 0.005, 0.002, 8e-4)
+    table_taus: tuple[float, ...] = (0.999, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4)
     table_lams: tuple[float, ...] = (1e-2, 3e-3, 1e-3, 3e-4)
     margin: float = 0.65
     table_margin: float = 0.65

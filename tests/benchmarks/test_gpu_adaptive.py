@@ -162,3 +162,22 @@ def test_peers_of_an_earlier_run_keep_their_ratio_to_cudnn(module):
     assert found["contenders"]["budget 0.1"]["ms"]["median"] == 1.0
     assert found["absent"] == {}
     assert now["carried"] == {"FA3": "r, d"}
+
+
+def test_what_a_run_left_out_comes_from_an_earlier_one_and_is_named(module):
+    def cell(length, mark):
+        return {"text": "prose", "len": length, "layers": [1], "mark": mark}
+
+    older = {
+        "revision": "abc", "captures": [{"text": "prose", "len": 8192}],
+        "cells": [cell(8192, "old"), cell(32_768, "old")], "hard": [{"case": "x"}],
+        "needles": [],
+    }  # fmt: skip
+    report = {
+        "revision": "def", "captures": [], "cells": [cell(32_768, "new")], "hard": [],
+        "needles": [],
+    }  # fmt: skip
+    module("gpu_adaptive").complete(report, older)
+    assert [(c["len"], c["mark"]) for c in report["cells"]] == [(8192, "old"), (32_768, "new")]
+    assert report["hard"] == older["hard"]
+    assert report["remarks"] == ["Of an earlier revision, abc: 8k tokens, hard inputs."]
