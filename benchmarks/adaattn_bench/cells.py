@@ -174,6 +174,7 @@ class Pass:
             "Geometric mean of time(best of cuDNN, FA3) / time(ours):"
             f" **{mean:.3f}**, worst cell {min(ratios):.3f}."
             f" {self.remark}",
+            *(["", report["note"]] if report.get("note") else []),
             "",
             f"![TFLOP/s by head dim, mask and length]({self.stem}.png)",
             "",

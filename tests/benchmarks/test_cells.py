@@ -46,9 +46,10 @@ def report_of(one: Any) -> dict[str, Any]:
 
 def test_a_kept_report_is_rendered_again(one: Any, tmp_path: Path) -> None:
     path = tmp_path / f"{one.stem}.json"
-    path.write_text(json.dumps(report_of(one)))
+    path.write_text(json.dumps({**report_of(one), "note": "The kernel has changed since."}))
     one.main("x", ["--render", str(path)])
     text = path.with_suffix(".md").read_text()
+    assert "\n\nThe kernel has changed since.\n\n" in text
     rows = [line for line in text.splitlines() if line.startswith(("| 64 |", "| 128 |"))]
     assert len(rows) == 2
     assert rows[1].count(" - ") == 1  # who was not there

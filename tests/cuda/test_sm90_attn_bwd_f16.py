@@ -16,6 +16,23 @@ from adaattn_cuda.work.geometry import UNLIMITED
 KEYS = 128
 
 
+def walk(queries: int, block: int, *given: int) -> tuple[int, int, int, range]:
+    """Return what key_work computes on the device: the tiles [begin, end) of a block of keys,
+    where its first key's queries start, and the tiles that no mask is applied to.
+    """
+    len_q, len_kv, left, right, shift = given
+    first = block * KEYS
+    last = min(KEYS, len_kv - first) - 1
+    start, stop = first + shift - right, first + shift + left + 1
+    begin = max(0, start)
+    end = min(len_q, stop + last)
+    tile = begin // queries
+    whole = range(-(-max(0, start + last) // queries), min(len_q, stop) // queries)
+    if last + 1 < KEYS:
+        whole = range(0)
+    return tile, -(-end // queries) if end > begin else tile, start, whole
+
+
 def task(dtype: str = "bf16", dim: int = 64, **more: object) -> BackwardTask:
     rows = contiguous(1 << 20, (2, 4, 100, dim), dtype, 0)
     lse = contiguous(1 << 20, (2, 4, 100), "f32", 0)
@@ -65,7 +82,8 @@ def test_the_parts_of_the_workspace_do_not_overlap() -> None:
 def test_turns_count_the_later_blocks_that_add_to_a_tile(seed: int, queries: int) -> None:
     """A block that waited for one too many would wait for ever.
 
-    `walk` and `later` are what key_work and wait_turn compute on the device.
+    `walk` and `later` are what key_work and wait_turn compute on the device. Nor may a tile go
+    without its mask.
     """
     rng = random.Random(seed)
     for _ in range(400):
@@ -74,21 +92,15 @@ def test_turns_count_the_later_blocks_that_add_to_a_tile(seed: int, queries: int
         right = rng.choice([UNLIMITED, 0, rng.randint(0, 600)])
         shift = len_q - len_kv if rng.random() < 0.5 else 0
         blocks = -(-len_kv // KEYS)
-
-        def walk(block: int, *given: int) -> tuple[int, int, int]:
-            len_q, len_kv, left, right, shift = given
-            first = block * KEYS
-            last = min(KEYS, len_kv - first) - 1
-            start, stop = first + shift - right, first + shift + left + 1
-            begin = max(0, start)
-            end = min(len_q, stop + last)
-            tile = begin // queries
-            return tile, -(-end // queries) if end > begin else tile, start
-
-        walks = [walk(b, len_q, len_kv, left, right, shift) for b in range(blocks)]
-        for block, (begin, end, start) in enumerate(walks):
+        walks = [walk(queries, b, len_q, len_kv, left, right, shift) for b in range(blocks)]
+        for block, (begin, end, start, whole) in enumerate(walks):
+            for tile in whole:  # every query of it exists and sees every key of the block
+                first, last = block * KEYS, block * KEYS + KEYS - 1
+                assert (tile + 1) * queries <= len_q
+                assert tile * queries >= last + shift - right
+                assert (tile + 1) * queries - 1 <= first + shift + left
             for tile in range(begin, end):
                 room = min((tile + 1) * queries, len_q) - 1 - start
                 later = 0 if room < 0 else min(room // KEYS, blocks - 1 - block)
                 after = walks[block + 1 :]
-                assert later == sum(first <= tile < last for first, last, _ in after)
+                assert later == sum(first <= tile < last for first, last, *_ in after)

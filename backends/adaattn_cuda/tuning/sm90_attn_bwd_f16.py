@@ -11,8 +11,8 @@ __all__ = ["MAX_DIM", "Tile", "choose", "shipped"]
 
 STEM, FINISH_STEM = "sm90_attn_bwd_f16", "smxx_attn_bwd_finish"
 MAX_DIM = 128
-CONSUMERS, STAGES = 2, 2
-_BARRIERS = 1 + 7 * STAGES
+CONSUMERS, STAGES, SUM_STAGES = 2, 2, 2
+_BARRIERS = 1 + 8 * STAGES
 _WORK_BYTES = 128
 
 
@@ -40,7 +40,7 @@ class Tile:
         keys = self.tile_n * (self.dim_qk + self.dim_v) * 2
         queries = STAGES * self.tile_m * (self.dim_qk + self.dim_v) * 2
         ds = 2 * self.tile_m * self.tile_n * 2
-        sums = self.tile_m * self.dim_qk * 4
+        sums = SUM_STAGES * self.tile_m * self.dim_qk * 4
         rows = STAGES * 2 * self.tile_m * 4
         barriers = -(-8 * _BARRIERS // 16) * 16
         return -(-(keys + queries + ds + sums + rows + barriers + _WORK_BYTES) // 128) * 128

@@ -12,8 +12,9 @@
 //              6. dq is added to memory by the copy engine.
 //              After the last tile: dk times the scale, dv. smxx_attn_bwd_finish turns the sums of
 //              step 6 into dq.
-//              Products are in flight all the time: step 2 runs under dq of the tile before, step 6
-//              of the tile before and step 4 under dp and dv, and the next tile's scores follow dk.
+//              Products are in flight all the time: step 2 runs under dp, step 4 under dv, and step 6
+//              of the tile before under the next tile's scores; dk, and dq of the tile before, come
+//              between.
 //              The order of the additions in step 6 is not fixed, unless kInOrder: blocks then wait
 //              for their turn at each tile of queries, the last keys first, which under a causal
 //              mask is the order in which they come anyway. Source: FlashAttention-3, arXiv
@@ -23,15 +24,16 @@
 //              of dv, dk, dq; (r5) f32 additions of dq in memory; (r6) gradients to 16 bits. A
 //              result that is not finite sets `broken`: sm80_attn_bwd then does the pass again.
 // Tiles        Block: 128 keys x 64 queries. Warpgroup 0 gives its registers away; one thread of
-//              its first warp starts the copies, its second warp brings lse and delta. Warpgroups
-//              1, 2: 64 keys each.
+//              its first warp starts the copies, its second warp brings lse and delta, each of
+//              the others adds half of dq to memory. Warpgroups 1, 2: 64 keys each.
 // Shared mem   | name    | type   | shape                   | live                      |
 //              | keys    | 16 bit | 128 x dim_qk            | whole block               |
 //              | values  | 16 bit | 128 x dim_v             | whole block               |
 //              | queries | 16 bit | 2 x 64 x dim_qk         | copied .. dk              |
 //              | grads   | 16 bit | 2 x 64 x dim_v          | copied .. dv              |
 //              | ds      | 16 bit | 2 x 64 x 128            | step 4 .. dq              |
-//              | dq      | f32    | 2 halves x 64 x dim / 2 | step 6 .. read by engine  |
+//              | dq      | f32    | 2 halves x 2 x 64 x     | step 6 .. read by engine  |
+//              |         |        |   dim / 2               |                           |
 //              | rows    | f32    | 2 x (lse, delta) x 64   | copied .. step 4          |
 //              | work    | KeyWork |                        | whole block               |
 //              16-bit tiles are panels of 64 columns, swizzled by 128 bytes. Nothing is aliased.
@@ -41,9 +43,13 @@
 //              | keys full          | mbarrier | 1 + bytes          | copy engine -> consumers   |
 //              | query, grad full   | mbarrier | 1 + bytes          | copy engine -> consumers   |
 //              | query, grad empty  | mbarrier | 8 (warps)          | consumers -> copier        |
-//              | rows full / empty  | mbarrier | 32 / 8             | second warp <-> consumers  |
-//              | ds full            | mbarrier | 8 (warps)          | consumers -> consumers     |
-//              | dq free, written   | named    | 128 each           | within a consumer          |
+//              | rows full / empty  | mbarrier | 32 / 256           | second warp <-> consumers  |
+//              | ds full / empty    | mbarrier | 8 (warps)          | consumers <-> consumers    |
+//              | sums full / empty  | named    | 128 + 32           | a consumer <-> its adder   |
+//              Every consumer thread arrives at `rows empty` for itself: what it frees is written
+//              by ordinary stores, and racecheck follows reads through an mbarrier thread by
+//              thread, so not through __syncwarp and the arrival of a warp's first lane. Elsewhere
+//              one lane does arrive for its warp: there it is the copy engine that writes.
 // Limits       dim_qk, dim_v multiples of 8 up to 128, zero-padded to 64 or 128 by the copy engine;
 //              16-byte aligned rows; scale > 0; lengths up to kUnlimited. Checked by the host.
 // Ladder       docs/kernels/sm90_attn_bwd_f16.md.
@@ -52,6 +58,7 @@
 #include "adaattn/attn/sm90_bwd_epilogue.cuh"
 #include "adaattn/attn/sm90_bwd_params.cuh"
 #include "adaattn/attn/sm90_bwd_producer.cuh"
+#include "adaattn/attn/sm90_bwd_tiles.cuh"
 #include "adaattn/attn/sm90_bwd_turns.cuh"
 #include "adaattn/common/format.cuh"
 #include "adaattn/mask/sm90_mask.cuh"
@@ -65,40 +72,8 @@
 
 namespace adaattn::sm90_attn_bwd_f16 {
 
-enum NamedBarrier : u32 { kDqOfFirstConsumer = 1 };
-
 template <Format kFormatT, int kDimQkT, int kDimVT, int kTileMT, int kInOrderT>
-struct Traits {
-    static constexpr Format kFormat = kFormatT;
-    static constexpr int kDimQk = kDimQkT, kDimV = kDimVT;  // 64 or 128: the arrays' dims padded
-    static constexpr int kTileM = kTileMT, kTileN = 128;
-    static constexpr bool kInOrder = kInOrderT != 0;  // additions of dq in one order
-    static constexpr int kSlabs = kTileM / 64;        // of 64 queries
-    static constexpr int kConsumers = 2, kStages = 2;
-    static constexpr int kThreads = kWarpgroupThreads * (kConsumers + 1);
-    static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
-
-    static constexpr int kPanelsQk = kDimQk / ptx::kPanelColumns;
-    static constexpr int kPanelsV = kDimV / ptx::kPanelColumns;
-    static constexpr int kKeyBytes = kTileN * kDimQk * 2, kValueBytes = kTileN * kDimV * 2;
-    static constexpr int kQueryBytes = kTileM * kDimQk * 2, kGradBytes = kTileM * kDimV * 2;
-    static constexpr int kDsBytes = kTileM * kTileN * 2;
-    static constexpr int kHalf = kDimQk / 2;  // columns of dq that a warpgroup computes
-    static constexpr int kDqBytes = kTileM * kHalf * 4;
-    static constexpr int kRowBytes = 2 * kTileM * 4;
-
-    static constexpr int kValueAt = kKeyBytes;
-    static constexpr int kQueryAt = kValueAt + kValueBytes;
-    static constexpr int kGradAt = kQueryAt + kStages * kQueryBytes;
-    static constexpr int kDsAt = kGradAt + kStages * kGradBytes;
-    static constexpr int kDqAt = kDsAt + 2 * kDsBytes;
-    static constexpr int kRowAt = kDqAt + kConsumers * kDqBytes;
-    static constexpr int kBarrierAt = kRowAt + kStages * kRowBytes;
-    static constexpr int kWorkAt = round_up(kBarrierAt + 8 * (1 + 7 * kStages), 16);
-    static constexpr int kSmemBytes = round_up(kWorkAt + static_cast<int>(sizeof(KeyWork)), 128);
-
-    static_assert(kSmemBytes <= 232448, "shared memory of one block on sm_90");
-};
+struct Traits : Tiles<kFormatT, kDimQkT, kDimVT, kTileMT, kInOrderT> {};
 
 // ---- consumer: 64 keys a warpgroup ------------------------------------------------------------
 
@@ -129,7 +104,9 @@ struct Consumer {
     // acc = (64 rows of this warpgroup) x (64 streamed rows)^T, started.
     template <int kDim>
     ADAATTN_DEVICE void start_product(float (&acc)[T::kTileM / 2], u32 own, u32 streamed) const {
-        const u64 a = ptx::matrix_descriptor(own + warpgroup * 64 * ptx::kPanelRowBytes, 0);
+        u32 rows[1] = {own + warpgroup * 64 * ptx::kPanelRowBytes};
+        ptx::pin(rows);  // made anew at each tile: no registers to keep descriptors in
+        const u64 a = ptx::matrix_descriptor(rows[0], 0);
         const u64 b = ptx::matrix_descriptor(streamed, 0);
         ptx::pin(acc);
         ptx::wgmma_fence();
@@ -220,26 +197,15 @@ struct Consumer {
         }
     }
 
-    // Adds this warpgroup's half of dq to memory: registers, shared memory, copy engine.
-    ADAATTN_DEVICE void add_query_gradient(const float (&acc)[T::kSlabs][T::kHalf / 2],
-                                           const Place& place,
-                                           [[maybe_unused]] bool has_before) const {
-        const int head = place.head, first_query = place.tile * T::kTileM;
-        const u32 staged = smem + T::kDqAt + warpgroup * T::kDqBytes;
-        const bool starter = threadIdx.x % kWarpgroupThreads == 0;
-        const u32 barrier = kDqOfFirstConsumer + warpgroup;
-        if (starter) {
-            if constexpr (T::kInOrder) {
-                if (has_before) pass_turn<T>(params, work(), before(work(), place), warpgroup);
-            } else {
-                ptx::bulk_wait_read();
-            }
-        }
-        ptx::named_barrier_sync(barrier, kWarpgroupThreads);  // the engine has read the last one
-        const int array_row = work().source.first_key + first_query;
+    // Writes this warpgroup's half of the dq of tile i where its adder takes it from.
+    ADAATTN_DEVICE void hand_over(const float (&acc)[T::kSlabs][T::kHalf / 2], int i) const {
+        const u32 number = static_cast<u32>(i), stage = number % T::kSumStages;
+        const u32 staged = smem + T::kDqAt + (warpgroup * T::kSumStages + stage) * T::kDqBytes;
+        ptx::named_barrier_sync(sums_empty(warpgroup, stage), kSumThreads);
         const int local = row() % 64 + lane() / 4;
         const u32 to = staged + local * (T::kHalf * 4) + lane() % 2 * 8;
-        const int twist = (array_row + local) & 7;  // also of the rows 8 and 64 below
+        // Of the row in the array: tiles are whole eights of rows.
+        const int twist = (work().source.first_key + local) & 7;
 #pragma unroll
         for (int block = 0; block < T::kHalf / 8; ++block) {
             const u32 at = to + 16 * ((2 * block + lane() % 4 / 2) ^ twist);
@@ -250,26 +216,20 @@ struct Consumer {
                                         acc[r / 2][4 * block + 2 * (r % 2) + 1]);
             }
         }
-        ptx::async_proxy_fence();
-        ptx::named_barrier_sync(barrier, kWarpgroupThreads);  // all of it is written
-        if (starter) {
-            const i64 plane =
-                (static_cast<i64>(work().item.batch) * params.heads_q + head) * 2 + warpgroup;
-            float* to = params.d_query + (plane * params.len_q + array_row) * T::kHalf;
-            const int rows = smaller(work().source.keys - first_query, T::kTileM);
-            if constexpr (T::kInOrder) wait_turn<T>(params, work(), place, warpgroup);
-            ptx::bulk_reduce_add(to, staged, static_cast<u32>(rows) * T::kHalf * 4);
-            ptx::bulk_commit();
-        }
+    }
+    // Behind a fence: the sums of tile i are written.
+    ADAATTN_DEVICE void announce(int i) const {
+        const u32 stage = static_cast<u32>(i) % T::kSumStages;
+        ptx::named_barrier_arrive(sums_full(warpgroup, stage), kSumThreads);
     }
 
     // p^T = 2^(c s^T - lse), rounded.
-    ADAATTN_DEVICE void exponentiate(float (&scores)[T::kTileM / 2], u32 rows,
-                                     u32 (&weights)[T::kTileM / 4]) const {
+    ADAATTN_DEVICE void exponentiate(float (&scores)[T::kTileM / 2], const EarlyRows<T>& asked,
+                                     u32 rows, u32 (&weights)[T::kTileM / 4]) const {
 #pragma unroll
         for (int block = 0; block < T::kTileM / 8; ++block) {
             float lse[2];
-            ptx::load_shared_f32x2(lse, rows + 32 * block);
+            asked.of_block(lse, rows, block);
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 float& s = scores[4 * block + e];
@@ -287,7 +247,7 @@ struct Consumer {
 #pragma unroll
         for (int block = 0; block < T::kTileM / 8; ++block) {
             float delta[2];
-            ptx::load_shared_f32x2(delta, rows + T::kTileM * 4 + 32 * block);
+            ptx::load_shared_f32x2(delta, rows + 32 * block);
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 const u32 pair = weights[2 * block + e / 2];
@@ -314,44 +274,49 @@ struct Consumer {
         float d_scores[T::kTileM / 2];
         u32 weights[T::kTileM / 4];
         u32 words[T::kTileM / 4];
+        EarlyRows<T> lse;
 
+        ptx::mbarrier_wait(barriers.grad_full(stage), parity);
+        start_product<T::kDimV>(d_scores, smem + T::kValueAt, grads);
+
+        const int whole_begin = work().whole_begin, whole_end = work().whole_end;
+        ptx::mbarrier_wait(barriers.rows_full(stage), parity);
+        lse.ask(rows);
+        if (here.tile < whole_begin || here.tile >= whole_end) hide(scores, here.tile * T::kTileM);
+        exponentiate(scores, lse, rows, weights);
+        ptx::pin(weights);
+        start_gradient<T::kDimV>(d_value, weights, grads);
+        ptx::wgmma_wait<1>();
+        ptx::pin(d_scores);
+        differentiate(d_scores, weights, rows + T::kTileM * 4, words);
+        ptx::mbarrier_arrive(barriers.rows_empty(stage));
+        ptx::mbarrier_wait(barriers.ds_empty(stage), parity ^ 1u);
+        write_ds(words, smem + T::kDsAt + stage * T::kDsBytes);
+        ptx::async_proxy_fence();  // of the dq handed over in the step before, too
+        release(barriers.ds_full(stage));
+        if (!kFirst && i > 1) announce(i - 2);
+
+        start_gradient<T::kDimQk>(d_key, words, queries);
+        ptx::wgmma_wait<1>();
+        ptx::pin(d_value);
+        ptx::pin(weights);
+        release(barriers.grad_empty(stage));
         if constexpr (!kFirst) {
             ptx::mbarrier_wait(barriers.ds_full(stage ^ 1), static_cast<u32>((i - 1) / 2) & 1u);
             start_query_gradient(d_query, smem + T::kDsAt + (stage ^ 1) * T::kDsBytes);
         }
-        ptx::mbarrier_wait(barriers.rows_full(stage), parity);
-        hide(scores, here.tile * T::kTileM);
-        exponentiate(scores, rows, weights);
-
-        ptx::pin(weights);  // all of them before the next products are started
-        ptx::mbarrier_wait(barriers.grad_full(stage), parity);
-        start_product<T::kDimV>(d_scores, smem + T::kValueAt, grads);
-        start_gradient<T::kDimV>(d_value, weights, grads);
-        if constexpr (!kFirst) {
-            ptx::wgmma_wait<2>();
-            pin_slabs(d_query);
-            add_query_gradient(d_query, before(work(), here), i > 1);
-        }
-        ptx::wgmma_wait<1>();
-        ptx::pin(d_scores);
-        differentiate(d_scores, weights, rows, words);
-        release(barriers.rows_empty(stage));
-        // The buffer is free: both consumers' dq of two tiles ago was waited for before either
-        // wrote the ds that this consumer has since seen.
-        write_ds(words, smem + T::kDsAt + stage * T::kDsBytes);
-        ptx::async_proxy_fence();
-        release(barriers.ds_full(stage));
-
-        start_gradient<T::kDimQk>(d_key, words, queries);
         start_scores(i + 1, scores);
-        ptx::wgmma_wait<0>();
-        ptx::pin(d_value);
-        ptx::pin(weights);
+        ptx::wgmma_wait<1>();
         ptx::pin(d_key);
         ptx::pin(words);
-        ptx::pin(scores);
-        release(barriers.grad_empty(stage));
         release(barriers.query_empty(stage));
+        if constexpr (!kFirst) {
+            pin_slabs(d_query);
+            release(barriers.ds_empty(stage ^ 1));
+            hand_over(d_query, i - 1);
+        }
+        ptx::wgmma_wait<0>();
+        ptx::pin(scores);
     }
 
     // Behind the last tile the product is of what its stage held before, and is not used.
@@ -386,16 +351,15 @@ struct Consumer {
             start_query_gradient(d_query, smem + T::kDsAt + (last & 1) * T::kDsBytes);
             ptx::wgmma_wait<0>();
             pin_slabs(d_query);
-            add_query_gradient(d_query, here, last > 0);
-            if (T::kInOrder && threadIdx.x % kWarpgroupThreads == 0) {
-                pass_turn<T>(params, work(), here, warpgroup);
-            }
+            hand_over(d_query, last);
+            ptx::async_proxy_fence();
+            if (last > 0) announce(last - 1);
+            announce(last);
         }
         write_gradient<T::kFormat, T::kDimQk>(params, params.d_key, params.dim_qk, work(), d_key,
                                               params.scale, row(), lane());
         write_gradient<T::kFormat, T::kDimV>(params, params.d_value, params.dim_v, work(), d_value,
                                              1.0f, row(), lane());
-        if (threadIdx.x % kWarpgroupThreads == 0) ptx::bulk_wait();  // before the memory is gone
     }
 };
 
@@ -424,6 +388,7 @@ ADAATTN_DEVICE void run(const Params& params) {
         ptx::registers_give<T::kProducerRegisters>();
         if (warp == 0 && threadIdx.x == 0) produce<T>(params, barriers, smem, work);
         if (warp == 1) bring_rows<T>(params, barriers, smem, work);
+        if (warp >= 2) add_sums<T>(params, smem, work, warp - 2);
     } else {
         ptx::registers_take<T::kConsumerRegisters>();
         const Consumer<T> consumer{params, barriers, smem, warp / 4 - 1};

@@ -23,8 +23,8 @@ struct Barriers {
     ADAATTN_DEVICE u32 grad_empty(int stage) const { return query_full(3 * T::kStages + stage); }
     ADAATTN_DEVICE u32 rows_full(int stage) const { return query_full(4 * T::kStages + stage); }
     ADAATTN_DEVICE u32 rows_empty(int stage) const { return query_full(5 * T::kStages + stage); }
-
     ADAATTN_DEVICE u32 ds_full(int stage) const { return query_full(6 * T::kStages + stage); }
+    ADAATTN_DEVICE u32 ds_empty(int stage) const { return query_full(7 * T::kStages + stage); }
 
     ADAATTN_DEVICE void init() const {
         ptx::mbarrier_init(keys_full(), 1);
@@ -34,12 +34,18 @@ struct Barriers {
             ptx::mbarrier_init(grad_full(stage), 1);
             ptx::mbarrier_init(grad_empty(stage), 4 * T::kConsumers);
             ptx::mbarrier_init(rows_full(stage), kWarpThreads);
-            ptx::mbarrier_init(rows_empty(stage), 4 * T::kConsumers);
+            ptx::mbarrier_init(rows_empty(stage), kWarpgroupThreads * T::kConsumers);
             ptx::mbarrier_init(ds_full(stage), 4 * T::kConsumers);
+            ptx::mbarrier_init(ds_empty(stage), 4 * T::kConsumers);
         }
         ptx::mbarrier_init_fence();
     }
 };
+
+// Named barriers of a consumer, 0 or 1, and the warp that adds its sums to memory.
+constexpr u32 kSumThreads = kWarpgroupThreads + kWarpThreads;
+ADAATTN_DEVICE u32 sums_full(u32 half, u32 stage) { return 1 + 4 * stage + 2 * half; }
+ADAATTN_DEVICE u32 sums_empty(u32 half, u32 stage) { return 2 + 4 * stage + 2 * half; }
 
 // A block's keys (the rows of `item`), and the tiles of queries [begin, end) that see any of them,
 // walked over once for each of the query heads from `first_head` on.
@@ -49,8 +55,13 @@ struct KeyWork {
     int begin, end;
     int first_head;
     int count;
-    int tiles_after;  // of keys, in this sequence
-    int reserved[3];
+    int tiles_after;             // of keys, in this sequence
+    int whole_begin, whole_end;  // the tiles of queries that see every key
+    int reserved;
+
+    ADAATTN_DEVICE bool sees_whole(int tile) const {
+        return (tile >= whole_begin) & (tile < whole_end);
+    }
 };
 
 // Tiles run fastest, so that the blocks of a head run together and share its queries in L2. The
@@ -74,6 +85,8 @@ ADAATTN_DEVICE KeyWork key_work(const Params& params, int block) {
     const mask::Interval of_last = mask::visible(own.item, own.item.rows - 1);
     found.begin = of_first.start / kTileM;
     found.end = of_last.stop > of_first.start ? ceil_div(of_last.stop, kTileM) : found.begin;
+    found.whole_begin = ceil_div(of_last.start, kTileM);
+    found.whole_end = own.item.rows < kTileN ? 0 : of_first.stop / kTileM;
     found.first_head = own.item.head * params.group;
     found.count = (found.end - found.begin) * params.group;
     const int length = list.unit_count > 0 ? list.units[unit].len_q : list.len_q;
