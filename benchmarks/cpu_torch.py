@@ -3,6 +3,8 @@
     python benchmarks/capture_qkv.py TEXT.txt --out OUT/prose        # once per text
     python benchmarks/cpu_torch.py OUT/prose OUT/code --markdown docs/benchmarks/cpu.md
 
+With ``--model-text TEXT.txt`` SmolLM2 continues 1,800 tokens of a text by 24, the three ways.
+
 Every layer runs three ways in turn, in float32 and with the same threads: PyTorch's function,
 AdaAttn's without a budget, and AdaAttn's with ``budget=0.1`` (measuring, planning and the
 certificate included). Figures are medians over repeats of ratios to PyTorch's time of the same
@@ -27,13 +29,17 @@ import torch
 import torch.nn.functional as F  # noqa: N812 -- its usual name
 
 import adaattn_torch
+from adaattn_bench import models
 from adaattn_core import Mask, attention
+from adaattn_torch.entries.transformers import budgets, register_transformers
 
 TITLE = "## The backend torch beside PyTorch's own attention"
 WAYS = ("no budget", "budget 0.1")
 HEADS = ("share", "held", "covered")
 SHORT = (1, 128, 512, 2048)
 """Lengths at which the function without a budget is timed as well."""
+PROMPT, GENERATED = 1800, 24
+"""Tokens that a model reads, and makes."""
 
 
 def load(path: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
@@ -133,11 +139,40 @@ def short(folder: Path) -> dict[int, tuple[float, float]]:
     return found
 
 
+def generated(text: Path, repeats: int) -> dict[str, float]:
+    """Seconds of `generate` by PyTorch's attention, and ratios to them; nobody listens."""
+    model = models.load(models.SMOLLM2)
+    ids = model.encode(text.read_text(errors="ignore"), PROMPT)[None]
+    ours = register_transformers()
+    ways = {"PyTorch": ("sdpa", None), "no budget": (ours, None), "budget 0.1": (ours, 0.1)}
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    tokens: dict[str, list[int]] = {}
+    for number in range(repeats + 1):
+        for name, (attention_name, budget) in ways.items():
+            model.network.set_attn_implementation(attention_name)
+            with torch.no_grad(), budgets(budget):
+                started = clock()
+                made = model.network.generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=GENERATED,
+                    min_new_tokens=GENERATED, do_sample=False, pad_token_id=0,
+                )  # fmt: skip
+                taken = clock() - started
+            tokens[name] = made[0, PROMPT:].tolist()
+            if number:
+                times[name].append(taken)
+    same = {name: found == tokens["PyTorch"] for name, found in tokens.items()}
+    seconds = statistics.median(times["PyTorch"])
+    found = {"PyTorch": seconds, **{name: ratio(times, name) for name in WAYS}}
+    print("generate", found, "same tokens", same, flush=True)
+    return found
+
+
 def section(
     texts: dict[str, dict[str, list[float]]],
     lengths: dict[int, tuple[float, float]],
     threads: int,
     clock_name: str,
+    model: dict[str, float] | None,
 ) -> str:
     """Render the section."""
     lines = [
@@ -175,6 +210,13 @@ def section(
         lines.append(f"| {what} | {' | '.join(cells)} |")
     lines += ["", "| tokens | PyTorch, µs | without a budget, µs |", "|---|---|---|"]
     lines += [f"| {n:,} | {a:,.0f} | {b:,.0f} |" for n, (a, b) in lengths.items()]
+    if model is not None:
+        lines += [
+            "",
+            f"SmolLM2 continues {PROMPT:,} tokens by {GENERATED} in {model['PyTorch']:.2f} s by"
+            f" PyTorch's attention, in {model['no budget']:.3f} of that without a budget, in"
+            f" {model['budget 0.1']:.3f} of it with 0.1.",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -186,6 +228,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--model-text", type=Path, help="also time `generate` on it")
     parser.add_argument("--markdown", type=Path)
     args = parser.parse_args()
     global clock
@@ -193,7 +236,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     lengths = short(args.folders[0])
     texts = {f.name: measure(f, args.step, args.repeats) for f in args.folders}
-    new = section(texts, lengths, args.threads, args.clock)
+    model = generated(args.model_text, 3) if args.model_text else None
+    new = section(texts, lengths, args.threads, args.clock, model)
     print(new)
     if args.markdown:
         old = args.markdown.read_text()
