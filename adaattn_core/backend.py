@@ -56,6 +56,10 @@ class Capabilities:
     paged : tuple of str
         Structure kinds it runs where keys and values come as pages
         (`adaattn_core.paged.PagedKV`); empty where it takes no pages.
+    narrow : tuple of (str, str)
+        Pairs of operand formats, one of them of 8 bits, in which a backend that decides
+        (`adaattn_core.deciding.Decides`) runs dense heads first, to run those again at the
+        inputs' own precision whose certificates miss the budget.
     costs : mapping of str to CostModel
         By kind of device: prices that were measured on this machine. Plans are made with those
         of `target` where there are none.
@@ -79,6 +83,7 @@ class Capabilities:
     rule_formats: tuple[str, ...] | None = None
     sizes: tuple[Structure, ...] = ()
     paged: tuple[str, ...] = ()
+    narrow: tuple[tuple[str, str], ...] = ()
     costs: Mapping[str, CostModel] = field(default_factory=dict, compare=False)
 
 

@@ -124,6 +124,13 @@ class CostModel:
         fixed = 0.0 if measured else self.head_seconds + keys * self.key_seconds
         return fixed + seconds / self.efficiency.get("rows", 1.0)
 
+    def certify_seconds(self, stats: HeadStats) -> float:
+        """Time of the exact rows that a sampled certificate compares a head with."""
+        rows = float(stats.visible) * min(CERTIFY_ROWS / max(stats.len_q, 1), 1.0)
+        wide, dims = self.rows_format, (float(stats.dim_qk), float(stats.dim_v))
+        seconds = self.scores_seconds(rows, rows, *dims, wide, wide)
+        return seconds / self.efficiency.get("rows", 1.0)
+
     def dense_cost(self, stats: HeadStats, qk: str = "f32", pv: str = "f32") -> float:
         """Predicted seconds of the dense head."""
         return self.head_cost(stats, _dense(qk, pv), 1.0)

@@ -21,6 +21,7 @@ from adaattn_core.policies.base import (
     effective_tau,
     safer,
 )
+from adaattn_core.policies.narrow import narrow_plan
 from adaattn_core.policies.predicting import predicted_facts
 from adaattn_core.policies.table import DecisionTable
 from adaattn_core.problem import HeadIndex
@@ -83,6 +84,12 @@ class BudgetPolicy:
     diffuse : float
         Relative entropy from which no far-field structure is tried: the mass is everywhere. A
         compiled policy has the error of every candidate measured, and needs no such rule.
+    narrow_worthwhile : float
+        Dense heads of a compiled policy run in 8 bits first where that costs less than this
+        share of dense, their certificate counted. The rest pays for heads that miss the budget.
+    narrow_diffuse : float
+        Relative entropy from which a compiled policy runs dense heads in 8 bits first, where
+        it is measured: scores of heads that look at few keys are large, and i8 errs by more.
     low_rank_participation : float
         A feature rank is tried where the keys' participation ratio is below this share of dim.
     """
@@ -96,6 +103,8 @@ class BudgetPolicy:
     worthwhile: float = 0.8
     table_worthwhile: float = 0.95
     diffuse: float = 0.97
+    narrow_worthwhile: float = 0.9
+    narrow_diffuse: float = 0.8
     low_rank_participation: float = 0.25
 
     name = "budget"
@@ -343,6 +352,8 @@ class BudgetPolicy:
             aim=self.table_margin * budget.rel,
             escalation_aim=AIM * budget.rel,
             worthwhile=max(self.worthwhile, self.table_worthwhile),
+            narrow=narrow_plan(context, self.table_margin * budget.rel, self.narrow_worthwhile),
+            narrow_entropy=self.narrow_diffuse,
         )
 
     # -- what to do when the certificate says no ----------------------------------------------

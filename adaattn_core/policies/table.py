@@ -127,6 +127,12 @@ class DecisionTable:
         Whether anything that `HEAD_MEASURES` names must be measured; otherwise zeros do.
     priced : bool
         Whether costs are predicted times; otherwise they only put candidates in order.
+    narrow : HeadPlan or None
+        Dense in 8 bits: heads that no candidate serves run so first, and those whose
+        certificates miss the budget run the fallback after it. What it errs by is not
+        predicted head by head: every head is certified anyway.
+    narrow_entropy : float
+        Where heads are measured, those of a smaller relative entropy run the fallback at once.
 
     Raises
     ------
@@ -141,6 +147,8 @@ class DecisionTable:
     worthwhile: float
     measured: bool = True
     priced: bool = True
+    narrow: HeadPlan | None = None
+    narrow_entropy: float = 0.0
 
     def __post_init__(self) -> None:
         costs = [x for c in self.candidates for x in (c.fixed, c.slope)]
@@ -149,7 +157,7 @@ class DecisionTable:
             for c in self.candidates
             for x in (c.entropy_below, c.saturation_most, c.score_most, c.share_most)
         ]
-        limits += [self.aim, self.escalation_aim, self.worthwhile]
+        limits += [self.aim, self.escalation_aim, self.worthwhile, self.narrow_entropy]
         if len(self.candidates) > MAX_CANDIDATES:
             got = f"{len(self.candidates)} candidates"
         elif not all(0 <= x <= float(FLOAT_MAX) for x in costs):
@@ -189,7 +197,7 @@ class DecisionTable:
         """Return the plan that one record of dtype `CHOICE` stands for, with its reason."""
         number, outcome = int(choice["candidate"]), int(choice["outcome"])
         if number == FALLBACK:
-            return replace(self.fallback, reason=REASONS[outcome])
+            return replace(self.narrow or self.fallback, reason=REASONS[outcome])
         plan = self.candidates[number].plan
         cost = float(choice["cost"]) * self.fallback.cost_estimate
         return replace(

@@ -7,6 +7,7 @@ to know about the call is read when somebody looks.
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -24,23 +25,27 @@ from adaattn_cuda.device import driver
 from adaattn_cuda.device.events import start_timed
 from adaattn_cuda.device.library import library_of
 from adaattn_cuda.device.views import ArrayView, contiguous
-from adaattn_cuda.dispatch import input_views
+from adaattn_cuda.dispatch import input_views, make_task
 from adaattn_cuda.kernels import sm90_attn_fwd_f16 as sm90
+from adaattn_cuda.kernels.task import Recipe, Task
 from adaattn_cuda.planner.drawing import certifying_rows
 from adaattn_cuda.planner.frozen import Frozen, frozen
 from adaattn_cuda.planner.launch import FarArrays, FarLaunch
 from adaattn_cuda.planner.levels import table_refusal
 from adaattn_cuda.reading import Reading, Whole
 from adaattn_cuda.recent import Recent
+from adaattn_cuda.tuning.sm90_attn_fwd_8bit import MAX_DIM
 from adaattn_cuda.work.far import FarGeometry
 
-__all__ = ["SIZES", "AdaptiveCalls"]
+__all__ = ["NARROW", "SIZES", "AdaptiveCalls"]
 
 SIZES = tuple(
     Landmark(band=256, group=group, samples=32, tile=128, screen_rank=0, tail=128)
     for group in (1024, 2048)
 )
 """Sizes in which the planning kernels run landmarks."""
+NARROW = (("i8", "e4m3"), ("i8", "bf16"), ("i8", "f16"))
+"""Formats in which they run dense heads first; those of 16 bits are the arrays' own."""
 LEAST_REL = 0.02
 """Smallest budget that 16-bit operands keep on any head but odd ones: their own error is 0.3 to
 0.5% of the rms row. Smaller budgets climb formats, step by step on the host."""
@@ -96,6 +101,9 @@ class AdaptiveCalls:
         seed: int | None,
         profile: bool,
     ) -> Adapted | str:
+        wide = max(problem.dim_qk, problem.dim_v) > MAX_DIM
+        if wide or min(problem.len_q, problem.len_kv) < LEAST_KEYS:
+            table = replace(table, narrow=None) if table.narrow else table
         query, key, value = input_views(problem)
         inputs = (query, key, value)
         decided = given.decided if given else None
@@ -173,6 +181,7 @@ class AdaptiveCalls:
             if reason:
                 return reason
             used = seed if seed is not None else int(np.random.default_rng().integers(2**48))
+            stream = library_of(problem.query).stream(device)
             launch = FarLaunch(
                 geometry(problem, table, budget),
                 problem.dtype,
@@ -181,8 +190,9 @@ class AdaptiveCalls:
                 budget,
                 used,
                 device,
-                library_of(problem.query).stream(device),
+                stream,
                 decided,
+                _narrow_task(problem, table, arrays),
             )
             found = launch, used
             self._launches.put(known_by, found)
@@ -216,7 +226,7 @@ def refusal(
     unlike = table_refusal(table, problem.dtype, SIZES)
     if unlike:
         return unlike
-    if certifying_rows(span.len_q, budget, retried=bool(table.candidates)) is None:
+    if certifying_rows(span.len_q, budget, retried=_retried(table)) is None:
         return f"rows={budget.rows}, confidence={budget.confidence}: more rows than are drawn"
     return ""
 
@@ -232,8 +242,28 @@ def geometry(
         len_q=problem.len_q, len_kv=problem.len_kv, dim_qk=problem.dim_qk,
         dim_v=problem.dim_v, causal=problem.mask.right == 0, offset=_offset(problem),
         group=structure.group, band=structure.band, samples=structure.samples,
-        drawn=certifying_rows(problem.len_q, budget, retried=bool(table.candidates)) or 0,
+        drawn=certifying_rows(problem.len_q, budget, retried=_retried(table)) or 0,
     )  # fmt: skip
+
+
+def _retried(table: DecisionTable) -> bool:
+    """Whether heads that miss the budget have something safer to run again as."""
+    return bool(table.candidates) or table.narrow is not None
+
+
+def _narrow_task(
+    problem: AttentionProblem, table: DecisionTable, arrays: tuple[ArrayView, ...]
+) -> Task | None:
+    """Return the problem as the 8-bit kernel takes it, if the table has heads run so first."""
+    if table.narrow is None:
+        return None
+    query, key, value = arrays
+    shape = (*query.shape[:3], value.shape[3])
+    out = contiguous(0, shape, query.dtype, query.device)
+    lse = contiguous(0, shape[:3], "f32", query.device)
+    head = table.narrow
+    recipe = Recipe(head.qk, head.pv, head.smooth_k, head.p_scale)
+    return make_task(problem, (query, key, value, out, lse, None, None), recipe, None)
 
 
 def _offset(problem: AttentionProblem) -> int:

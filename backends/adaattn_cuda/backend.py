@@ -27,7 +27,7 @@ from adaattn_core.plan import Plan
 from adaattn_core.policies.table import DecisionTable
 from adaattn_core.problem import AttentionProblem, HeadIndex
 from adaattn_cuda import paged
-from adaattn_cuda.adaptive import SIZES, AdaptiveCalls
+from adaattn_cuda.adaptive import NARROW, SIZES, AdaptiveCalls
 from adaattn_cuda.backward import attention_backward
 from adaattn_cuda.device import driver
 from adaattn_cuda.device.launch import Launch
@@ -92,7 +92,11 @@ class CudaBackend:
         )
 
     def decides(self) -> Capabilities:
-        """Landmarks besides, on Hopper, in 16 bits; see `adaattn_core.deciding.Decides`."""
+        """Landmarks besides, on Hopper, in 16 bits; see `adaattn_core.deciding.Decides`.
+
+        Formats of 8 bits are no candidates of a table, whose errors would have to be judged:
+        `Capabilities.narrow` has dense heads run in them, certified, and again if that fails.
+        """
         can = self.capabilities()
         if can.target != "sm90":
             return replace(can, structures=("dense",))
@@ -101,6 +105,7 @@ class CudaBackend:
             qk_formats=sm80.OPERAND_FORMATS,
             pv_formats=sm80.OPERAND_FORMATS,
             structures=("dense", "landmark"),
+            narrow=NARROW,
         )
 
     def adapt(

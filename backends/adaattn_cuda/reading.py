@@ -20,6 +20,7 @@ from adaattn_core.stats import HeadStats, StructureEstimate
 from adaattn_cuda.device import driver
 from adaattn_cuda.planner.launch import FarLaunch
 from adaattn_cuda.planner.layout import CERTIFICATE, DECISION
+from adaattn_cuda.work.far import WIDE
 
 __all__ = ["Reading", "Whole"]
 
@@ -72,10 +73,11 @@ class Whole:
                 first = float(read.certificates[index]["first_upper"])
                 plan = _with_reason(
                     table.fallback,
-                    f"escalated: {plan.structure.kind} certified {first:.3g} only",
+                    f"escalated: {_kind(plan, read, index, table)} certified {first:.3g} only",
                 )
             elif plan.structure.kind != "dense" and _dense(read, index):
-                plan = _with_reason(table.fallback, "dense: no room for its landmarks")
+                first_plan = table.narrow or table.fallback
+                plan = _with_reason(first_plan, "dense: no room for its landmarks")
             elif plan.structure.kind != "dense" and read.decisions is not None:
                 measures = read.decisions[index]["measures"]
                 plan = _with_reason(
@@ -93,7 +95,9 @@ class Whole:
             return self._given[index]
         if read.decisions is None:
             reason = "dense: nothing could be cheaper at this size"
-            return _with_reason(self._table.fallback, reason)
+            return _with_reason(self._table.narrow or self._table.fallback, reason)
+        if read.decision is not None and read.decision[index] == WIDE:
+            return _with_reason(self._table.fallback, "dense: its scores are too large for i8")
         return self._table.head_plan(read.decisions[index]["choice"])
 
     def certificates(self) -> Mapping[HeadIndex, HeadCertificate]:
@@ -188,6 +192,13 @@ class Whole:
 def _dense(read: Reading, index: HeadIndex) -> bool:
     """Whether a head's first run was dense."""
     return read.decision is None or bool(read.decision[index] < 0)
+
+
+def _kind(plan: HeadPlan, read: Reading, index: HeadIndex, table: DecisionTable) -> str:
+    """Return what a head ran as first: its structure, and formats of 8 bits."""
+    if plan.structure.kind != "dense" and not _dense(read, index):
+        return plan.structure.kind
+    return f"dense {table.narrow.qk}/{table.narrow.pv}" if table.narrow else "dense"
 
 
 def _with_reason(plan: HeadPlan, reason: str) -> HeadPlan:

@@ -197,14 +197,18 @@ def adaptive() -> int:
     key, value = smooth.bfloat16(), (smooth + 0.1 * noise).bfloat16()
     heads = 0
     unhurried = BudgetPolicy(worthwhile=1e9)  # so short a problem is measured by no other
+    narrow = BudgetPolicy(narrow_worthwhile=1e9, worthwhile=0.0)  # nor run in 8 bits first
+    both = BudgetPolicy(narrow_worthwhile=1e9, worthwhile=1e9, narrow_diffuse=0.5)
     for mask in (Mask.causal(), Mask()):
-        for policy in (None, unhurried):
+        for policy in (None, narrow, both, unhurried):
             result = attention(
                 query, key, value, mask=mask, budget=0.2, policy=policy, backend="cuda", seed=0
             )
             if result.provenance.get("planned_on") != "device":
                 raise SystemExit(f"not planned on the device: {dict(result.provenance)}")
             heads += len(dict(result.certificate.heads))
+            if policy is narrow and not any(p.qk == "i8" for p in result.plan.heads.values()):
+                raise SystemExit("no head ran in 8 bits")
         if not any(stats.structures for stats in result.stats.heads.values()):
             raise SystemExit("no structure was measured")
     return heads

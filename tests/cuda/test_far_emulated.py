@@ -21,6 +21,7 @@ from adaattn_cuda.work.far import (
     LEVELS_MAX,
     SLOT,
     TILE,
+    WIDE,
     FarGeometry,
     exact_work,
     far_tables,
@@ -236,9 +237,26 @@ def test_decide_measures_the_spared_quantile(far_unit: ctypes.CDLL) -> None:
     np.testing.assert_array_equal(finished, 0)
 
 
+def told(table: NDArray[Any], keys: NDArray[Any]) -> list[tuple[int, ...]]:
+    """Items that were written, in some order, each with the keys that it visits."""
+    names = ("batch", "head", "row_first", "rows", "tiles", "stop_offset", "key_stop")
+    table = table[(table["rows"] > 0) & (table["key_stop"] != 9)]
+    of = keys[table["first_source"]]
+    return sorted(
+        (*(int(item[n]) for n in names), int(k["head"]), int(k["keys"]), int(k["mask"]))
+        for item, k in zip(table, of, strict=True)
+    )
+
+
 @pytest.mark.parametrize("blocks", [0, 7, 1000])
-def test_lists_hold_every_tile_of_every_head_once(far_unit: ctypes.CDLL, blocks: int) -> None:
-    """Exact heads have the items that the host would list; the others go by landmarks."""
+@pytest.mark.parametrize("narrow", [False, True])
+def test_lists_hold_every_tile_of_every_head_once(
+    far_unit: ctypes.CDLL, blocks: int, narrow: bool
+) -> None:
+    """Exact heads have the items that the host would list; the others go by landmarks.
+
+    With heads in 8 bits there are two lists of exact ones.
+    """
     rng = np.random.default_rng(8)
     g = FarGeometry(
         batch=2, heads_q=6, heads_kv=2, len_q=2900, len_kv=3000, dim_qk=DIM, dim_v=DIM,
@@ -260,23 +278,30 @@ def test_lists_hold_every_tile_of_every_head_once(far_unit: ctypes.CDLL, blocks:
     slots = np.zeros((g.heads, g.groups), SLOT)
     kept = np.full(g.heads, 77, np.uint64)
     tile_m = 192
-    exact_tiles = -(-g.len_q // tile_m)
+    exact_tiles, narrow_tiles = -(-g.len_q // tile_m), -(-g.len_q // TILE)
+    if narrow:
+        decision[[3, 10]] = WIDE
     made: dict[str, Any] = {}
     lists = {}
-    for stem, tile, tiles in (("landmarks", TILE, g.tiles - 1), ("exact", tile_m, exact_tiles)):
+    listed_as = [("landmarks", TILE, TILE, g.tiles - 1), ("exact", tile_m, TILE, exact_tiles)]
+    if narrow:
+        listed_as.append(("narrow", TILE, 256, narrow_tiles))
+    for stem, tile, tile_n, tiles in listed_as:
         made[stem] = (
             np.full(g.heads * tiles + 3 * blocks + 1, 9, ITEM),
             np.zeros(3 * (g.heads * tiles + 3 * blocks + 1), SOURCE),
             np.zeros(4, np.int32), np.zeros(g.heads, PLACE),
         )  # fmt: skip
         addresses = (part.ctypes.data for part in made[stem])
-        lists[stem] = p.List(*addresses, tile, TILE, tiles, blocks if stem == "exact" else 0)
+        dealt = 0 if stem == "landmarks" else blocks
+        lists[stem] = p.List(*addresses, tile, tile_n, tiles, dealt)
     block = p.Work(
         sizes=size, **lists, tile_stride=g.tiles_per_group, section_heads=2,
     )  # fmt: skip
     threads = -(-g.heads * g.tiles // 256) * 256
     items_block = p.ListItems(
         sizes=size, **lists, tile_stride=g.tiles_per_group, tail=1, landmark_threads=threads,
+        exact_threads=g.heads * exact_tiles,
     )  # fmt: skip
     arrays = {
         "groups": tables.groups, "selections": selections, "tile_counts": before,
@@ -287,12 +312,21 @@ def test_lists_hold_every_tile_of_every_head_once(far_unit: ctypes.CDLL, blocks:
             if name in {field[0] for field in parameters._fields_}:
                 setattr(parameters, name, array.ctypes.data)
     far_unit.work(ctypes.byref(block), 1)
-    far_unit.list(ctypes.byref(items_block), -(-(threads + g.heads * exact_tiles) // 256))
+    threads += g.heads * (exact_tiles + narrow * narrow_tiles)
+    far_unit.list(ctypes.byref(items_block), -(-threads // 256))
     # The last head's landmarks found no room: it is exact now.
-    assert decision.tolist() == [2, -1, 0, -1, -1, 1, 0, 1, -1, 2, -1, -1]
+    wide = WIDE if narrow else -1
+    assert decision.tolist() == [2, -1, 0, wide, -1, 1, 0, 1, -1, 2, wide, -1]
+    if narrow:
+        items, sources, queue, _ = made["narrow"]
+        assert (queue[0], queue[1]) == (0, (decision == -1).sum() * narrow_tiles)
+        wanted = exact_work(g, TILE, 256, 5)
+        expected = wanted.items.reshape(-1)
+        first = decision[expected["batch"] * g.heads_q + expected["head"]] == -1
+        assert told(items, sources) == told(expected[first], wanted.sources)
     items, sources, queue, _ = made["exact"]
-    assert (queue[0], queue[1]) == (0, (decision < 0).sum() * exact_tiles)
-    if blocks:
+    assert (queue[0], queue[1]) == (0, (decision <= wide).sum() * exact_tiles)
+    if blocks and not narrow:
         rounds = len(items) // blocks
         columns = [
             items[: rounds * blocks].reshape(rounds, blocks)[:, b] for b in range(blocks)
@@ -301,6 +335,8 @@ def test_lists_hold_every_tile_of_every_head_once(far_unit: ctypes.CDLL, blocks:
         loads = [int(c["tiles"].sum()) for c in columns]
         assert max(loads) - min(loads) <= items["tiles"].max()
         listed = np.concatenate(columns)
+    elif narrow:
+        listed = items
     else:
         listed = items[: queue[1]]
         assert items[queue[1]]["rows"] == 0
@@ -308,18 +344,8 @@ def test_lists_hold_every_tile_of_every_head_once(far_unit: ctypes.CDLL, blocks:
         assert (rising >= 0).all()  # a section begins with what the one before ended with
         assert (falling <= 0).all()
     wanted = exact_work(g, tile_m, TILE, 5)
-    names = ("batch", "head", "row_first", "rows", "tiles", "stop_offset", "key_stop")
-
-    def told(table: NDArray[Any], keys: NDArray[Any]) -> list[tuple[int, ...]]:
-        of = keys[table["first_source"]]
-        return sorted(
-            (*(int(item[n]) for n in names), int(k["head"]), int(k["keys"]), int(k["mask"]))
-            for item, k in zip(table, of, strict=True)
-            if item["rows"]
-        )
-
     expected = wanted.items.reshape(-1)
-    dense = decision[expected["batch"] * g.heads_q + expected["head"]] < 0
+    dense = decision[expected["batch"] * g.heads_q + expected["head"]] <= wide
     assert told(listed, sources) == told(expected[dense], wanted.sources)
     items, sources, queue, _ = made["landmarks"]
     listed = items[: queue[1]]

@@ -153,7 +153,7 @@ def test_landmarks_are_chosen_where_they_serve_and_dense_where_they_do_not() -> 
     assert "dense" in result.plan.explain()
 
 
-@pytest.mark.parametrize(("length", "dim"), [(2048, 64), (8192 + 37, 64), (9000, 128)])
+@pytest.mark.parametrize(("length", "dim"), [(2048, 64), (8192 + 37, 64), (6000, 128)])
 def test_a_short_problem_is_dense_and_certified_without_measuring(
     length: int, dim: int
 ) -> None:

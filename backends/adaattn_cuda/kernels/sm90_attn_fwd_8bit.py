@@ -18,7 +18,7 @@ from adaattn_cuda.tuning.sm90_attn_fwd_8bit import MAX_DIM, Tile, choose
 from adaattn_cuda.tuning.sm90_attn_fwd_f16 import ARCH
 from adaattn_cuda.work.records import work_list
 
-__all__ = ["EightBitLaunch", "QuantisedParams", "is_asked", "launch", "refusal"]
+__all__ = ["EightBitLaunch", "QuantisedParams", "is_asked", "launch", "pack", "refusal"]
 
 E4M3_MAX = 448.0
 MOST_SLACK_LOG2 = 8.0
@@ -144,51 +144,68 @@ class EightBitLaunch:
     def _make(
         self, pointers: tuple[int, ...], codes: int, scales: int, stream: int
     ) -> list[driver.Call]:
-        task, tile, layout = self._task, self._tile, self.layout
-        dtype = task.query.dtype
-        query, key, value, out, lse = (
-            sm90.DeviceMatrix.of(array).at(pointer)
-            for array, pointer in zip(
-                (task.query, task.key, task.value, task.out, task.lse), pointers, strict=True
-            )
-        )
-        params = sm90.aligned(QuantisedParams)
+        params = pack(self._task, self._tile, self.layout, pointers, codes, scales)
         own = params.attention
-        own.query, own.key[0], own.value[0], own.out, own.lse = (
-            sm90.matrix(m) for m in (query, key, value, out, lse)
-        )
-        places = {name: codes + offset for name, offset in layout.codes()[0].items()}
-        places |= {name: scales + offset for name, offset in layout.scales()[0].items()}
-        rows, kv_rows = (layout.batch, layout.heads_q), (layout.batch, layout.heads_kv)
-        if layout.qk:
-            _encode(own.query_map, places["query_codes"], (*rows, layout.len_q, layout.dim_qk),
-                    tile.tile_m)  # fmt: skip
-            _encode(own.key_map[0], places["key_codes"],
-                    (*kv_rows, layout.rows_kv, layout.dim_qk), tile.tile_n)  # fmt: skip
-        else:
-            sm90.encode_map(own.query_map, query, tile.tile_m, dtype)
-            sm90.encode_map(own.key_map[0], key, tile.tile_n, dtype)
-        if layout.pv:
-            _encode(own.value_map[0], places["value_codes"],
-                    (*kv_rows, layout.dim_v, layout.rows_kv), layout.dim_v)  # fmt: skip
-        else:
-            sm90.encode_map(own.value_map[0], value, tile.tile_n, dtype)
-        own.scale_log2 = task.scale * math.log2(math.e)
-        own.inverse_scale = 1.0 / task.scale
         own.items, own.sources = self._work.items, self._work.sources
         own.rounds = self._work.rounds
-        own.dim_qk, own.dim_v = query.shape[3], out.shape[3]
-        for name in ("query_scales", "lse_shift", "tile_scales"):
-            setattr(params, name, places.get(name, 0))
-        for name in ("heads_q", "heads_kv", "len_q", "rows_kv"):
-            setattr(params, name, getattr(layout, name))
-        room = math.inf
-        if layout.pv:
-            params.weight_log2 = math.log2(task.p_scale)
-            room = math.log2(E4M3_MAX) - params.weight_log2
-        params.weight_slack = min(max(room, 0.0), MOST_SLACK_LOG2)
         quantise = self._quantiser.calls(pointers[:3], codes, scales, stream)
         return [*quantise, driver.Call(self._kernel, params, self._work.grid, stream)]
+
+
+def pack(
+    task: Task, tile: Tile, layout: Codes, pointers: tuple[int, ...], codes: int, scales: int
+) -> QuantisedParams:
+    """Return the kernel's argument without its work.
+
+    Parameters
+    ----------
+    task, tile, layout : Task, Tile, Codes
+    pointers : tuple of int
+        Of query, key, value, out and lse.
+    codes, scales : int
+        Addresses of what the quantiser makes.
+    """
+    dtype = task.query.dtype
+    query, key, value, out, lse = (
+        sm90.DeviceMatrix.of(array).at(pointer)
+        for array, pointer in zip(
+            (task.query, task.key, task.value, task.out, task.lse), pointers, strict=True
+        )
+    )
+    params = sm90.aligned(QuantisedParams)
+    own = params.attention
+    own.query, own.key[0], own.value[0], own.out, own.lse = (
+        sm90.matrix(m) for m in (query, key, value, out, lse)
+    )
+    places = {name: codes + offset for name, offset in layout.codes()[0].items()}
+    places |= {name: scales + offset for name, offset in layout.scales()[0].items()}
+    rows, kv_rows = (layout.batch, layout.heads_q), (layout.batch, layout.heads_kv)
+    if layout.qk:
+        _encode(own.query_map, places["query_codes"], (*rows, layout.len_q, layout.dim_qk),
+                tile.tile_m)  # fmt: skip
+        _encode(own.key_map[0], places["key_codes"],
+                (*kv_rows, layout.rows_kv, layout.dim_qk), tile.tile_n)  # fmt: skip
+    else:
+        sm90.encode_map(own.query_map, query, tile.tile_m, dtype)
+        sm90.encode_map(own.key_map[0], key, tile.tile_n, dtype)
+    if layout.pv:
+        _encode(own.value_map[0], places["value_codes"],
+                (*kv_rows, layout.dim_v, layout.rows_kv), layout.dim_v)  # fmt: skip
+    else:
+        sm90.encode_map(own.value_map[0], value, tile.tile_n, dtype)
+    own.scale_log2 = task.scale * math.log2(math.e)
+    own.inverse_scale = 1.0 / task.scale
+    own.dim_qk, own.dim_v = query.shape[3], out.shape[3]
+    for name in ("query_scales", "lse_shift", "tile_scales"):
+        setattr(params, name, places.get(name, 0))
+    for name in ("heads_q", "heads_kv", "len_q", "rows_kv"):
+        setattr(params, name, getattr(layout, name))
+    room = math.inf
+    if layout.pv:
+        params.weight_log2 = math.log2(task.p_scale)
+        room = math.log2(E4M3_MAX) - params.weight_log2
+    params.weight_slack = min(max(room, 0.0), MOST_SLACK_LOG2)
+    return params
 
 
 def _encode(place: Any, address: int, shape: tuple[int, int, int, int], rows: int) -> None:

@@ -58,7 +58,7 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_int32) for name in _COUNTS),
         ("scale", ctypes.c_float),
         ("smooth", ctypes.c_int32),
-        ("reserved", ctypes.c_int32 * 2),
+        ("decision", ctypes.c_uint64),
     )
 
 
@@ -198,9 +198,17 @@ class Quantiser:
                 self._kernels.append((kernel, grid))
 
     def calls(
-        self, pointers: tuple[int, ...], codes: int, scales: int, stream: int
+        self,
+        pointers: tuple[int, ...],
+        codes: int,
+        scales: int,
+        stream: int,
+        decision: int = 0,
     ) -> list[driver.Call]:
-        """Return the launches for query, key and value, codes and scales at these addresses."""
+        """Return the launches for query, key and value, codes and scales at these addresses.
+
+        `decision` is that of a number a query head; heads of -1 are quantised.
+        """
         params = Params()
         for name, pointer, strides in zip(
             ("query", "key", "value"), pointers, self._strides, strict=False
@@ -214,6 +222,7 @@ class Quantiser:
         for name, count in zip(_COUNTS, self._counts, strict=True):
             setattr(params, name, count)
         params.scale, params.smooth = self._scale, int(self._smooth)
+        params.decision = decision
         return [driver.Call(kernel, params, grid, stream) for kernel, grid in self._kernels]
 
 

@@ -16,8 +16,10 @@ from adaattn_cuda.device import driver
 from adaattn_cuda.device.graph import Graph
 from adaattn_cuda.device.lanes import Step, start_in_lanes
 from adaattn_cuda.device.launch import kernel_of, refuse_capture
+from adaattn_cuda.kernels.task import Task
 from adaattn_cuda.planner.drawing import certifying_orders
 from adaattn_cuda.planner.layout import kept_layout, scratch_layout
+from adaattn_cuda.planner.narrow import Narrow
 from adaattn_cuda.planner.params import FarArrays
 from adaattn_cuda.planner.sequence import Packer
 from adaattn_cuda.planner.specs import dense_tile, kernel_specs
@@ -54,6 +56,9 @@ class FarLaunch:
     device, stream : int
     decided : tuple of int, optional
         Candidate of every head, -1 for dense, where nothing is to be judged.
+    narrow : Task, optional
+        The whole problem as the 8-bit kernel takes it, where heads that would run exactly run
+        so first.
 
     Raises
     ------
@@ -76,6 +81,7 @@ class FarLaunch:
         device: int,
         stream: int,
         decided: tuple[int, ...] | None = None,
+        narrow: Task | None = None,
     ) -> None:
         refuse_capture(stream, "copies its tables to the device")
         self.geometry, self.dtype, self.scale, self.device = g, dtype, scale, device
@@ -93,7 +99,9 @@ class FarLaunch:
         rows = max(_LANDMARK_ROWS_LEAST, int(_LANDMARK_SHARE * g.len_kv)) // TILE * TILE
         most = _LANDMARK_BYTES_MOST // (2 * (g.dim_qk + g.dim_v))
         self.landmark_rows = min(g.heads * g.groups * min(rows, g.len_kv), most)
-        orders = certifying_orders(g.drawn, budget, retried=bool(self.levels))
+        self.narrow = Narrow(narrow, stream) if narrow else None
+        self.proves = not self.levels and narrow is None
+        orders = certifying_orders(g.drawn, budget, retried=not self.proves)
         assert orders is not None  # `refusal` sees to it
         self.orders = orders
         self.budget = budget
@@ -101,8 +109,9 @@ class FarLaunch:
         self.dense = dense_tile(padded_dim(g.dim_qk), padded_dim(g.dim_v))
         self.exact_tiles = -(-g.len_q // self.dense.tile_m)
         self.scratch = scratch_layout(
-            g, self.tables, self.levels, self.landmark_rows, self.exact_tiles, self.blocks
-        )
+            g, self.tables, self.levels, self.landmark_rows, self.exact_tiles, self.blocks,
+            self.narrow.room if self.narrow else None,
+        )  # fmt: skip
         self.constants = self._upload()
         self.kernels = self._load(stream)
         self._ready: Recent[_Replay] = Recent(_ADDRESSES_REMEMBERED)
@@ -126,12 +135,12 @@ class FarLaunch:
         if self.decided is not None:
             parts["decided"] = np.array(self.decided, np.int32).tobytes()
         if not self.levels:
-            dense = self.dense
+            dense = self.narrow.tile if self.narrow else self.dense
             listed = exact_work(self.geometry, dense.tile_m, dense.tile_n, self.blocks)
             parts |= {
                 "exact_each": t.exact_each.tobytes(),
-                "exact_items": listed.items.tobytes(),
-                "exact_sources": listed.sources.tobytes(),
+                "narrow_items" if self.narrow else "exact_items": listed.items.tobytes(),
+                "narrow_sources" if self.narrow else "exact_sources": listed.sources.tobytes(),
             }
         data, addresses = bytearray(), {}
         for name, body in parts.items():
@@ -139,12 +148,14 @@ class FarLaunch:
             data += body + bytes(-len(body) % 256 or 256)
         self._table = driver.DeviceTable(bytes(data), self.device)
         self.workspace_bytes = self._table.size_bytes
+        self.workspace_bytes += self.narrow.size_bytes if self.narrow else 0
         return {name: self._table.address + offset for name, offset in addresses.items()}
 
     def _load(self, stream: int) -> dict[str, driver.Kernel]:
         g = self.geometry
         kernels = {}
-        for name, (spec, threads) in kernel_specs(g, self.dtype, self.levels).items():
+        narrow = self.narrow.formats if self.narrow else None
+        for name, (spec, threads) in kernel_specs(g, self.dtype, self.levels, narrow).items():
             kernels[name] = kernel_of(spec, threads, stream)
             kernels[name].prepare(self.device)
         return kernels

@@ -90,12 +90,19 @@ def _add_list(layout: Layout, stem: str, heads: int, items: int) -> None:
 
 
 def scratch_layout(
-    g: FarGeometry, t: FarTables, levels: int, landmark_rows: int, exact_tiles: int, blocks: int
+    g: FarGeometry,
+    t: FarTables,
+    levels: int,
+    landmark_rows: int,
+    exact_tiles: int,
+    blocks: int,
+    narrow: tuple[int, int, int] | None = None,
 ) -> Layout:
     """Everything else; free for others as soon as the last kernel is done.
 
     `exact_tiles` is how many items an exact head has; they are dealt to `blocks` blocks, which
-    look up to two rounds beyond their last.
+    look up to two rounds beyond their last. `narrow`: items of a head in 8 bits, bytes of
+    codes, and of their scales, where exact heads run in 8 bits first.
     """
     judges = len(t.judge_tiles)
     columns = g.chunk_heads * g.samples
@@ -108,7 +115,7 @@ def scratch_layout(
     layout.add("judged", g.heads * 4)
     layout.add("certified", 4)
     layout.add("asked_queue", 16)
-    if not levels:
+    if not levels and narrow is None:
         layout.add("asked_items", (int(t.first_partial[-1]) + 1) * ITEM.itemsize)
     layout.add("zero_end", 0)
     layout.add("drawn_query", g.heads * t.drawn_rows.shape[1] * g.dim_qk * 2)
@@ -117,9 +124,16 @@ def scratch_layout(
     layout.add("exact_lse", partials * TILE * 4)
     layout.add("exact_rows", t.drawn_rows.size * g.dim_v * 4)
     layout.add("squares", g.heads * square_stride(g) * 4)
-    if not levels:  # the items are constants
+    if narrow is not None:
+        tiles, codes, scales = narrow
+        layout.add("narrow_codes", codes)
+        layout.add("narrow_scales", scales)
+        if levels:
+            _add_list(layout, "narrow", g.heads, g.heads * tiles + 3 * blocks)
+    if levels or narrow is not None:  # else the items are constants
+        _add_list(layout, "exact", g.heads, g.heads * exact_tiles + 3 * blocks)
+    if not levels:
         return layout
-    _add_list(layout, "exact", g.heads, g.heads * exact_tiles + 3 * blocks)
     slots = g.heads * judges * levels
     _add_list(layout, "landmark", g.heads, max(g.heads * g.tiles, slots * JUDGE_PARTS))
     splits = max(probe_splits(g, listed, blocks)[1] for listed in (judges, len(t.rest_groups)))

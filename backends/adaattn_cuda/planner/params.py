@@ -194,6 +194,7 @@ Work = _block(
     ),
     ("landmarks", List),
     ("exact", List),
+    ("narrow", List),
     *_pointers("kept"),
     *_ints("tile_stride"),
     ("most_landmarks", _f32),
@@ -206,8 +207,9 @@ ListItems = _block(
     *_pointers("groups", "tile_counts", "slots", "pool_first"),
     ("landmarks", List),
     ("exact", List),
+    ("narrow", List),
     *_pointers("kept"),
-    *_ints("tile_stride", "tail", "landmark_threads", "padding"),
+    *_ints("tile_stride", "tail", "landmark_threads", "exact_threads"),
 )
 Decide = _block(
     "Decide",
@@ -223,6 +225,7 @@ Decide = _block(
     ("far_tiles", _f32),
     ("judge_weights", _f32 * JUDGES_MAX),
     *_ints("spare_rows", "chunk_heads", "exact_stride"),
+    ("narrow_entropy", _f32),
 )  # fmt: skip
 Certify = _block(
     "Certify",

@@ -19,6 +19,7 @@ from adaattn_cuda.planner.specs import (
     exact_tile,
     pool_shape,
 )
+from adaattn_cuda.tuning.sm90_attn_fwd_8bit import Tile as NarrowTile
 from adaattn_cuda.tuning.sm90_attn_fwd_f16 import Tile, padded_dim
 from adaattn_cuda.work.far import LEVELS_MAX, TILE, probe_splits
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Packer"]
 
+AnyTile = Tile | NarrowTile
 _DRAWN, _BESIDE = 2, 1
 """Lanes beside the main one: exact rows, which the device takes up first, and what may wait."""
 _JUDGED_STRETCHES = 8
@@ -57,7 +59,7 @@ class Packer:
         """Return the launches, in order; each takes the stream to be enqueued on."""
         launch = self.launch
         zero = self._zero()
-        if not launch.levels:  # nothing is planned, and there is no safer plan to escalate to
+        if launch.proves:  # nothing is planned, and there is no safer plan to escalate to
             copied = self._copy(_BESIDE, zero)
             norms = self._norms(_BESIDE)
             self._attend_exact("attend_exact")
@@ -68,6 +70,12 @@ class Packer:
         self._copy(_DRAWN, zero)
         exact = self._exact(_DRAWN)
         norms = self._norms(_BESIDE, zero)
+        if not launch.levels:
+            self._quantise(0)
+            self._attend_narrow()
+            self._certify(exact, norms, second=False)
+            self._escalate()
+            return self.out
         self._probe_judged()
         if launch.decided is None:
             self._judge(exact)
@@ -75,13 +83,21 @@ class Packer:
             self._decided()
         listed, gathered = self._plan()
         # Exact heads are longer: the others fill up the end of their launch.
-        dense = self._attend_exact("attend_exact", _DRAWN, len(self.out) - 1)
+        last = len(self.out) - 1
+        if launch.narrow:
+            self._quantise(self.at["decision"], _DRAWN, last)
+            last = self._attend_narrow(_DRAWN)
+        dense = self._attend_exact("attend_exact", _DRAWN, last)
         self._attend("attend", None, None, listed, gathered)
         self._certify(dense, norms, second=False)
+        self._escalate()
+        return self.out
+
+    def _escalate(self) -> None:
+        """Run heads exactly that missed the budget, and certify them again."""
         self._list("list_again", landmarks=False)
         self._attend_exact("escalate")
         self._certify(second=True)
-        return self.out
 
     def _probe_judged(self) -> None:
         """Measure the groups of the judged tiles, of every head."""
@@ -175,7 +191,7 @@ class Packer:
         g = self.launch.geometry
         stretch = 256
         stretches = -(-g.len_kv // stretch)
-        queries = not self.launch.levels  # theorems speak about all rows
+        queries = self.launch.proves  # theorems speak about all rows
         if queries:
             stretches = max(stretches, -(-g.len_q // stretch))
         block = p.Prepare(sizes=self.sizes, stretches=stretches, stretch_rows=stretch)
@@ -211,16 +227,20 @@ class Packer:
         self._set(block, "groups", "codes", "selections", "tile_counts")
         self._add("select", "select", block, g.heads * listed[1])
 
-    def _lists(self, block: Any, *names: str) -> None:
-        """Set the work lists ``landmarks`` and ``exact`` of a block."""
+    def _lists(self, block: Any, *names: str, again: bool = False) -> None:
+        """Set the work lists of a block; that of heads in 8 bits unless heads run `again`."""
         g, launch = self.launch.geometry, self.launch
         if launch.levels:
             tiles = g.tiles - launch.tail
             block.landmarks = self._work_list("landmark", self.tile, tiles, 0)
+        narrow = launch.narrow
+        if narrow and not again:
+            tiles = narrow.room[0]
+            block.narrow = self._work_list("narrow", narrow.tile, tiles, launch.blocks)
         block.exact = self._exact_list()
         self._set(block, *names)
 
-    def _work_list(self, stem: str, tile: Tile, tiles: int, blocks: int) -> p.List:
+    def _work_list(self, stem: str, tile: AnyTile, tiles: int, blocks: int) -> p.List:
         parts = (self.at[f"{stem}_{name}"] for name in ("items", "sources", "queue", "places"))
         return p.List(*parts, tile.tile_m, tile.tile_n, tiles, blocks)
 
@@ -252,10 +272,12 @@ class Packer:
             sizes=self.sizes, tile_stride=g.tiles_per_group,
             tail=launch.tail, landmark_threads=threads,
         )  # fmt: skip
-        self._lists(block, "groups", "pool_first", "kept")
+        self._lists(block, "groups", "pool_first", "kept", again=not landmarks)
         block.slots = self.at["landmarks"]
         block.tile_counts = self.at.get("tile_counts", 0)
-        grid = (threads + g.heads * launch.exact_tiles + LIST_THREADS - 1) // LIST_THREADS
+        block.exact_threads = g.heads * block.exact.tiles
+        threads += block.exact_threads + g.heads * block.narrow.tiles
+        grid = -(-threads // LIST_THREADS)
         return self._add(name, "list", block, grid, lane, *after)
 
     def _nest(self, placed: int) -> int:
@@ -343,6 +365,33 @@ class Packer:
         self._take_from(block, "exact")
         return self._add(name, "attend_exact", block, self.launch.blocks, lane, *after)
 
+    @property
+    def _pointers(self) -> tuple[int, ...]:
+        a = self.arrays
+        return tuple(x.pointer for x in (a.query, a.key, a.value, a.out, a.lse))
+
+    def _quantise(self, decision: int, lane: int = 0, *after: int) -> None:
+        """Make codes of the heads that are exact: of all where there is no `decision`."""
+        launch, at = self.launch, self.at
+        assert launch.narrow is not None
+        calls = launch.narrow.quantise(
+            self._pointers, at["narrow_codes"], at["narrow_scales"], decision
+        )
+        device = launch.device
+
+        def step(stream: int) -> None:
+            for call in calls:
+                call.to(stream).start(device)
+
+        self.out.append(Step("quantise", step, lane, after))
+
+    def _attend_narrow(self, lane: int = 0) -> int:
+        launch, at = self.launch, self.at
+        assert launch.narrow is not None
+        block = launch.narrow.attention(self._pointers, at["narrow_codes"], at["narrow_scales"])
+        self._take_from(block.attention, "narrow")
+        return self._add("attend_narrow", "attend_narrow", block, launch.blocks, lane)
+
     def _take_from(self, block: sm90.Params, stem: str) -> None:
         """Have an attention take the items of a list: landmark heads' from a queue."""
         g = self.launch.geometry
@@ -369,7 +418,7 @@ class Packer:
         block.items, block.sources = t.exact.addresses(self.at["exact"])
         block.rounds = t.exact.rounds
         block.row_stops = self.at["drawn_stops"]
-        asked = not launch.levels  # only rows of heads that no theorem serves
+        asked = launch.proves  # only rows of heads that no theorem serves
         if asked:
             block.items, block.queue = self.at["asked_items"], self.at["asked_queue"]
             block.rounds = 2**31 - 1
@@ -400,6 +449,7 @@ class Packer:
             partial_lse=self.at["judge_lse"], verdicts=self.at["decisions"],
             dense_tiles=t.dense_tiles, near_tiles=t.near_tiles, far_tiles=t.far_tiles,
             spare_rows=spare, chunk_heads=g.chunk_heads, judge_weights=t.judge_weights,
+            narrow_entropy=launch.table.narrow_entropy if launch.narrow else 0.0,
         )  # fmt: skip
         ctypes.memmove(block.table, launch.table.record.tobytes(), len(block.table))
         self._set(
@@ -435,9 +485,9 @@ class Packer:
             drawn_stride=t.drawn_rows.shape[1], drawn_first=first,
             square_stride=square_stride(g), order=launch.orders[second], second=int(second),
             section_heads=g.section_heads, finished=self.at["certified"],
-            unproved=int(not launch.levels),
+            unproved=int(launch.proves),
         )  # fmt: skip
-        if launch.levels and not second:
+        if not launch.proves and not second:
             block.again = self._exact_list()
         self._set(block, "drawn_rows", "squares", "norms", "query_norms", "failed")
         name = "certify_again" if second else "certify"

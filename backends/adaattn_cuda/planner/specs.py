@@ -6,6 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from adaattn_cuda.jit.spec import KernelSpec
+from adaattn_cuda.tuning.sm90_attn_fwd_8bit import Tile as NarrowTile
+from adaattn_cuda.tuning.sm90_attn_fwd_8bit import choose as choose_narrow
 from adaattn_cuda.tuning.sm90_attn_fwd_f16 import Tile, candidates, padded_dim
 from adaattn_cuda.work.far import TILE, FarGeometry
 
@@ -16,6 +18,7 @@ __all__ = [
     "dense_tile",
     "exact_tile",
     "kernel_specs",
+    "narrow_tile",
     "pool_shape",
 ]
 
@@ -30,8 +33,10 @@ _PROBES = {"probe_stats": (0, 1), "probe_lse": (0, 0), "probe_mass": (1, 0)}
 """Pass and statistics of each specialisation of the probe."""
 
 
-def kernel_specs(g: FarGeometry, dtype: str, levels: int) -> dict[str, tuple[KernelSpec, int]]:
-    """Kernels of a geometry, with their threads."""
+def kernel_specs(
+    g: FarGeometry, dtype: str, levels: int, narrow: tuple[str, str] | None = None
+) -> dict[str, tuple[KernelSpec, int]]:
+    """Kernels of a geometry, with their threads; `narrow`: formats of exact heads at first."""
     kind = f"adaattn::Format::{dtype}"
     dim_qk, dim_v = padded_dim(g.dim_qk), padded_dim(g.dim_v)
 
@@ -51,6 +56,9 @@ def kernel_specs(g: FarGeometry, dtype: str, levels: int) -> dict[str, tuple[Ker
         "work_attend": (plan("far_work", 1), 1024),
         "list": (plan("far_list", LIST_THREADS), LIST_THREADS),
     }
+    if narrow is not None:
+        first = narrow_tile(*narrow, dim_qk, dim_v)
+        found["attend_narrow"] = (first.spec(dtype), first.threads)
     if levels:
         columns = (dim_qk, g.samples, g.chunk_heads)
         pool_dim = max(dim_qk, dim_v)
@@ -90,6 +98,11 @@ def dense_tile(dim_qk: int, dim_v: int) -> Tile:
         return Tile(dim_qk, dim_v, 2, 64, role=1)
     _, fastest = max(candidates(dim_qk, dim_v), key=lambda candidate: candidate[0])
     return replace(fastest, role=1)
+
+
+def narrow_tile(qk: str, pv: str, dim_qk: int, dim_v: int) -> NarrowTile:
+    """Specialisation that runs exact heads in 8 bits first, from a list of the device."""
+    return replace(choose_narrow(qk, pv, dim_qk, dim_v), role=1)
 
 
 def exact_tile(dim_qk: int, dim_v: int) -> Tile:

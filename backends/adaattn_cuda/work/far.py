@@ -43,6 +43,8 @@ JUDGES_MAX = 2
 """Tiles of a head that judge the ladder: kJudgesMax."""
 JUDGE_PARTS = 4
 """Items at most that share the landmarks of a judged tile: kJudgeParts."""
+WIDE = -2
+"""Decision of a dense head in 16 bits, where others run in 8 first: kWideLevel."""
 TILE = 128
 """Query rows of a tile, and keys of a tile of the kernels."""
 _EXACT_BLOCKS = 0.75

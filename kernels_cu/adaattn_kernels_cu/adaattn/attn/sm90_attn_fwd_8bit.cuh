@@ -98,7 +98,7 @@ struct Traits {
 
     static_assert(kTileKeys % kTileN == 0, "one record of scales a tile");
     static_assert(kCodesQk || kCodesPv, "16-bit operands have a kernel of their own");
-    static_assert(kRole == kDense, "other roles compute from the arrays as they are");
+    static_assert(kRole != kExactRows, "exact rows are computed from the arrays as they are");
     static_assert(kSmemBytes <= 232448, "shared memory of one block on sm_90");
 };
 

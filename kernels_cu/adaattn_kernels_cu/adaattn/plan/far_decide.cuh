@@ -51,6 +51,7 @@ struct Params {
     i32 spare_rows;
     i32 chunk_heads;
     i32 exact_stride;
+    float narrow_entropy;  // dense heads below it are not run in 8 bits first; 0: as the table says
 };
 
 template <Format kFormatT, int kThreadsT>
@@ -228,7 +229,8 @@ ADAATTN_DEVICE void decide_head(const Params& params, int head) {
         measures.score_max_abs = top * kLn2;
         measures.output_rms = __ldcg(errors + far::kLevelsMax);
         const plan::Choice choice = plan::decide(params.table, measures);
-        params.decision[head] = choice.candidate;
+        const bool wide = choice.candidate < 0 && measures.entropy_relative < params.narrow_entropy;
+        params.decision[head] = wide ? far::kWideLevel : choice.candidate;
         params.verdicts[head] = Verdict{measures, choice};
         params.finished[head] = 0;
     }

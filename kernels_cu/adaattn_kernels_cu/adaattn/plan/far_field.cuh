@@ -20,6 +20,7 @@ constexpr int kJudgeParts = 4;      // items at most that share the landmarks of
 constexpr int kCodesPerOctave = 8;  // resolution of a mass code
 constexpr float kSmallestMassLog2 = -26.0f;
 constexpr int kDenseLevel = -1;  // Decision of a head that has no far field
+constexpr int kWideLevel = -2;   // the same, where such heads run in 8 bits, of one that does not
 
 // One group of query tiles.
 struct Group {

@@ -26,11 +26,12 @@ struct Params {
     const i32* pool_first;          // of the same shape
     far::List landmarks;
     far::List exact;
-    u64* kept;  // (batch, heads_q): scores computed by landmark heads
+    far::List narrow;  // exact heads that run in 8 bits first
+    u64* kept;         // (batch, heads_q): scores computed by landmark heads
     i32 tile_stride;
     i32 tail;              // last tiles of a landmark head that have no item
-    i32 landmark_threads;  // threads that write landmark heads; the others write exact ones
-    i32 padding;
+    i32 landmark_threads;  // threads that write landmark heads; behind them those
+    i32 exact_threads;     // that write exact ones, then those that write heads in 8 bits
 };
 
 template <int kThreadsT>
@@ -47,9 +48,8 @@ ADAATTN_DEVICE u64 scores_from(const far::Sizes& sizes, const work::WorkItem& it
     return rows * static_cast<u64>(larger(low, 0)) + rows * (rows - 1) / 2;
 }
 
-ADAATTN_DEVICE void write_exact(const Params& params, int rank, int index) {
+ADAATTN_DEVICE void write_exact(const Params& params, const far::List& list, int rank, int index) {
     const far::Sizes& sizes = params.sizes;
-    const far::List& list = params.exact;
     const far::Place place = list.places[rank];
     const int number = list.number(place, rank, index);
     const int row_first = index * list.tile;
@@ -112,10 +112,13 @@ ADAATTN_DEVICE void run(const Params& params) {
         if (rank < params.landmarks.queue->reserved[0])
             write_landmarks(params, rank, thread % params.landmarks.tiles);
     } else {
-        const int own = thread - params.landmark_threads;
-        const int rank = own / params.exact.tiles;
-        if (rank < params.exact.queue->reserved[0])
-            write_exact(params, rank, own % params.exact.tiles);
+        const int behind = thread - params.landmark_threads;
+        const bool narrow = behind >= params.exact_threads;
+        const far::List& list = narrow ? params.narrow : params.exact;
+        if (list.tiles == 0) return;
+        const int own = narrow ? behind - params.exact_threads : behind;
+        const int rank = own / list.tiles;
+        if (rank < list.queue->reserved[0]) write_exact(params, list, rank, own % list.tiles);
     }
 }
 

@@ -6,8 +6,8 @@
 //              kJudge: 2. items of the judged tiles at every possible level, into partial slots, up to four a slot where there are
 //              many landmarks: counted by their number of key tiles in 256 buckets, longest first; the order within a bucket
 //              is free, items do not depend on each other.
-//              kAttend: 2. heads are ranked on two lists, those that run by landmarks and those that are exact; far_list writes
-//              the items.
+//              kAttend: 2. heads are ranked on lists, those that run by landmarks, those that are exact, and those of them that
+//              run in 8 bits first; far_list writes the items.
 // Numerics     Integers; mean landmarks in f32.
 // Tiles        1,024 threads.
 // Shared mem   buckets: i32, 256; warp sums: i32, 32.
@@ -38,6 +38,7 @@ struct Params {
     i32* parts;             // kJudge: (batch, heads_q, judges, levels): items of a slot
     far::List landmarks;    // kJudge: its items
     far::List exact;        // kAttend
+    far::List narrow;       // kAttend: dense heads in 8 bits; without places where none run so
     u64* kept;              // (batch, heads_q): scores computed by landmark heads; 0 from here on
     i32 tile_stride;
     float most_landmarks;  // of a far tile in the mean, above which a level is not judged
@@ -249,9 +250,15 @@ struct Block {
         far::rank_heads<T::kThreads>(
             sizes, params.landmarks, params.section_heads,
             [=](int head) { return decision[head] >= 0; }, warp_sums);
+        const bool narrow = params.narrow.places != nullptr;
+        const int most = narrow ? far::kWideLevel : far::kDenseLevel;
         far::rank_heads<T::kThreads>(
-            sizes, params.exact, params.section_heads, [=](int head) { return decision[head] < 0; },
-            warp_sums);
+            sizes, params.exact, params.section_heads,
+            [=](int head) { return decision[head] <= most; }, warp_sums);
+        if (!narrow) return;
+        far::rank_heads<T::kThreads>(
+            sizes, params.narrow, params.section_heads,
+            [=](int head) { return decision[head] == far::kDenseLevel; }, warp_sums);
     }
 };
 

@@ -66,7 +66,7 @@ struct Params {
     i32 dim_v;
     float scale;
     i32 smooth;
-    i32 reserved[2];
+    const i32* decision;  // (batch, heads_q): heads of -1 are wanted; null: all
 };
 
 static_assert(sizeof(Params) == 224, "mirrored by the host");

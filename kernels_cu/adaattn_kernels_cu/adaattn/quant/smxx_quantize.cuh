@@ -104,8 +104,18 @@ ADAATTN_DEVICE void find_centre(const Params& params) {
     }
 }
 
+// Whether some query head of `count` from `first` on, of a batch entry, is wanted.
+ADAATTN_DEVICE bool wanted(const Params& params, int batch, int first, int count) {
+    if (params.decision == nullptr) return true;
+    bool found = false;
+    for (int head = first; head < first + count; ++head)
+        found |= params.decision[batch * params.heads_q + head] == -1;
+    return found;
+}
+
 template <class T>
 ADAATTN_DEVICE void run(const Params& params) {
+    const int ratio = params.heads_q / params.heads_kv;
     if constexpr (T::kPart == kCentres) {
         find_centre<T>(params);
     } else {
@@ -115,6 +125,7 @@ ADAATTN_DEVICE void run(const Params& params) {
         if (block < kParts * params.key_tile_count) {
             const Tile tile = params.key_tiles[block / kParts];
             const int part = block % kParts;
+            if (!wanted(params, tile.batch, tile.head * ratio, ratio)) return;
             if (T::kQk && part < 2) {
                 quantise_keys<T>(params, tile, tile.head, part);
             } else {
@@ -123,6 +134,7 @@ ADAATTN_DEVICE void run(const Params& params) {
         } else if constexpr (T::kQk) {
             const int half = block - kParts * params.key_tile_count;
             const Tile tile = params.query_tiles[half / 2];
+            if (!wanted(params, tile.batch, tile.head, 1)) return;
             quantise_queries<T>(params, tile, tile.head, half % 2);
         }
     }
