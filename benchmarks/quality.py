@@ -86,7 +86,7 @@ def markdown(report: dict[str, Any]) -> str:
         ' `model.set_attn_implementation("adaattn")` on the CPU backend; sampled guarantee,'
         " 95% of the rows, confidence 0.95. Plans are chosen as if measuring and"
         " certifying cost nothing: with their cost counted, a CPU runs windows this short"
-        " dense at any budget.",
+        " dense at any budget. [The same on a GPU, with heads in 8 bits](quality_gpu.md).",
         "",
         f"{report['machine']}, {_dates(report)}, PyTorch {report['torch']},"
         f" transformers {report['transformers']}. Command: `python benchmarks/quality.py"
