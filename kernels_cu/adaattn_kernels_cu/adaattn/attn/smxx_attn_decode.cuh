@@ -143,6 +143,7 @@ ADAATTN_DEVICE void run(const Params& p) {
             const Chunk chunk = chunk_of(p, entry, probe);
             const float unit = units_of(p, entry).key;
             chunk_scores<T>(p, at, me, chunk, unit, words, factors, s, stream);
+            stream.settle();
             stream.begin(p, begin + warp, end);
             column_maxima<T>(s, largest);
 #pragma unroll
