@@ -281,10 +281,14 @@ class Call:
     """A kernel with its grid and its parameters, ready to be started again and again.
 
     The parameters, a ctypes structure or buffer, are read at every start, so what is written
-    into them in between counts; the driver copies them before a start returns.
+    into them in between counts; the driver copies them before a start returns. An `early` kernel
+    may be started while what is before it on the stream still runs: it waits for that itself
+    (``griddepcontrol.wait``, from compute capability 9.0 on).
     """
 
-    def __init__(self, kernel: Kernel, params: Any, grid: int, stream: int = 0) -> None:
+    def __init__(
+        self, kernel: Kernel, params: Any, grid: int, stream: int = 0, early: bool = False
+    ) -> None:
         cuda = load_driver()
         self._launch = cuda.cuLaunchKernelEx
         # The driver takes the address of a list of addresses of parameters: both are kept.
@@ -296,6 +300,12 @@ class Call:
         self._config.blockDimY = self._config.blockDimZ = 1
         self._config.sharedMemBytes = kernel.smem_bytes
         self._config.hStream = stream
+        if early:
+            attribute = cuda.CUlaunchAttribute()
+            names = cuda.CUlaunchAttributeID
+            attribute.id = names.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            self._config.attrs, self._config.numAttrs = [attribute], 1
         self._arguments = (
             self._config, kernel.function, ctypes.addressof(self._pointers), 0
         )  # fmt: skip

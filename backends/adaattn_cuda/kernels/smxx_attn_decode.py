@@ -163,7 +163,7 @@ class Decode:
         self.name = special.spec(facts.arch).name
         parts = units * splits * columns * (rows.dim + STATS) if splits > 1 else 0
         self.workspace_bytes = 4 * parts
-        kernel = kernel_of(special.spec(facts.arch), 32 * special.warps, stream)
+        kernel = kernel_of(special.spec(facts.arch), special.threads, stream)
         kernel.prepare(rows.device)
         self._params = Params(
             heads_kv=rows.heads_kv, group=group, len_q=rows.len_q,
@@ -174,7 +174,7 @@ class Decode:
         p = self._params
         p.query_batch, p.query_head, p.query_row = rows.query_strides[:3]
         p.out_batch, p.out_head, p.out_row = rows.out_strides[:3]
-        self._call = driver.Call(kernel, p, units * splits)
+        self._call = driver.Call(kernel, p, units * splits, early=special.bulk)
         self._units = units
         self._scratch: dict[int, tuple[int, int]] = {}  # by stream: partial results, counters
         self._keep: list[driver.DeviceTable] = []

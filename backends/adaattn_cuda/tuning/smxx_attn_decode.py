@@ -54,18 +54,23 @@ class Specialisation:
     @property
     def resident(self) -> int:
         """Blocks that a multiprocessor holds, 255 registers a thread."""
-        return max(8 // self.warps, 1)
+        return max(8 * 32 // self.threads, 1)
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: with a copy engine, one warp more tells it what to copy."""
+        return 32 * (self.warps + self.bulk)
 
     @property
     def smem_bytes(self) -> int:
         """Dynamic shared memory of a block: the larger of what is read and what is merged."""
         columns = self.tiles * COLUMNS
         slots = self.warps * (self.stages + (self.dim // 32 if self.skip else 0))
-        barriers = _round_up(8 * self.warps * (self.stages + 1))
+        barriers = _round_up(8 * (self.warps * (2 * self.stages + 1) + 1))
         queries = 2 * self.tiles * (self.dim // 8) * 32 * 4 + 3 * columns * 4
         reading = _round_up(barriers + queries) + slots * (SLICE_BYTES + 4 * self.dim)
         merging = barriers + self.warps * columns * (self.dim + STATS) * 4
-        of_splits = SPLITS_MAX * columns + -(-columns * STATS // 4) * 4 + 4 * 32 * self.warps
+        of_splits = SPLITS_MAX * columns + -(-columns * STATS // 4) * 4 + 4 * self.threads
         return max(reading, merging, barriers + 4 * of_splits)
 
     def spec(self, arch: str) -> KernelSpec:
@@ -96,11 +101,13 @@ def specialise(
     `bulk`: whether the device has a copy engine (Hopper and newer). Without `skip`, the values
     of a narrow chunk are all in the ring at once.
     """
-    tiles = 2 if packed > COLUMNS and dim <= 128 else 1
+    tiles = 2 if packed > COLUMNS and dim <= (64 if skip else 128) else 1
     fewest = (1 if skip else dim // 64) + bulk
+    # A ninth warp leaves 168 registers a thread, which only the simplest kernels keep to.
+    crowded = bulk and (tiles == 2 or skip or dim == 256)
     legal = [
         made
-        for warps in (8, 4, 2)
+        for warps in ((7, 4, 2) if crowded else (8, 4, 2))
         for stages in range(max(STAGES_MOST[bulk], fewest), fewest - 1, -1)
         if (
             made := Specialisation(

@@ -266,7 +266,7 @@ ADAATTN_DEVICE void add_values(const Params& p, const Place& at, const Lane& me,
 #pragma unroll
         for (int i = 0; i < kNarrow; ++i) slots[i] = stream.value_slot(i);
     } else {
-        take_all(p, stream, slots);
+        take_all<T>(p, stream, slots);
     }
 #pragma unroll
     for (int i = 0; i < kNarrow; ++i) {

@@ -97,6 +97,7 @@ struct Columns {
 // Parts of one column, in base 2: tops, sums and dropped sums lie kStats floats apart.
 constexpr int kStats = 3;
 constexpr int kSplitsMost = 256;
+constexpr int kEarly = 8;  // values of so many splits are read ahead
 
 // Shared bytes of `merge_splits`: weights, columns, and four channels for every thread.
 __host__ __device__ constexpr int split_scratch(int columns, int threads) {
@@ -166,8 +167,7 @@ ADAATTN_DEVICE void store_row(const Params& p, const Place& at, int column, int 
 }
 
 // Merges the splits of a unit, in their order, and stores its rows. Partial results come from other
-// multiprocessors: they are read past L1. Loads do not wait for each other: first what all splits
-// weigh, for every column, then values, by as many threads as there are.
+// multiprocessors: they are read past L1. Loads do not wait for each other.
 template <class T>
 ADAATTN_DEVICE void merge_splits(const Params& p, const Place& at, int unit, float* scratch) {
     constexpr int kQuads = T::kDim / 4;
@@ -180,43 +180,64 @@ ADAATTN_DEVICE void merge_splits(const Params& p, const Place& at, int unit, flo
     float* factors = scratch;                                       // [split][column]
     float* columns = factors + p.splits * T::kAllColumns;           // [column]: top, sum, dropped
     float* parts = columns + round_up(T::kAllColumns * kStats, 4);  // [group][slot]: 4 channels
-    for (int column = thread / 32; column < at.rows; column += T::kWarps) {
-        const int lane = thread % 32;
-        float top = -ptx::infinity();
-        for (int split = lane; split < p.splits; split += 32) {
-            const float own = __ldcg(stats + (split * T::kAllColumns + column) * kStats);
-            factors[split * T::kAllColumns + column] = own;
-            top = fmaxf(top, own);
+    // Values are on their way while it is found out what they weigh.
+    const int slots = at.rows * kQuads;
+    const int groups = larger(T::kThreads / slots, 1);
+    const int group = thread / slots;
+    const float* mine = values + thread % slots / kQuads * T::kDim + thread % slots % kQuads * 4;
+    float4 early[kEarly];
+#pragma unroll
+    for (int i = 0; i < kEarly; ++i) {
+        const int split = group + i * groups;
+        if (group < groups && split < p.splits) {
+            early[i] = __ldcg(reinterpret_cast<const float4*>(mine + static_cast<i64>(split) *
+                                                                         T::kAllColumns * T::kDim));
         }
-        top = over_keys(softmax::quad_max(top), Larger{});
-        float sum = 0.0f, dropped = 0.0f;
+    }
+    for (int column = thread / 32; column < at.rows; column += T::kThreads / 32) {
+        const int lane = thread % 32;
+        float top = -ptx::infinity(), sum = 0.0f, dropped = 0.0f;
+        for (int split = lane; split < p.splits; split += 32) {
+            const float* part = stats + (split * T::kAllColumns + column) * kStats;
+            const float own = __ldcg(part), own_sum = __ldcg(part + 1);
+            const float own_dropped = __ldcg(part + 2), next = fmaxf(top, own);
+            factors[split * T::kAllColumns + column] = own;
+            const float old = part_factor(top, next), factor = part_factor(own, next);
+            sum = fmaf(own_sum, factor, sum * old);
+            dropped = fmaf(own_dropped, factor, dropped * old);
+            top = next;
+        }
+        const float all = over_keys(softmax::quad_max(top), Larger{});
+        const float factor = part_factor(top, all);
+        sum = over_keys(softmax::quad_sum(sum * factor), Sum{});
+        dropped = over_keys(softmax::quad_sum(dropped * factor), Sum{});
         for (int split = lane; split < p.splits; split += 32) {
             float& own = factors[split * T::kAllColumns + column];
-            const float* part = stats + (split * T::kAllColumns + column) * kStats;
-            own = part_factor(own, top);
-            sum = fmaf(__ldcg(part + 1), own, sum);
-            dropped = fmaf(__ldcg(part + 2), own, dropped);
+            own = part_factor(own, all);
         }
-        sum = over_keys(softmax::quad_sum(sum), Sum{});
-        dropped = over_keys(softmax::quad_sum(dropped), Sum{});
         if (lane == 0) {
-            columns[column * kStats] = top;
+            columns[column * kStats] = all;
             columns[column * kStats + 1] = sum;
             columns[column * kStats + 2] = dropped;
         }
     }
-    __syncthreads();  // (8)
-    const int slots = at.rows * kQuads;
-    const int groups = larger(T::kThreads / slots, 1);
+    __syncthreads();  // (7)
     for (int place = thread; place < larger(slots, groups * slots); place += T::kThreads) {
-        const int group = place / slots, slot = place % slots;
+        const int slot = place % slots;
         const int column = slot / kQuads, channel = slot % kQuads * 4;
         Merged x = {{0.0f, 0.0f, 0.0f, 0.0f},
                     columns[column * kStats],
                     columns[column * kStats + 1],
                     columns[column * kStats + 2]};
+        int split = place / slots;
+        if (place == thread) {
+#pragma unroll
+            for (int i = 0; i < kEarly; ++i, split += groups) {
+                if (split < p.splits) x.add(early[i], factors[split * T::kAllColumns + column]);
+            }
+        }
 #pragma unroll 8
-        for (int split = group; split < p.splits; split += groups) {
+        for (; split < p.splits; split += groups) {
             const int row = split * T::kAllColumns + column;
             x.add(__ldcg(reinterpret_cast<const float4*>(values + static_cast<i64>(row) * T::kDim +
                                                          channel)),
@@ -230,15 +251,15 @@ ADAATTN_DEVICE void merge_splits(const Params& p, const Place& at, int unit, flo
         }
     }
     if (groups == 1) return;
-    __syncthreads();  // (9)
+    __syncthreads();  // (8)
     if (thread >= slots) return;
     const int column = thread / kQuads;
     Merged x = {{0.0f, 0.0f, 0.0f, 0.0f},
                 columns[column * kStats],
                 columns[column * kStats + 1],
                 columns[column * kStats + 2]};
-    for (int group = 0; group < groups; ++group) {
-        x.add(*reinterpret_cast<const float4*>(parts + (group * slots + thread) * 4), 1.0f);
+    for (int i = 0; i < groups; ++i) {
+        x.add(*reinterpret_cast<const float4*>(parts + (i * slots + thread) * 4), 1.0f);
     }
     store_row<T>(p, at, column, thread % kQuads * 4, x);
 }
@@ -253,6 +274,7 @@ ADAATTN_DEVICE void merge_and_store(const Params& p, const Place& at, int lane, 
     const int key = lane / 4, place = lane % 4;
 #pragma unroll
     for (int tile = 0; tile < T::kTiles; ++tile) {
+        if (warp >= T::kWarps) break;  // the one that copies
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
             const int column = warp * T::kAllColumns + tile * kColumns + 2 * place + j;
@@ -294,16 +316,16 @@ ADAATTN_DEVICE void merge_and_store(const Params& p, const Place& at, int lane, 
         }
     }
     if (p.splits == 1) return;
-    __threadfence();
     __syncthreads();  // (5)
-    u32* arrived = reinterpret_cast<u32*>(smem + T::kValuesAt);
-    if (thread == 0) *arrived = atomicAdd(p.arrivals + unit, 1u);
-    __syncthreads();  // (6)
-    const bool last = *arrived + 1 == static_cast<u32>(p.splits);
-    __syncthreads();  // (7)
-    if (!last) return;
-    __threadfence();
-    if (thread == 0) p.arrivals[unit] = 0u;
+    bool last = false;
+    if (thread == 0) {
+        // What the block wrote, before it is counted; what others wrote, after.
+        __threadfence();
+        last = atomicAdd(p.arrivals + unit, 1u) + 1 == static_cast<u32>(p.splits);
+        if (last) p.arrivals[unit] = 0u;
+        __threadfence();
+    }
+    if (!ptx::block_sync_or(last)) return;  // (6)
     merge_splits<T>(p, at, unit, values);
 }
 

@@ -77,7 +77,6 @@ struct Slices {
     static constexpr int kParts = T::kDim == 256 ? 2 : 1;               // slices of the same keys
     static constexpr int kNarrowSteps = 256 / T::kDim;
     static constexpr int kWideWidth = T::kDim < 128 ? T::kDim : 128;  // channels of a slice
-    static constexpr int kSlotBytes = kSliceBytes + 4 * T::kDim;      // and a page's scales
 };
 
 // 64 keys on one page.
@@ -130,48 +129,30 @@ ADAATTN_DEVICE const char* side_of(const Params& p, const Chunk& chunk, bool key
     return static_cast<const char*>(data) + chunk.first * (chunk.narrow ? T::kDim : 2 * T::kDim);
 }
 
-// Starts the copy of slice `i` of a side, which begins at `side`, to `slot` in shared memory. With the
-// copy engine `announced` slices arrive at the barrier with this one; wide ones of 256 channels are 16
-// runs of 256 bytes.
+// Starts the copy of slice `i` of a side, which begins at `side`, to `slot` in shared memory, by the
+// lanes of a warp.
 template <class T>
 ADAATTN_DEVICE void start_slice(const Params& p, const Chunk& chunk, const char* side, bool keys,
-                                int i, u32 slot, u32 barrier, int announced, int lane) {
-    const bool scales = chunk.narrow && i == 0;
+                                int i, u32 slot, int lane) {
     const NarrowPool& pool = keys ? p.key_narrow : p.value_narrow;
-    const char* centre = reinterpret_cast<const char*>(pool.centre + chunk.page * T::kDim);
-    const char* reach = reinterpret_cast<const char*>(pool.reach + chunk.page * T::kDim);
     const bool runs = T::kDim == 256 && !chunk.narrow;
     const char* from = side + (runs ? i / 2 * 2 * kSliceBytes + i % 2 * 256 : i * kSliceBytes);
-    if constexpr (T::kBulk) {
-        if (ptx::elect_lane()) {
-            if (announced > 0) {
-                const int bytes = announced * kSliceBytes + (scales ? 4 * T::kDim : 0);
-                ptx::mbarrier_arrive_expect(barrier, bytes);
-            }
-            if (!runs) ptx::bulk_load(slot, from, kSliceBytes, barrier);
-            if (scales) {
-                ptx::bulk_load(slot + kSliceBytes, centre, 2 * T::kDim, barrier);
-                ptx::bulk_load(slot + kSliceBytes + 2 * T::kDim, reach, 2 * T::kDim, barrier);
-            }
-        }
-        if (runs && lane < 16) ptx::bulk_load(slot + 256 * lane, from + 512 * lane, 256, barrier);
-    } else {
-        const int pitch = chunk.narrow ? T::kDim : 2 * Slices<T>::kWideWidth;
+    const int pitch = chunk.narrow ? T::kDim : 2 * Slices<T>::kWideWidth;
 #pragma unroll
-        for (int l = 0; l < 8; ++l) {
-            const int byte = 512 * l + 16 * lane;
-            const int place = keys ? key_place<T>(byte, pitch) : value_place<T>(byte, pitch);
-            ptx::copy_async_16(slot + place, from + (runs ? byte + byte / 256 * 256 : byte), true);
-        }
-        if (scales) {
+    for (int l = 0; l < 8; ++l) {
+        const int byte = 512 * l + 16 * lane;
+        const int place = keys ? key_place<T>(byte, pitch) : value_place<T>(byte, pitch);
+        ptx::copy_async_16(slot + place, from + (runs ? byte + byte / 256 * 256 : byte), true);
+    }
+    if (!chunk.narrow || i > 0) return;
+    const char* centre = reinterpret_cast<const char*>(pool.centre + chunk.page * T::kDim);
+    const char* reach = reinterpret_cast<const char*>(pool.reach + chunk.page * T::kDim);
 #pragma unroll
-            for (int byte = 0; byte < 4 * T::kDim; byte += 512) {
-                const int at = byte + 16 * lane;
-                if (at < 4 * T::kDim) {
-                    const char* source = at < 2 * T::kDim ? centre + at : reach + at - 2 * T::kDim;
-                    ptx::copy_async_16(slot + kSliceBytes + at, source, true);
-                }
-            }
+    for (int byte = 0; byte < 4 * T::kDim; byte += 512) {
+        const int at = byte + 16 * lane;
+        if (at < 4 * T::kDim) {
+            const char* source = at < 2 * T::kDim ? centre + at : reach + at - 2 * T::kDim;
+            ptx::copy_async_16(slot + kSliceBytes + at, source, true);
         }
     }
 }

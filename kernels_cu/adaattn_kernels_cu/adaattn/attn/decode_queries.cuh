@@ -21,6 +21,7 @@ ADAATTN_DEVICE void row_interval(const Params& p, const Place& at, int row, int&
     low = p.left >= 0 ? larger(at.start, position - p.left) : at.start;
 }
 
+// The unit's place; `read_lengths` says which keys there are.
 template <class T>
 ADAATTN_DEVICE Place place_of(const Params& p, int unit) {
     Place at;
@@ -29,11 +30,13 @@ ADAATTN_DEVICE Place place_of(const Params& p, int unit) {
     at.head_kv = head % p.heads_kv;
     at.first_row = unit % p.row_tiles * T::kAllColumns;
     at.rows = smaller(p.group * p.len_q - at.first_row, T::kAllColumns);
+    return at;
+}
+ADAATTN_DEVICE void read_lengths(const Params& p, Place& at) {
     at.start = p.starts[at.batch];
     at.stop = p.lengths[at.batch];
     row_interval(p, at, at.first_row, at.low, at.inner_high);
     row_interval(p, at, at.first_row + at.rows - 1, at.inner_low, at.high);
-    return at;
 }
 
 ADAATTN_DEVICE i64 row_offset(const Place& at, int group, int row, i64 batch, i64 head, i64 step) {

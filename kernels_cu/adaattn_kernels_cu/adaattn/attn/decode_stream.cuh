@@ -2,20 +2,17 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "adaattn/attn/decode_pages.cuh"
+#include "adaattn/attn/decode_feed.cuh"
 
 namespace adaattn::smxx_attn_decode {
 
-// A warp's slices on their way through its ring in shared memory: those of its chunks in their order,
-// keys before values (kSkip: keys alone), as many as there are slots.
+// Without a copy engine: a warp's slices on their way through its ring, copied by its own lanes; those
+// of its chunks in their order, keys before values (kSkip: keys alone), as many as there are slots.
 template <class T>
-struct Stream {
-    u32 base, barriers;  // shared, of the warp's ring
+struct OwnStream {
+    u32 base;  // shared, of the warp's ring
     int lane;
     int turn, start;  // slots of the next slice to be read, and to be copied
-    int owed;         // copies that wait until what was read is surely in registers (kBulk)
-    u32 parity;       // of the round in which `turn` is
-    u32 value_parity;
     // What is copied next: slice `slice` of a chunk; none where the chunk is not before `end`.
     Chunk chunk;
     const char *keys, *values;  // of that chunk
@@ -31,7 +28,7 @@ struct Stream {
     // Begins at chunk `number`; the ring is empty.
     ADAATTN_DEVICE void begin(const Params& p, int number, int stop) {
         end = stop;
-        slice = owed = 0;
+        slice = 0;
         look_at(p, chunk_of(p, entry_of(p, number), number));
 #pragma unroll 1
         for (int i = 0; i < T::kStages; ++i) copy(p);
@@ -49,76 +46,58 @@ struct Stream {
             const int side = slices_of<T>(chunk);
             const bool key = slice < side;
             start_slice<T>(p, chunk, key ? keys : values, key, key ? slice : slice - side,
-                           base + start * Slices<T>::kSlotBytes, barriers + 8 * start, 1, lane);
+                           base + start * T::kSlotBytes, lane);
             start = after(start);
             if (++slice == (T::kSkip ? side : 2 * side)) {
                 slice = 0;
-                const int number = chunk.number + T::kWarps;
-                look_at(p, chunk_of(p, entry, number));
+                look_at(p, chunk_of(p, entry, chunk.number + T::kWarps));
             }
         }
-        if constexpr (!T::kBulk) ptx::copy_async_commit();
+        ptx::copy_async_commit();
     }
     // Address of the next slice, which has arrived for all lanes; `kHeld` before it are not
     // released yet.
     template <int kHeld>
-    ADAATTN_DEVICE u32 take(const Params& p) {
-        if constexpr (T::kBulk) {
-            ptx::mbarrier_wait(barriers + 8 * turn, parity);
-            settle();
-#pragma unroll 1
-            for (; owed > 0; --owed) copy(p);
-        } else {
-            ptx::copy_async_wait<T::kStages - 1 - kHeld>();
-            __syncwarp();
-        }
-        const u32 slot = base + turn * Slices<T>::kSlotBytes;
+    ADAATTN_DEVICE u32 take(const Params&) {
+        ptx::copy_async_wait<T::kStages - 1 - kHeld>();
+        __syncwarp();
+        const u32 slot = base + turn * T::kSlotBytes;
         turn = after(turn);
-        if (turn == 0) parity ^= 1u;
         return slot;
     }
-    // What lanes have read stays before what the copy engine will write, and the warp is together.
-    ADAATTN_DEVICE void settle() const {
-        if constexpr (T::kBulk) ptx::async_proxy_fence();
+    // All lanes have read `count` slices: others may come there.
+    ADAATTN_DEVICE void release(const Params& p, int count) {
         __syncwarp();
+        for (int i = 0; i < count; ++i) copy(p);
     }
     // With kSkip the values of one chunk are fetched by themselves, when it is known that they count.
-    ADAATTN_DEVICE u32 value_slot(int i) const {
-        return base + (T::kStages + i) * Slices<T>::kSlotBytes;
-    }
+    ADAATTN_DEVICE u32 value_slot(int i) const { return base + (T::kStages + i) * T::kSlotBytes; }
     ADAATTN_DEVICE void fetch_values(const Params& p, const Chunk& of) {
-        const u32 barrier = barriers + 8 * T::kStages;
-        const int side = slices_of<T>(of);
-        settle();
         const char* from = side_of<T>(p, of, false);
+        __syncwarp();
 #pragma unroll 1
-        for (int i = 0; i < side; ++i) {
-            const int announced = i == 0 ? side : 0;
-            start_slice<T>(p, of, from, false, i, value_slot(i), barrier, announced, lane);
+        for (int i = 0; i < slices_of<T>(of); ++i) {
+            start_slice<T>(p, of, from, false, i, value_slot(i), lane);
         }
-        if constexpr (!T::kBulk) ptx::copy_async_commit();
+        ptx::copy_async_commit();
     }
     ADAATTN_DEVICE void await_values() {
-        if constexpr (T::kBulk) {
-            ptx::mbarrier_wait(barriers + 8 * T::kStages, value_parity);
-            value_parity ^= 1u;
-        } else {
-            ptx::copy_async_wait<0>();
-        }
+        ptx::copy_async_wait<0>();
         __syncwarp();
     }
-    // All lanes have read `count` slices: others may come there. The copy engine is told when the
-    // next slice is taken: a load from shared memory may still be under way now, and nothing
-    // would keep it before the engine's write.
-    ADAATTN_DEVICE void release(const Params& p, int count) {
-        if constexpr (T::kBulk) {
-            owed += count;
-        } else {
-            __syncwarp();
-            for (int i = 0; i < count; ++i) copy(p);
-        }
-    }
+    ADAATTN_DEVICE void meet() const { __syncthreads(); }
 };
+
+template <class T, bool kBulk>
+struct StreamOf {
+    using Type = OwnStream<T>;
+};
+template <class T>
+struct StreamOf<T, true> {
+    using Type = FedStream<T>;
+};
+template <class T>
+using Stream = typename StreamOf<T, T::kBulk>::Type;
 
 // All slices of narrow values.
 template <class T>

@@ -12,8 +12,9 @@
 //                   final log-sum-exp, the values are not read, and what they weigh is added up;
 //                   values that are read arrive while the next keys are looked at;
 //                4. O^T += V^T P^T; narrow pages into sums of their own, then scaled.
-//              Keys, values and the scales of narrow pages pass through a ring of the warp's own, by
-//              the copy engine (kBulk) or cp.async. Warps merge in shared memory; the last block of
+//              Keys, values and the scales of narrow pages pass through a ring of the warp's own:
+//              with kBulk one more warp tells the copy engine of all rings, else a warp's lanes copy
+//              (cp.async). With kBulk a launch may begin while the one before it ends. Warps merge in shared memory; the last block of
 //              a unit to arrive merges the splits (attn/decode_merge.cuh), in their order: the same
 //              bits every time.
 //              The lower bound: log-sum-exp of the unit's first and last 64 keys, which are always
@@ -34,10 +35,11 @@
 //              O and stats alias Q, f and the ring. A slot is 4 KiB and a page's scales; with kSkip
 //              the last kDim / 32 of a warp's are for the values of one chunk.
 // Registers    O takes kTiles kDim / 4 of them, a narrow page's sums 16 kTiles.
-// Barriers     With kBulk an mbarrier a slot, and one for a chunk's values. Of the block: (1) Q is
-//              there; (2) the floors are there (kSkip); (3) all warps are done with Q before O
-//              overwrites it; (4) O is there; (5) partials are written before the arrival is
-//              counted; (6) the count is there, (7) and known; (8, 9) merging splits.
+// Barriers     With kBulk mbarriers: a slot is full, a slot is empty, values are there, floors are
+//              there. Of the block: (1) Q is there; (2) the floors are there (kSkip; those that look
+//              at keys); (3) all warps are done with Q before O overwrites it; (4) O is there;
+//              (5) partials are written before the arrival is counted, (6) by one thread for all;
+//              (7, 8) merging splits.
 // Limits       The host has checked: kDim in 64, 128, 256 for keys and values; 16-byte rows;
 //              page_len a multiple of 64; the table's entries. A NaN or Inf in a value that only
 //              some columns of a tile see makes all columns of that tile NaN.
@@ -58,12 +60,12 @@ struct Traits {
     static constexpr int kDim = kDim_, kTiles = kTiles_;
     static constexpr bool kSkip = kSkip_, kBulk = kBulk_;
     static constexpr int kWarps = kWarps_, kStages = kStages_;
-    static constexpr int kThreads = 32 * kWarps;
-    static constexpr int kWords = kDim / 8;      // of a lane's part of 8 queries
-    static constexpr int kOutTiles = kDim / 16;  // of 16 channels
+    static constexpr int kThreads = 32 * (kWarps + kBulk);  // one more copies
+    static constexpr int kWords = kDim / 8;                 // of a lane's part of 8 queries
+    static constexpr int kOutTiles = kDim / 16;             // of 16 channels
     static constexpr int kAllColumns = kTiles * kColumns;
     static constexpr int kQueryBytes = 2 * kTiles * kWords * 32 * 4;
-    static constexpr int kBarrierBytes = round_up(kWarps * (kStages + 1) * 8, 128);
+    static constexpr int kBarrierBytes = round_up((kWarps * (2 * kStages + 1) + 1) * 8, 128);
     static constexpr int kQueriesAt = kBarrierBytes;
     static constexpr int kFactorAt = kQueriesAt + kQueryBytes;  // then the floors of two warps
     static constexpr int kRingAt = round_up(kFactorAt + 3 * kAllColumns * 4, 128);
@@ -76,150 +78,120 @@ struct Traits {
     static constexpr int kSplitsBytes = kValuesAt + split_scratch(kAllColumns, kThreads);
     static constexpr int kMergeBytes = larger_of(kWarpsBytes, kSplitsBytes);
     static constexpr int kSmemBytes = larger_of(kMergeBytes, kReadBytes);
-    // Narrow values of a chunk are there at once; with the copy engine one slot more is full when
-    // the next slice is waited for.
-    static_assert(kStages >= (kSkip ? 1 : kDim / 64) + (kBulk ? 1 : 0), "slots of a ring");
+    // Narrow values of a chunk are there at once.
+    static_assert(kStages >= (kSkip ? 1 : kDim / 64) && kWarps < 32, "slots of a ring");
     static_assert(is_narrow(kInput) && kDim % 64 == 0, "16-bit inputs of dim 64, 128, 256");
 };
 
-template <class T>
-ADAATTN_DEVICE void run(const Params& p) {
-    unsigned char* smem = ptx::shared_bytes();
-    u32* words = reinterpret_cast<u32*>(smem + T::kQueriesAt);
-    float* factors = reinterpret_cast<float*>(smem + T::kFactorAt);
-    const int warp = ptx::broadcast(static_cast<int>(threadIdx.x) / 32, 0);
-    Lane me;
-    me.lane = static_cast<int>(threadIdx.x) % 32;
-    me.key = me.lane / 4;
-    me.place = me.lane % 4;
-    const int unit = static_cast<int>(blockIdx.x) / p.splits;
-    const int split = static_cast<int>(blockIdx.x) % p.splits;
-    const Place at = place_of<T>(p, unit);
-    const int first = at.low / kChunkKeys;
-    const int last = at.high > at.low ? ceil_div(at.high, kChunkKeys) : first;
-    const i64 count = last - first;
-    const int begin = first + static_cast<int>(count * split / p.splits);
-    const int end = first + static_cast<int>(count * (split + 1) / p.splits);
-    Stream<T> stream;
-    stream.base = ptx::shared_base() + T::kRingAt + warp * T::kSlots * T::kSlotBytes;
-    stream.barriers = ptx::shared_base() + warp * (T::kStages + 1) * 8;
-    stream.lane = me.lane;
-    stream.table = p.table + at.batch * p.table_batch + at.head_kv * p.table_head;
-    stream.turn = stream.start = 0;
-    stream.parity = stream.value_parity = 0u;
-    if constexpr (T::kBulk) {
-        if (me.lane == 0) {
-            for (int i = 0; i <= T::kStages; ++i) ptx::mbarrier_init(stream.barriers + 8 * i, 1);
-            ptx::mbarrier_init_fence();
-        }
-        __syncwarp();
-    }
-    // The first keys are under way before anything else is read.
-    const int probe = warp == 0 ? first : last - 1;
-    const bool probes = T::kSkip && warp < 2 && first < last;
-    if (probes) {
-        stream.begin(p, probe, probe + 1);
-    } else {
-        stream.begin(p, begin + warp, end);
-    }
-    if (warp < T::kTiles) load_queries<T>(p, at, warp, me.lane, words, factors);
-    __syncthreads();  // (1)
+// Chunks of 64 keys: those of the unit, and of a warp.
+struct Span {
+    const i32* table;
+    int first, last;  // the unit's: first .. last - 1
+    int begin, end;   // the warp's: begin, begin + kWarps, ...; before end
+    int probe;        // looked at before them for its scores alone; < 0: none
 
-    float s[kChunkSteps][T::kTiles][4];
-    float largest[T::kTiles][2], floor[T::kTiles][2];
-    bool real[T::kTiles][2];
+    ADAATTN_DEVICE i32 entry_of(const Params& p, int number) const {
+        return number < end ? table[number / p.page_chunks] : 0;
+    }
+};
+
+// A lower bound of the log-sum-exp of a warp's columns, from the scores of a chunk.
+template <class T>
+ADAATTN_DEVICE void note_floor(const Lane& me, int warp,
+                               const float (&s)[kChunkSteps][T::kTiles][4],
+                               const float (&largest)[T::kTiles][2], float* factors) {
 #pragma unroll
     for (int tile = 0; tile < T::kTiles; ++tile) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-            real[tile][j] = tile * kColumns + 2 * me.place + j < at.rows;
-            floor[tile][j] = -ptx::infinity();
-        }
-    }
-    if constexpr (T::kSkip) {
-        // Warps 0 and 1: log-sum-exp of the first and the last chunk, which are never skipped.
-        if (probes) {
-            const i32 entry = stream.entry_of(p, probe);
-            const Chunk chunk = chunk_of(p, entry, probe);
-            const float unit = units_of(p, entry).key;
-            chunk_scores<T>(p, at, me, chunk, unit, words, factors, s, stream);
-            stream.settle();
-            stream.begin(p, begin + warp, end);
-            column_maxima<T>(s, largest);
+            const float top = largest[tile][j];
+            const float shift = top == -ptx::infinity() ? 0.0f : top;
+            float sum = 0.0f;
 #pragma unroll
-            for (int tile = 0; tile < T::kTiles; ++tile) {
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    const float top = largest[tile][j];
-                    const float shift = top == -ptx::infinity() ? 0.0f : top;
-                    float sum = 0.0f;
-#pragma unroll
-                    for (int step = 0; step < kChunkSteps; ++step) {
-                        sum += ptx::exp2_approx(s[step][tile][j] - shift) +
-                               ptx::exp2_approx(s[step][tile][2 + j] - shift);
-                    }
-                    sum = over_keys(sum, Sum{});
-                    if (me.key == 0) {
-                        factors[(1 + warp) * T::kAllColumns + tile * kColumns + 2 * me.place + j] =
-                            shift + ptx::log2_accurate(sum);
-                    }
-                }
+            for (int step = 0; step < kChunkSteps; ++step) {
+                sum += ptx::exp2_approx(s[step][tile][j] - shift) +
+                       ptx::exp2_approx(s[step][tile][2 + j] - shift);
             }
-        }
-        __syncthreads();  // (2)
-        if (first < last) {
-#pragma unroll
-            for (int tile = 0; tile < T::kTiles; ++tile) {
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    // The larger of the two is a lower bound too, and a chunk may be both.
-                    const int column = tile * kColumns + 2 * me.place + j;
-                    floor[tile][j] = fmaxf(factors[T::kAllColumns + column],
-                                           factors[2 * T::kAllColumns + column]);
-                }
+            sum = over_keys(sum, Sum{});
+            if (me.key == 0) {
+                factors[(1 + warp) * T::kAllColumns + tile * kColumns + 2 * me.place + j] =
+                    shift + ptx::log2_accurate(sum);
             }
         }
     }
+}
 
-    Columns<T> mine;
-    float o[T::kTiles][T::kOutTiles][4];
+// Scores and weighted values of a warp's chunks.
+template <class T>
+ADAATTN_DEVICE void look(const Params& p, const Place& at, const Lane& me, int warp,
+                         const Span& span, const u32* words, float* factors, Stream<T>& stream,
+                         Columns<T>& mine, float (&o)[T::kTiles][T::kOutTiles][4]) {
+    float s[kChunkSteps][T::kTiles][4];
+    float largest[T::kTiles][2], floor[T::kTiles][2];
 #pragma unroll
     for (int tile = 0; tile < T::kTiles; ++tile) {
 #pragma unroll
         for (int m = 0; m < T::kOutTiles; ++m) {
             o[tile][m][0] = o[tile][m][1] = o[tile][m][2] = o[tile][m][3] = 0.0f;
         }
+        floor[tile][0] = floor[tile][1] = -ptx::infinity();
     }
-    int number = begin + warp;
+    bool probing = T::kSkip && span.probe >= 0, met = !T::kSkip;
+    int number = span.begin;
+    i32 entry = probing ? span.table[span.probe / p.page_chunks] : span.entry_of(p, number);
     // Entries of the table are read two chunks ahead, units of pages one.
-    i32 entry = stream.entry_of(p, number), entry_after = stream.entry_of(p, number + T::kWarps);
+    i32 entry_after = span.entry_of(p, probing ? number : number + T::kWarps);
     Units units = units_of(p, entry);
     Held<T> held;
     bool waiting = false;  // for the values of `held`
-    while (number < end) {
-        const Chunk chunk = chunk_of(p, entry, number);
+    while (true) {
+        if constexpr (T::kSkip) {
+            if (!probing && !met) {
+                stream.meet();  // (2)
+                met = true;
+                if (span.first < span.last) {
+#pragma unroll
+                    for (int tile = 0; tile < T::kTiles; ++tile) {
+#pragma unroll
+                        for (int j = 0; j < 2; ++j) {
+                            // The larger of the two is a lower bound too, and a chunk may be both.
+                            const int column = tile * kColumns + 2 * me.place + j;
+                            floor[tile][j] = fmaxf(factors[T::kAllColumns + column],
+                                                   factors[2 * T::kAllColumns + column]);
+                        }
+                    }
+                }
+            }
+        }
+        if (!probing && number >= span.end) break;
+        const Chunk chunk = chunk_of(p, entry, probing ? span.probe : number);
         const Units unit = units;
-        number += T::kWarps;
+        if (!probing) number += T::kWarps;
         entry = entry_after;
         units = units_of(p, entry);
-        entry_after = stream.entry_of(p, number + T::kWarps);
+        entry_after = span.entry_of(p, number + T::kWarps);
         chunk_scores<T>(p, at, me, chunk, unit.key, words, factors, s, stream);
         column_maxima<T>(s, largest);
         bool skip = false;
         if constexpr (T::kSkip) {
-            bool below = chunk.number != first && chunk.number != last - 1;
+            if (probing) {
+                note_floor<T>(me, warp, s, largest, factors);
+                stream.begin(p, span.begin, span.end);
+                probing = false;
+                continue;
+            }
+            bool below = chunk.number != span.first && chunk.number != span.last - 1;
 #pragma unroll
             for (int tile = 0; tile < T::kTiles; ++tile) {
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
+                    const bool real = tile * kColumns + 2 * me.place + j < at.rows;
                     const float kept = mine.log2_sum(tile, j);
                     const float limit = fmaxf(kept, floor[tile][j]) + p.skip_log2;
-                    below = below && (!real[tile][j] || largest[tile][j] <= limit);
+                    below = below && (!real || largest[tile][j] <= limit);
                 }
             }
             skip = !ptx::warp_any(!below);
-        }
-        if constexpr (T::kSkip) {
             // Values arrive while the next keys are looked at, and are added before O moves on.
             if (waiting && (!skip || mine.moves(largest))) {
                 add_values<T>(p, at, me, held, o, stream);
@@ -241,6 +213,75 @@ ADAATTN_DEVICE void run(const Params& p) {
         if (waiting) add_values<T>(p, at, me, held, o, stream);
     }
     if constexpr (!T::kBulk) ptx::copy_async_wait<0>();
+}
+
+template <class T>
+ADAATTN_DEVICE void run(const Params& p) {
+    unsigned char* smem = ptx::shared_bytes();
+    u32* words = reinterpret_cast<u32*>(smem + T::kQueriesAt);
+    float* factors = reinterpret_cast<float*>(smem + T::kFactorAt);
+    const int warp = ptx::broadcast(static_cast<int>(threadIdx.x) / 32, 0);
+    Lane me;
+    me.lane = static_cast<int>(threadIdx.x) % 32;
+    me.key = me.lane / 4;
+    me.place = me.lane % 4;
+    const bool copies = T::kBulk && warp == T::kWarps;
+    const Rings<T> rings = {ptx::shared_base()};
+    const int unit = static_cast<int>(blockIdx.x) / p.splits;
+    const int split = static_cast<int>(blockIdx.x) % p.splits;
+    Place at = place_of<T>(p, unit);
+    if constexpr (T::kBulk) {
+        if (copies) init_barriers<T>(rings, me.lane);
+        ptx::await_earlier_kernels();
+        ptx::let_next_kernel_start();
+    }
+    read_lengths(p, at);
+    const int first = at.low / kChunkKeys;
+    const int last = at.high > at.low ? ceil_div(at.high, kChunkKeys) : first;
+    const int share = (last - first) / p.splits, more = (last - first) % p.splits;
+    const int begin = first + split * share + smaller(split, more);
+    const int end = begin + share + (split < more ? 1 : 0);
+    const i32* table = p.table + at.batch * p.table_batch + at.head_kv * p.table_head;
+    // Warps 0 and 1 look at the unit's first and last chunk before their own.
+    const int looker = copies ? me.lane : warp;
+    const bool probes = T::kSkip && looker < 2 && first < last;
+    const int probe = looker == 0 ? first : last - 1;
+    // The first keys are under way before anything else is read.
+    Feeder<T> feeder;
+    Stream<T> stream;
+    if constexpr (T::kBulk) {
+        if (copies) {
+            feeder.rings = rings;
+            feeder.table = table;
+            feeder.lane = me.lane;
+            feeder.begin(p, begin, end, probes ? probe : -1);
+#pragma unroll 1
+            for (int i = 0; i < T::kStages; ++i) feeder.step(p);
+        }
+        stream.rings = rings;
+        stream.warp = warp;
+        stream.parity = stream.value_parity = 0u;
+    } else {
+        stream.base = ptx::shared_base() + T::kRingAt + warp * T::kSlots * T::kSlotBytes;
+        stream.start = 0;
+        stream.table = table;
+    }
+    stream.lane = me.lane;
+    stream.turn = 0;
+    if (!copies) {
+        stream.begin(p, probes ? probe : begin + warp, probes ? probe + 1 : end);
+        if (warp < T::kTiles) load_queries<T>(p, at, warp, me.lane, words, factors);
+    }
+    __syncthreads();  // (1)
+
+    Columns<T> mine;
+    float o[T::kTiles][T::kOutTiles][4];
+    if (copies) {
+        feeder.run(p);
+    } else {
+        const Span span = {table, first, last, begin + warp, end, probes ? probe : -1};
+        look<T>(p, at, me, warp, span, words, factors, stream, mine, o);
+    }
     __syncthreads();  // (3)
     merge_and_store<T>(p, at, me.lane, warp, unit, split, smem, mine, o);
 }

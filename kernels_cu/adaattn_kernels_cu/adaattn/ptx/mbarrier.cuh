@@ -38,6 +38,21 @@ ADAATTN_DEVICE void mbarrier_arrive_expect(u32 barrier, u32 bytes) {
         : "memory");
 }
 
+// Whether the phase with this parity has completed; waits for nothing.
+ADAATTN_DEVICE bool mbarrier_test(u32 barrier, u32 parity) {
+    u32 done;
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.test_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}\n"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+    return done != 0;
+}
+
 ADAATTN_DEVICE void mbarrier_wait(u32 barrier, u32 parity) {
     asm volatile(
         "{\n"

@@ -25,6 +25,13 @@ inline Barrier& barrier_at(u32 address) {
     at(address, 8);
     return barriers[address / 8];
 }
+
+inline bool complete(Barrier& b) {
+    if (b.pending != 0 || b.bytes != 0) return false;
+    ++b.phase;
+    b.pending = b.arrivals;
+    return true;
+}
 }  // namespace emulation
 
 ADAATTN_DEVICE void mbarrier_init(u32 barrier, u32 arrivals) {
@@ -42,6 +49,15 @@ ADAATTN_DEVICE void mbarrier_arrive_expect(u32 barrier, u32 bytes) {
     }
     --b.pending;
     b.bytes += bytes;
+    emulation::complete(b);
+}
+ADAATTN_DEVICE void mbarrier_arrive(u32 barrier) { mbarrier_arrive_expect(barrier, 0); }
+
+ADAATTN_DEVICE bool mbarrier_test(u32 barrier, u32 parity) {
+    emulation::Barrier& b = emulation::barrier_at(barrier);
+    const bool done = (b.phase & 1u) != parity;
+    if (!done) emulation::give_way();
+    return done;
 }
 
 ADAATTN_DEVICE void mbarrier_wait(u32 barrier, u32 parity) {
@@ -52,11 +68,7 @@ ADAATTN_DEVICE void mbarrier_wait(u32 barrier, u32 parity) {
             b.bytes -= copy.bytes;
         }
         b.copies.clear();
-        if (b.pending == 0 && b.bytes == 0) {
-            ++b.phase;
-            b.pending = b.arrivals;
-            break;
-        }
+        if (emulation::complete(b)) break;
         if (turns > 10000) {
             fprintf(stderr, "a wait that nothing ends\n");
             abort();
