@@ -281,9 +281,9 @@ class Call:
     """A kernel with its grid and its parameters, ready to be started again and again.
 
     The parameters, a ctypes structure or buffer, are read at every start, so what is written
-    into them in between counts; the driver copies them before a start returns. An `early` kernel
-    may be started while what is before it on the stream still runs: it waits for that itself
-    (``griddepcontrol.wait``, from compute capability 9.0 on).
+    into them in between counts; the driver copies them before a start returns. An `early`
+    kernel may be started while what is before it on the stream still runs: it waits for that
+    itself (``griddepcontrol.wait``, from compute capability 9.0 on).
     """
 
     def __init__(

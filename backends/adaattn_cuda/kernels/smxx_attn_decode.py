@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import struct
 import threading
 from typing import NamedTuple
@@ -64,7 +63,7 @@ class Params(ctypes.Structure):
             )
         ),
         ("scale_log2", ctypes.c_float),
-        ("skip_log2", ctypes.c_float),
+        ("skip_share", ctypes.c_float),
     )  # fmt: skip
 
 
@@ -111,7 +110,7 @@ class Rows(NamedTuple):
         Keys before its own that a row sees; -1: all.
     scale : float
     lam : float
-        Weight below which values need not be read; 0: all are read.
+        Mean weight of 64 keys below which their values need not be read; 0: all are read.
     query_strides, out_strides : tuple of int
         Batch, head, row; in elements.
     device : int
@@ -169,7 +168,7 @@ class Decode:
             heads_kv=rows.heads_kv, group=group, len_q=rows.len_q,
             page_chunks=rows.page_len // CHUNK_KEYS, splits=splits, row_tiles=row_tiles,
             units=units, causal=rows.causal, left=rows.left, scale_log2=rows.scale * LOG2_E,
-            skip_log2=math.log2(rows.lam) if rows.lam > 0 else -math.inf,
+            skip_share=CHUNK_KEYS * rows.lam,
         )  # fmt: skip
         p = self._params
         p.query_batch, p.query_head, p.query_row = rows.query_strides[:3]

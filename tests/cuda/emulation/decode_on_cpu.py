@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +88,7 @@ class DecodeEmulator:
             heads_kv=heads_kv, group=group, len_q=len_q, page_chunks=kv.page_len // CHUNK_KEYS,
             splits=splits, row_tiles=row_tiles, units=units, causal=spec.causal, left=left,
             scale_log2=(dim**-0.5 if scale is None else scale) * LOG2_E,
-            skip_log2=math.log2(lam) if lam else -math.inf,
+            skip_share=CHUNK_KEYS * lam,
         )  # fmt: skip
         p.query, p.out, p.lse = address(query), out.ctypes.data, lse.ctypes.data
         p.dropped, p.partials = dropped.ctypes.data, partials.ctypes.data

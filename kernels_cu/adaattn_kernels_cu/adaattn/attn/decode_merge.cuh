@@ -22,12 +22,18 @@ ADAATTN_DEVICE float over_keys(float x, Join join) {
     return join(x, ptx::shuffle_xor(x, 16));
 }
 
+// What a part weighs whose reference is `own`; no part weighs anything where all are -inf.
+ADAATTN_DEVICE float part_factor(float own, float top) {
+    return ptx::exp2_approx(own - (top == -ptx::infinity() ? 0.0f : top));
+}
+
 // What weighs 2^(score - top), for the two columns of every tile that a lane holds.
 template <class T>
 struct Columns {
-    float top[T::kTiles][2];      // alike in all lanes of a column; -inf before the first key
-    float sum[T::kTiles][2];      // of kept weights, this lane's share of the keys
-    float dropped[T::kTiles][2];  // of weights whose values were not read
+    float top[T::kTiles][2];  // alike in all lanes of a column; -inf before the first key
+    // Of kept weights, and of those whose values were not read; of this lane's share of the keys, with
+    // kSkip of all.
+    float sum[T::kTiles][2], dropped[T::kTiles][2];
 
     ADAATTN_DEVICE Columns() {
 #pragma unroll
@@ -40,59 +46,81 @@ struct Columns {
         }
     }
 
-    // log2 of the kept sum, no more than it is but for rounding; all lanes take part.
-    ADAATTN_DEVICE float log2_sum(int tile, int j) const {
-        const float total = over_keys(sum[tile][j], Sum{});
-        return total > 0.0f ? top[tile][j] + __log2f(total) : -ptx::infinity();
-    }
-
-    // Whether scores like these would move a reference; alike in all lanes.
-    ADAATTN_DEVICE bool moves(const float (&largest)[T::kTiles][2]) const {
+    // Scores to weights in place; references move with `largest`, and sums with them: O is to be
+    // multiplied by `factor` if the result says so, alike in all lanes. `added`: of these weights.
+    ADAATTN_DEVICE bool weigh(float (&s)[kChunkSteps][T::kTiles][4],
+                              const float (&largest)[T::kTiles][2], float (&factor)[T::kTiles][2],
+                              float (&added)[T::kTiles][2]) {
         bool moved = false;
 #pragma unroll
         for (int tile = 0; tile < T::kTiles; ++tile) {
-            moved = moved || largest[tile][0] > top[tile][0] || largest[tile][1] > top[tile][1];
-        }
-        return ptx::warp_any(moved);
-    }
-
-    // Scores to weights in place; they count as kept, or as dropped.
-    ADAATTN_DEVICE void exponentiate(float (&s)[kChunkSteps][T::kTiles][4],
-                                     const float (&largest)[T::kTiles][2], bool skip,
-                                     float (&o)[T::kTiles][T::kOutTiles][4]) {
-#pragma unroll
-        for (int tile = 0; tile < T::kTiles; ++tile) {
-            float factor[2];
-            bool moved = false;
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
                 const float next = fmaxf(top[tile][j], largest[tile][j]);
-                factor[j] = next == top[tile][j] ? 1.0f : ptx::exp2_approx(top[tile][j] - next);
+                factor[tile][j] =
+                    next == top[tile][j] ? 1.0f : ptx::exp2_approx(top[tile][j] - next);
                 moved = moved || next != top[tile][j];
                 top[tile][j] = next;
                 const float shift = next == -ptx::infinity() ? 0.0f : next;
-                float added = 0.0f;
+                float x = 0.0f;
 #pragma unroll
                 for (int step = 0; step < kChunkSteps; ++step) {
 #pragma unroll
                     for (int i = j; i < 4; i += 2) {
                         s[step][tile][i] = ptx::exp2_approx(s[step][tile][i] - shift);
-                        added += s[step][tile][i];
+                        x += s[step][tile][i];
                     }
                 }
-                sum[tile][j] = sum[tile][j] * factor[j] + (skip ? 0.0f : added);
-                dropped[tile][j] = dropped[tile][j] * factor[j] + (skip ? added : 0.0f);
+                added[tile][j] = T::kSkip ? over_keys(x, Sum{}) : x;
+                sum[tile][j] *= factor[tile][j];
+                dropped[tile][j] *= factor[tile][j];
             }
-            if (ptx::warp_any(moved)) {
+        }
+        return ptx::warp_any(moved);
+    }
+
+    // Whether the weights `added` are no more than `share` of what is kept, or of 2^floor, in every
+    // column of a row; alike in all lanes.
+    ADAATTN_DEVICE bool light(const float (&added)[T::kTiles][2],
+                              const float (&floor)[T::kTiles][2], float share, int place,
+                              int rows) const {
+        bool small = true;
 #pragma unroll
-                for (int m = 0; m < T::kOutTiles; ++m) {
+        for (int tile = 0; tile < T::kTiles; ++tile) {
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) o[tile][m][i] *= factor[i % 2];
-                }
+            for (int j = 0; j < 2; ++j) {
+                const float least = fmaxf(sum[tile][j], part_factor(floor[tile][j], top[tile][j]));
+                const bool real = tile * kColumns + 2 * place + j < rows;
+                small = small && (!real || added[tile][j] <= share * least);
+            }
+        }
+        return !ptx::warp_any(!small);
+    }
+
+    ADAATTN_DEVICE void count(const float (&added)[T::kTiles][2], bool skip) {
+#pragma unroll
+        for (int tile = 0; tile < T::kTiles; ++tile) {
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                sum[tile][j] += skip ? 0.0f : added[tile][j];
+                dropped[tile][j] += skip ? added[tile][j] : 0.0f;
             }
         }
     }
 };
+
+template <class T>
+ADAATTN_DEVICE void scale_columns(float (&o)[T::kTiles][T::kOutTiles][4],
+                                  const float (&factor)[T::kTiles][2]) {
+#pragma unroll
+    for (int tile = 0; tile < T::kTiles; ++tile) {
+#pragma unroll
+        for (int m = 0; m < T::kOutTiles; ++m) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) o[tile][m][i] *= factor[tile][i % 2];
+        }
+    }
+}
 
 // Parts of one column, in base 2: tops, sums and dropped sums lie kStats floats apart.
 constexpr int kStats = 3;
@@ -117,11 +145,6 @@ struct Merged {
         x[3] = fmaf(part.w, factor, x[3]);
     }
 };
-
-// What a part weighs whose reference is `own`; no part weighs anything where all are -inf.
-ADAATTN_DEVICE float part_factor(float own, float top) {
-    return ptx::exp2_approx(own - (top == -ptx::infinity() ? 0.0f : top));
-}
 
 // Merges the warps' parts, which lie in shared memory, in their order.
 template <class T>
@@ -278,8 +301,8 @@ ADAATTN_DEVICE void merge_and_store(const Params& p, const Place& at, int lane, 
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
             const int column = warp * T::kAllColumns + tile * kColumns + 2 * place + j;
-            const float sum = over_keys(mine.sum[tile][j], Sum{});
-            const float dropped = over_keys(mine.dropped[tile][j], Sum{});
+            const float own = mine.sum[tile][j], dropped = mine.dropped[tile][j];
+            const float sum = T::kSkip ? own : over_keys(own, Sum{});
             if (key == 0) {
                 stats[column * kStats] = mine.top[tile][j];
                 stats[column * kStats + 1] = sum;

@@ -45,7 +45,7 @@ struct Params {
     i32 causal;
     i32 left;          // a row at position p sees keys p - left and later; -1: all
     float scale_log2;  // scale * log2(e)
-    float skip_log2;   // log2 of the weight below which values need not be read
+    float skip_share;  // of a row's mass, below which the values of 64 keys need not be read
 };
 
 static_assert(sizeof(Params) == 264, "mirrored by the host");

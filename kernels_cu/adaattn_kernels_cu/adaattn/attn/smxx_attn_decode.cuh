@@ -8,8 +8,8 @@
 //                1. S^T = K Q^T; narrow pages: the page's reach is folded into Q, its centre is
 //                   one more key;
 //                2. online softmax in base 2, a reference per column;
-//                3. with kSkip: if no column's scores come within skip_log2 of a lower bound of its
-//                   final log-sum-exp, the values are not read, and what they weigh is added up;
+//                3. with kSkip: if no column's weights sum to more than skip_share of a lower bound
+//                   of its final sum, the values are not read, and what they weigh is added up;
 //                   values that are read arrive while the next keys are looked at;
 //                4. O^T += V^T P^T; narrow pages into sums of their own, then scaled.
 //              Keys, values and the scales of narrow pages pass through a ring of the warp's own:
@@ -172,7 +172,6 @@ ADAATTN_DEVICE void look(const Params& p, const Place& at, const Lane& me, int w
         entry_after = span.entry_of(p, number + T::kWarps);
         chunk_scores<T>(p, at, me, chunk, unit.key, words, factors, s, stream);
         column_maxima<T>(s, largest);
-        bool skip = false;
         if constexpr (T::kSkip) {
             if (probing) {
                 note_floor<T>(me, warp, s, largest, factors);
@@ -180,25 +179,21 @@ ADAATTN_DEVICE void look(const Params& p, const Place& at, const Lane& me, int w
                 probing = false;
                 continue;
             }
-            bool below = chunk.number != span.first && chunk.number != span.last - 1;
-#pragma unroll
-            for (int tile = 0; tile < T::kTiles; ++tile) {
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    const bool real = tile * kColumns + 2 * me.place + j < at.rows;
-                    const float kept = mine.log2_sum(tile, j);
-                    const float limit = fmaxf(kept, floor[tile][j]) + p.skip_log2;
-                    below = below && (!real || largest[tile][j] <= limit);
-                }
-            }
-            skip = !ptx::warp_any(!below);
+        }
+        float factor[T::kTiles][2], added[T::kTiles][2];
+        const bool moved = mine.weigh(s, largest, factor, added);
+        bool skip = false;
+        if constexpr (T::kSkip) {
+            skip = chunk.number != span.first && chunk.number != span.last - 1 &&
+                   mine.light(added, floor, p.skip_share, me.place, at.rows);
             // Values arrive while the next keys are looked at, and are added before O moves on.
-            if (waiting && (!skip || mine.moves(largest))) {
+            if (waiting && (!skip || moved)) {
                 add_values<T>(p, at, me, held, o, stream);
                 waiting = false;
             }
         }
-        mine.exponentiate(s, largest, skip, o);
+        mine.count(added, skip);
+        if (moved) scale_columns<T>(o, factor);
         if (!skip) {
             held.hold(chunk, unit.value, s);
             if constexpr (T::kSkip) {
