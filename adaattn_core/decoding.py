@@ -65,7 +65,8 @@ class Decodes(Protocol):
         left : int
             Keys before its own that a row sees; -1: all.
         lam : float
-            Weight below which values need not be read (docs/math, theorem 11); 0: all are read.
+            Mean weight of a run of keys below which their values need not be read (docs/math,
+            theorem 11); 0: all are read.
 
         Returns
         -------

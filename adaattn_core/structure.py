@@ -58,7 +58,8 @@ class ScoreSkip(Structure):
     A tile is skipped for a query tile when every row's scores in it lie at least ``ln(1/lam)``
     below that row's log-sum-exp over the keys kept before. The dropped mass is at most ``lam``
     per skipped key, and no key of a larger weight is lost (docs/math, corollary 4.2). The tiles
-    nearest to the rows and the first ones are visited first.
+    nearest to the rows and the first ones are visited first. Over pages a backend may look at
+    the mean weight of a tile's keys instead: the same bound (theorem 11).
 
     Attributes
     ----------

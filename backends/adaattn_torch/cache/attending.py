@@ -33,7 +33,7 @@ class PagedSteps:
     ----------
     pages : PagedLayer
     lam : float
-        Weight below which values need not be read.
+        Mean weight of 64 keys below which their values need not be read.
     certify : bool
         Whether every step's bound is worked out, on the device, and the largest kept.
 

@@ -106,7 +106,7 @@ class AdaptiveCache(Cache):
     max_length : int, optional
         Make room for so many tokens at once, and refuse more; default: grow as needed.
     lam : float
-        Attention over the pages: weight below which a run of 64 values need not be read; 0
+        Attention over the pages: mean weight below which 64 values need not be read; 0
         reads all.
     certify : bool
         Attention over the pages: work out every step's bound, for `report`. Costs some small
