@@ -43,40 +43,72 @@ ADAATTN_DEVICE i64 row_offset(const Place& at, int group, int row, i64 batch, i6
     return at.batch * batch + (at.head_kv * group + row % group) * head + row / group * step;
 }
 
-// One warp: queries of a tile of columns to shared memory in both orders, f16 ones divided by a
-// power of two per column, and these times scale_log2 as factors.
-template <class T>
-ADAATTN_DEVICE void load_queries(const Params& p, const Place& at, int tile, int lane, u32* words,
-                                 float* factors) {
+// Queries of a tile of columns to shared memory, in one of both orders, by one warp. Narrow: f16 ones,
+// divided by a power of two per column; and these times scale_log2 as factors.
+template <class T, bool kNarrow>
+ADAATTN_DEVICE void load_tile(const Params& p, const Place& at, int tile, int lane, u32* words,
+                              float* factors) {
     const int place = lane % 4, column = lane / 4, local = tile * kColumns + column;
     const bool real = local < at.rows;
     const u16* row = static_cast<const u16*>(p.query) +
                      row_offset(at, p.group, at.first_row + (real ? local : 0), p.query_batch,
                                 p.query_head, p.query_row);
-    float largest = 0.0f;
-    u32* wide = words + (tile * T::kWords / 4 * 32 + lane) * 4;
+    uint4 x[T::kWords / 4];
 #pragma unroll
-    for (int w = 0; w < T::kWords; ++w) {
-        const u32 pair = real ? *reinterpret_cast<const u32*>(row + wide_channel(w, place)) : 0u;
-        wide[w / 4 * 128 + w % 4] = pair;
-        largest = fmaxf(largest, fabsf(quant::widen<T::kInput>(static_cast<u16>(pair))));
-        largest = fmaxf(largest, fabsf(quant::widen<T::kInput>(static_cast<u16>(pair >> 16))));
+    for (int w = 0; w < T::kWords; w += 4) {
+        const int channel = kNarrow ? narrow_channel(w, place) : wide_channel(w, place);
+        x[w / 4] = real ? *reinterpret_cast<const uint4*>(row + channel) : make_uint4(0, 0, 0, 0);
     }
-    largest = softmax::quad_max(largest);
-    // 2^e just above the largest; products with 2^-e are exact where f16 can hold them.
-    const u32 exponent = (ptx::float_bits(largest) >> 23) + 1;
-    const bool usable = exponent > 30 && exponent < 224;
-    const float unit = usable ? ptx::bits_float(exponent << 23) : 1.0f;
-    const float inverse = usable ? ptx::bits_float((254 - exponent) << 23) : 1.0f;
-    u32* narrow = wide + T::kTiles * T::kWords * 32;
+    const int order = kNarrow ? T::kTiles : 0;
+    u32* to = words + ((order + tile) * T::kWords / 4 * 32 + lane) * 4;
+    if constexpr (!kNarrow) {
 #pragma unroll
-    for (int w = 0; w < T::kWords; ++w) {
-        const u32 pair = real ? *reinterpret_cast<const u32*>(row + narrow_channel(w, place)) : 0u;
-        const float low = quant::widen<T::kInput>(static_cast<u16>(pair)) * inverse;
-        const float high = quant::widen<T::kInput>(static_cast<u16>(pair >> 16)) * inverse;
-        narrow[w / 4 * 128 + w % 4] = ptx::pack_f16(low, high);
+        for (int i = 0; i < T::kWords / 4; ++i) *reinterpret_cast<uint4*>(to + 128 * i) = x[i];
+    } else {
+        float largest = 0.0f;
+#pragma unroll
+        for (int i = 0; i < T::kWords / 4; ++i) {
+            const u32 pairs[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                const u16 low = static_cast<u16>(pairs[k]), high = static_cast<u16>(pairs[k] >> 16);
+                largest = fmaxf(largest, fabsf(quant::widen<T::kInput>(low)));
+                largest = fmaxf(largest, fabsf(quant::widen<T::kInput>(high)));
+            }
+        }
+        largest = softmax::quad_max(largest);
+        // 2^e just above the largest; products with 2^-e are exact where f16 can hold them.
+        const u32 exponent = (ptx::float_bits(largest) >> 23) + 1;
+        const bool usable = exponent > 30 && exponent < 224;
+        const float unit = usable ? ptx::bits_float(exponent << 23) : 1.0f;
+        const float inverse = usable ? ptx::bits_float((254 - exponent) << 23) : 1.0f;
+#pragma unroll
+        for (int i = 0; i < T::kWords / 4; ++i) {
+            const u32 pairs[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
+            u32 y[4];
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                const u16 low = static_cast<u16>(pairs[k]), high = static_cast<u16>(pairs[k] >> 16);
+                y[k] = ptx::pack_f16(quant::widen<T::kInput>(low) * inverse,
+                                     quant::widen<T::kInput>(high) * inverse);
+            }
+            *reinterpret_cast<uint4*>(to + 128 * i) = make_uint4(y[0], y[1], y[2], y[3]);
+        }
+        if (place == 0) factors[local] = unit * p.scale_log2;
     }
-    if (place == 0) factors[local] = unit * p.scale_log2;
+}
+
+// Queries of all tiles, in both orders, by the warps that look at keys.
+template <class T>
+ADAATTN_DEVICE void load_queries(const Params& p, const Place& at, int warp, int lane, u32* words,
+                                 float* factors) {
+    for (int i = warp; i < 2 * T::kTiles; i += T::kWarps) {
+        if (i < T::kTiles) {
+            load_tile<T, true>(p, at, i, lane, words, factors);
+        } else {
+            load_tile<T, false>(p, at, i - T::kTiles, lane, words, factors);
+        }
+    }
 }
 
 template <class T>

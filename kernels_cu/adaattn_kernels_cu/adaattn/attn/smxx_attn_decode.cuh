@@ -163,49 +163,48 @@ ADAATTN_DEVICE void look(const Params& p, const Place& at, const Lane& me, int w
                 }
             }
         }
-        if (!probing && number >= span.end) break;
-        const Chunk chunk = chunk_of(p, entry, probing ? span.probe : number);
-        const Units unit = units;
-        if (!probing) number += T::kWarps;
-        entry = entry_after;
-        units = units_of(p, entry);
-        entry_after = span.entry_of(p, number + T::kWarps);
-        chunk_scores<T>(p, at, me, chunk, unit.key, words, factors, s, stream);
-        column_maxima<T>(s, largest);
-        if constexpr (T::kSkip) {
-            if (probing) {
+        const bool done = !probing && number >= span.end;
+        Chunk chunk;
+        Units unit;
+        float factor[T::kTiles][2], added[T::kTiles][2];
+        bool skip = false, moved = false;
+        if (!done) {
+            chunk = chunk_of(p, entry, probing ? span.probe : number);
+            unit = units;
+            if (!probing) number += T::kWarps;
+            entry = entry_after;
+            units = units_of(p, entry);
+            entry_after = span.entry_of(p, number + T::kWarps);
+            chunk_scores<T>(p, at, me, chunk, unit.key, words, factors, s, stream);
+            column_maxima<T>(s, largest);
+            if (T::kSkip && probing) {
                 note_floor<T>(me, warp, s, largest, factors);
                 stream.begin(p, span.begin, span.end);
                 probing = false;
                 continue;
             }
-        }
-        float factor[T::kTiles][2], added[T::kTiles][2];
-        const bool moved = mine.weigh(s, largest, factor, added);
-        bool skip = false;
-        if constexpr (T::kSkip) {
-            skip = chunk.number != span.first && chunk.number != span.last - 1 &&
+            moved = mine.weigh(s, largest, factor, added);
+            skip = T::kSkip && chunk.number != span.first && chunk.number != span.last - 1 &&
                    mine.light(added, floor, p.skip_share, me.place, at.rows);
+        }
+        if constexpr (T::kSkip) {
             // Values arrive while the next keys are looked at, and are added before O moves on.
-            if (waiting && (!skip || moved)) {
+            if (waiting && (done || !skip || moved)) {
                 add_values<T>(p, at, me, held, o, stream);
                 waiting = false;
             }
         }
+        if (done) break;
         mine.count(added, skip);
         if (moved) scale_columns<T>(o, factor);
-        if (!skip) {
-            held.hold(chunk, unit.value, s);
-            if constexpr (T::kSkip) {
-                stream.fetch_values(p, chunk);
-                waiting = true;
-            } else {
-                add_values<T>(p, at, me, held, o, stream);
-            }
+        if (skip) continue;
+        held.hold(chunk, unit.value, s);
+        if constexpr (T::kSkip) {
+            stream.fetch_values(p, chunk);
+            waiting = true;
+        } else {
+            add_values<T>(p, at, me, held, o, stream);
         }
-    }
-    if constexpr (T::kSkip) {
-        if (waiting) add_values<T>(p, at, me, held, o, stream);
     }
     if constexpr (!T::kBulk) ptx::copy_async_wait<0>();
 }
@@ -230,6 +229,7 @@ ADAATTN_DEVICE void run(const Params& p) {
         ptx::await_earlier_kernels();
         ptx::let_next_kernel_start();
     }
+    if (!copies) load_queries<T>(p, at, warp, me.lane, words, factors);
     read_lengths(p, at);
     const int first = at.low / kChunkKeys;
     const int last = at.high > at.low ? ceil_div(at.high, kChunkKeys) : first;
@@ -241,7 +241,6 @@ ADAATTN_DEVICE void run(const Params& p) {
     const int looker = copies ? me.lane : warp;
     const bool probes = T::kSkip && looker < 2 && first < last;
     const int probe = looker == 0 ? first : last - 1;
-    // The first keys are under way before anything else is read.
     Feeder<T> feeder;
     Stream<T> stream;
     if constexpr (T::kBulk) {
@@ -263,10 +262,7 @@ ADAATTN_DEVICE void run(const Params& p) {
     }
     stream.lane = me.lane;
     stream.turn = 0;
-    if (!copies) {
-        stream.begin(p, probes ? probe : begin + warp, probes ? probe + 1 : end);
-        if (warp < T::kTiles) load_queries<T>(p, at, warp, me.lane, words, factors);
-    }
+    if (!copies) stream.begin(p, probes ? probe : begin + warp, probes ? probe + 1 : end);
     __syncthreads();  // (1)
 
     Columns<T> mine;
