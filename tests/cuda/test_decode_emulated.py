@@ -119,6 +119,26 @@ def test_unread_values_weigh_what_is_said(
     assert np.abs(check_all[2]).max() <= 1e-28
 
 
+def test_runs_are_left_by_what_they_weigh_in_the_mean(emulator: DecodeEmulator) -> None:
+    """More than by their largest weight, no more than by the mean over all that a row sees."""
+    spec = replace(
+        BASE, page_len=128, lengths=(2048,), starts=(0,), heads_kv=2, group=1, dim_qk=64,
+        dim_v=64, peak=1.75,
+    )  # fmt: skip
+    scale, lam = 1 / 8, 1e-4
+    chosen = special(spec, bulk=True, skip=True)
+    dropped = emulator.run(spec, chosen, 2, lam=lam, scale=scale)[2][0, :, 0]
+    query, key, _ = (x.astype(np.float64) for x in spec.arrays)
+    scores = scale * (query @ key.swapaxes(2, 3))[0, :, 0]
+    weights = np.exp(scores - spec.stored(scale=scale).lse[0])
+    runs = weights.reshape(len(weights), -1, 64)[:, 1:-1]
+    by_largest, by_mean = (
+        np.where(size <= lam, runs.sum(2), 0).sum(1) for size in (runs.max(2), runs.mean(2))
+    )
+    assert (dropped > 2 * by_largest).all()
+    assert (dropped <= by_mean * (1 + 2.0**-10)).all()
+
+
 def test_a_value_nobody_sees_is_not_read_as_a_number(emulator: DecodeEmulator) -> None:
     """What lies on pages outside the visible keys is NaN in all of these tests; here, most."""
     spec = replace(BASE, page_len=256, lengths=(130, 20), starts=(129, 3))

@@ -20,6 +20,16 @@ from adaattn_cuda.jit.spec import KernelSpec
 class Config:
     """``CUlaunchConfig``."""
 
+    attrs: Any = ()
+    numAttrs = 0  # noqa: N815
+
+
+class Attribute:
+    """``CUlaunchAttribute``."""
+
+    def __init__(self) -> None:
+        self.value = SimpleNamespace()
+
 
 class Library:
     """Answers as a machine with one device; `current` is the device of the thread's context."""
@@ -31,6 +41,10 @@ class Library:
         CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN=232448,
     )
     CUlaunchConfig = Config
+    CUlaunchAttribute = Attribute
+    CUlaunchAttributeID = SimpleNamespace(
+        CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION="serialization"
+    )
 
     def __init__(self) -> None:
         self.current, self.status, self.capability, self.capturing = 0, 0, (9, 0), False
@@ -97,6 +111,14 @@ def test_a_call_reads_its_parameters_at_every_start(library: Library) -> None:
     call.to(100).start(0)
     same = ((33, 1, 1), (384, 1, 1), 4096)
     assert library.log == [(*same, 99, 5, 7), (*same, 100, 5, 8)]
+
+
+def test_an_early_kernel_may_overlap_what_is_before_it(library: Library) -> None:
+    for early in (False, True):
+        call = driver.Call(Kernel(), ctypes.c_int(7), 1, early=early)  # type: ignore[arg-type]
+        found = [(a.id, a.value.programmaticStreamSerializationAllowed)
+                 for a in call._config.attrs[: call._config.numAttrs]]  # fmt: skip
+        assert found == [("serialization", 1)] * early
 
 
 @pytest.mark.parametrize("current", [1, -1])

@@ -14,9 +14,7 @@ ADAATTN_DEVICE void async_proxy_fence() {
 
 // What was before this kernel on its stream has ended, and its writes are seen; until then a kernel
 // that is started early reads nothing. PTX ISA, "griddepcontrol".
-ADAATTN_DEVICE void await_earlier_kernels() {
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-}
+ADAATTN_DEVICE void await_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 // The kernel after this one may be started, if it waits so.
 ADAATTN_DEVICE void let_next_kernel_start() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
