@@ -165,7 +165,11 @@ def test_rows_are_asked_for_only_where_a_theorem_says_too_little(far_unit: ctype
     assert asked[4:]["rows"].tolist() == [0, 0, 0]  # the list ends
 
 
-def test_decide_measures_the_spared_quantile(far_unit: ctypes.CDLL) -> None:
+@pytest.mark.parametrize(("narrow_entropy", "dense"), [(0.0, -1), (0.8, WIDE)])
+def test_decide_measures_the_spared_quantile(
+    far_unit: ctypes.CDLL, narrow_entropy: float, dense: int
+) -> None:
+    """And tells dense heads that look at few keys, as these do, from those for 8 bits."""
     rng = np.random.default_rng(5)
     len_q, levels, spare = 1000, 2, 3
     size = sizes(len_q, levels=levels)
@@ -208,7 +212,7 @@ def test_decide_measures_the_spared_quantile(far_unit: ctypes.CDLL) -> None:
     table["candidates"]["slope"] = 1.0
     block = p.Decide(
         sizes=size, dense_tiles=36.0, near_tiles=10.0, far_tiles=5.0, spare_rows=spare,
-        chunk_heads=1, exact_stride=TILE,
+        chunk_heads=1, exact_stride=TILE, narrow_entropy=narrow_entropy,
     )  # fmt: skip
     block.judge_weights[0] = 0.5
     ctypes.memmove(block.table, table.tobytes(), TABLE.itemsize)
@@ -233,7 +237,7 @@ def test_decide_measures_the_spared_quantile(far_unit: ctypes.CDLL) -> None:
     np.testing.assert_allclose(found["output_rms"], rms, rtol=1e-4)
     shares = (10 + 5 * 0.5 * np.array([256, 64]) / 128) / 36
     np.testing.assert_allclose(found["share"][0, :levels], shares, rtol=1e-6)
-    np.testing.assert_array_equal(decision, [0, -1, 0, 0])
+    np.testing.assert_array_equal(decision, [0, dense, 0, 0])
     np.testing.assert_array_equal(finished, 0)
 
 

@@ -13,6 +13,7 @@ import pytest
 from adaattn_core.backend import Capabilities
 from adaattn_core.budget import ErrorBudget
 from adaattn_core.costs import COST_MODELS
+from adaattn_core.lazy import Later
 from adaattn_core.plan import HeadPlan, Plan
 from adaattn_core.policies import BudgetPolicy
 from adaattn_core.policies.base import PolicyContext
@@ -22,8 +23,10 @@ from adaattn_core.stats import HeadStats
 from adaattn_core.structure import Landmark
 from adaattn_cuda.adaptive import NARROW, SIZES
 from adaattn_cuda.planner.frozen import frozen
+from adaattn_cuda.planner.layout import CERTIFICATE, DECISION
 from adaattn_cuda.planner.levels import table_refusal
 from adaattn_cuda.planner.sequence import Packer
+from adaattn_cuda.reading import Whole
 from adaattn_cuda.work.far import WIDE
 
 BOTH = HeadPlan(qk="i8", pv="e4m3", p_scale=112.0)
@@ -167,3 +170,25 @@ def test_without_8_bits_nothing_changes() -> None:
     planned = steps(levels=3, narrow=False)
     assert "attend_exact" in planned
     assert not {"attend_narrow", "quantise 5"} & set(planned)
+
+
+def test_the_host_says_which_heads_ran_in_8_bits_and_which_again() -> None:
+    """A head in 8 bits, one that ran again, one whose entropy was too small for them."""
+    _, problem = plan_of(BOTH, BOTH, BOTH)
+    table = replace(compiled(16_384, 128, 0.1), narrow=BOTH)
+    certificates = np.zeros((1, 3), CERTIFICATE)
+    certificates["rounds"], certificates["first_upper"] = [[1, 2, 1]], 0.25
+    decisions = np.zeros((1, 3), DECISION)
+    decisions["choice"]["candidate"] = FALLBACK
+    read = SimpleNamespace(
+        certificates=certificates, decisions=decisions,
+        decision=np.array([[FALLBACK, FALLBACK, WIDE]], np.int32),
+    )  # fmt: skip
+    said = Whole(problem, table, ErrorBudget(0.1), Later(lambda: read), None)  # type: ignore[arg-type, return-value]
+    plans = said.plans()
+    assert [plans[0, head].qk for head in range(3)] == ["i8", "bf16", "bf16"]
+    assert "dense i8/e4m3 certified 0.25" in plans[0, 1].reason
+    assert "too large for i8" in plans[0, 2].reason
+    read.decisions = read.decision = None  # nothing was measured: all of them began in 8 bits
+    plans = said.plans()
+    assert [plans[0, head].qk for head in range(3)] == ["i8", "bf16", "i8"]
