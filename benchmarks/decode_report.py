@@ -80,6 +80,7 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         *_synthetic(report),
         "",
+        *(line for note in report.get("notes", []) for line in (note, "")),
         f"Bytes of `AdaptiveCache` (i8) against 16 bits: {sizes}.",
     ]
     if report["real"]:
@@ -93,9 +94,10 @@ def markdown(report: dict[str, Any]) -> str:
             *_real(report),
             "",
             "Light runs: share of runs of 64 keys below the threshold by exact scores; runs"
-            " left: those that the 16-bit kernel left. Share of mass left, error and bound:"
-            " median and worst of the heads; error of a row against float64 over the 16-bit"
-            " cache, relative to its norm. Bound: theorem 11's for what was left.",
+            " left: those that the kernel left over 16-bit pages. Share of mass left, over i8"
+            " pages, its bound and errors: median and worst of the heads; errors of a row"
+            " against float64 over the 16-bit cache, relative to its norm. The bound is theorem"
+            " 11's for what was left: a head whose bound misses its budget runs again.",
         ]
     lines += ["", "![Time against cuDNN's](gpu_decode.png)", ""]
     return "\n".join(lines)

@@ -228,7 +228,7 @@ class Captured:
 def real(backend: Any, folder: Path) -> list[dict[str, Any]]:
     """Time captured caches."""
     rows = []
-    for path in sorted(folder.glob("qkv-*.pt"), key=lambda x: int(x.stem.split("-")[1])):
+    for path in sorted(folder.glob("qkv-*.pt"), key=lambda x: (int(x.stem.split("-")[1]), x)):
         data = Captured(path)
         caches = data.caches()
         contenders = peers(data.query, caches)
