@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from adaattn_core.choosing import Fields, block_groups, choose_blocks, probe_draws
 from adaattn_core.errors import UnsupportedError
 from adaattn_core.problem import HeadIndex
 from adaattn_core.structure import BlockSparse, Landmark
@@ -26,13 +27,7 @@ from adaattn_cuda.kernels.listed import Kept
 from adaattn_cuda.kernels.task import Task
 from adaattn_cuda.planner.specs import attend_tile
 from adaattn_cuda.tuning.sm90_attn_fwd_f16 import padded_dim
-from adaattn_cuda.work.choosing import (
-    Far,
-    Fields,
-    block_groups,
-    choose_blocks,
-    choose_far,
-)
+from adaattn_cuda.work.choosing import Far, choose_far, fields_of, row_intervals
 from adaattn_cuda.work.fields import FarHead, far_list
 from adaattn_cuda.work.runs import visible_scores
 
@@ -95,9 +90,9 @@ def chosen_blocks(
             if np.isnan(found.lse[own]).any():
                 odd.add(index)
                 continue
-            blocks = choose_blocks(
-                structures[index], groups[index], list(found.mass[own]), task.geometry, span
-            )
+            parts, seen = [g for g, _ in groups[index]], row_intervals(task.geometry, span)
+            masses = list(found.mass[own])
+            blocks = choose_blocks(structures[index], parts, masses, *seen, span.len_kv)
             given[index] = replace(structures[index], blocks=blocks)
     return given, odd
 
@@ -177,7 +172,7 @@ def run_landmarks(
     """
     every: dict[HeadIndex, Fields] = {}
     for index, structure in structures.items():
-        fields = Fields.of(structure, task.geometry, task.sequences[index[0]])
+        fields = fields_of(structure, task.geometry, task.sequences[index[0]])
         reason = landmarks_refusal(structure, fields)
         if task.allowed is not None or task.bias is not None:
             reason = "the landmark structure under a boolean or additive mask"
@@ -218,7 +213,8 @@ def _run_part(
     asked, owner = [], []
     for index, own in fields.items():
         for group in own.groups():
-            rows = own.samples(group, seed)
+            size = group.stop - group.start
+            rows = group.start + probe_draws(own.structure, group, 1, size, seed)[0]
             near = own.near_of_rows(rows)
             span = task.sequences[index[0]]
             asked.append(kernels.Asked(span, index[1], own.keys_of(group), rows, *near))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from adaattn_core.choosing import block_groups, choose_blocks
 from adaattn_core.structure import BlockSparse
 from adaattn_reference.quantise import TINY
 from adaattn_reference.score_rule import cap
@@ -15,14 +16,6 @@ from adaattn_reference.scratch import scratch
 from adaattn_reference.view import HeadView
 
 Float = NDArray[np.floating[Any]]
-
-
-def sample_rows(group: slice, count: int, seed: int) -> NDArray[np.int64]:
-    """Draw distinct rows of a group; reproducible from the plan's seed alone."""
-    size = group.stop - group.start
-    rng = np.random.default_rng((seed, 1, group.start))
-    drawn = rng.choice(size, min(count, size), replace=False)
-    return np.asarray(np.sort(drawn) + group.start)
 
 
 def exact_scores(view: HeadView, rows: NDArray[np.int64], keys: int) -> Float:
@@ -77,38 +70,17 @@ def key_blocks(view: HeadView, structure: BlockSparse, seed: int) -> KeyBlocks:
     """Blocks that the plan gives (counted from the sequence's first key), or chosen ones."""
     if structure.blocks is not None:
         return KeyBlocks(structure.blocks, structure.tile_kv, -view.first_key)
-    return KeyBlocks(choose_blocks(view, structure, seed), structure.tile_kv)
+    return KeyBlocks(chosen_blocks(view, structure, seed), structure.tile_kv)
 
 
-def choose_blocks(
+def chosen_blocks(
     view: HeadView, structure: BlockSparse, seed: int
 ) -> tuple[tuple[int, ...], ...]:
-    """Key blocks of every query tile: the near band, and the fewest that leave mass tau."""
-    size = structure.tile_kv
-    total = -(-view.len_kv // size)
-    chosen: list[tuple[int, ...]] = []
-    for first in range(0, view.len_q, structure.group):
-        group = slice(first, min(first + structure.group, view.len_q))
-        rows = sample_rows(group, structure.samples, seed)
+    """Key blocks of every query tile, from the masses of sampled rows."""
+    groups = block_groups(structure, view.len_q, seed)
+    masses = []
+    for _, rows in groups:
         weights, _ = softmax_in_place(exact_scores(view, rows, view.len_kv))
-        mass = np.add.reduceat(weights.mean(axis=0), np.arange(0, view.len_kv, size))
-        order = np.argsort(-mass)
-        rest = mass.sum() - np.cumsum(mass[order])
-        common = np.zeros(total, bool)
-        common[order[: int((rest > structure.tau).sum()) + 1]] = True
-        for start in range(group.start, group.stop, structure.tile_q):
-            tile = slice(start, min(start + structure.tile_q, group.stop))
-            low, high = int(view.start[tile].min()), int(view.stop[tile].max())
-            diagonal = min(int(view.stop[tile].min()), start + structure.tile_q)
-            near = np.zeros(total, bool)
-            near[max(diagonal - structure.band, 0) // size : -(-high // size)] = (
-                high <= diagonal + structure.tile_q
-            )
-            if high > diagonal + structure.tile_q:  # no causal edge: a band on both sides
-                stop = min(start + structure.tile_q + structure.band, high)
-                near[max(start - structure.band, 0) // size : -(-stop // size)] = True
-            keep = np.flatnonzero(common | near)
-            chosen.append(
-                tuple(int(j) for j in keep if low < (j + 1) * size and j * size < high)
-            )
-    return tuple(chosen)
+        masses.append(weights.mean(axis=0))
+    parts = [group for group, _ in groups]
+    return choose_blocks(structure, parts, masses, view.start, view.stop, view.len_kv)

@@ -23,6 +23,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from adaattn_core.choosing import (
+    BASE_WEIGHT,
+    BIAS_RANGE,
+    heaviest,
+    landmark_count,
+    probe_draws,
+)
 from adaattn_reference.blocks import exact_scores, softmax_in_place
 from adaattn_reference.clusters import query_clusters
 from adaattn_reference.geometry import Geometry
@@ -31,13 +38,6 @@ from adaattn_reference.view import HeadView
 
 Float = NDArray[np.floating[Any]]
 Rows = NDArray[np.int64]
-
-LANDMARK_STEP = 64
-"""Landmarks come in multiples of this: the width of a key tile."""
-BASE_WEIGHT = 0.1
-"""Share of the mean mass that every pooled key gets, so that unsampled keys still count."""
-BIAS_RANGE = (-3.0, 6.0)
-"""Fitted pool biases are clipped: a few sampled rows must not move a pool by more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,18 +81,11 @@ class GroupProbe:
 
     def landmark_count(self, tau: float) -> int:
         """Keys needed in steps of 64, as far as there are so many."""
-        needed = int(self.keys_needed((tau,))[0])
-        return min(-(-needed // LANDMARK_STEP) * LANDMARK_STEP, len(self.rest))
+        return landmark_count(int(self.keys_needed((tau,))[0]), len(self.rest))
 
     def heaviest(self, cluster: int, count: int) -> Rows:
         """`count` heaviest keys in order of position."""
-        keys = self.mass.shape[1]
-        if count in (0, keys):
-            return np.arange(count)
-        chosen = np.flatnonzero(self.mass[cluster] >= self.rising[cluster, keys - count])
-        if len(chosen) != count:  # some are equally heavy
-            chosen = np.sort(np.argsort(-self.mass[cluster], kind="stable")[:count])
-        return chosen
+        return heaviest(self.mass[cluster], self.rising[cluster], count)
 
     @cached_property
     def cluster_of(self) -> NDArray[np.int64]:
@@ -134,9 +127,7 @@ def probe_head(view: HeadView, geometry: Geometry, seed: int) -> list[GroupProbe
     clusters = query_clusters(view, groups, structure.clusters)
     for group, parts in zip(groups, clusters, strict=True):
         size = min(map(len, parts))  # a row or two of the last cluster may not be drawn
-        rng = np.random.default_rng((seed, 1, group.start))
-        drawn = np.argsort(rng.random((len(parts), size)), axis=1)
-        drawn = drawn[:, : max(structure.samples // len(parts), 1)]
+        drawn = probe_draws(structure, group, len(parts), size, seed)
         rows = np.take_along_axis(np.stack([part[:size] for part in parts]), drawn, axis=1)
         scores = exact_scores(view, rows.ravel(), geometry.keys_of(group))
         weights, lse = softmax_in_place(scores)

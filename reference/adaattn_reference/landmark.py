@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from adaattn_core.choosing import BIAS_RANGE
 from adaattn_core.structure import Landmark
 from adaattn_reference.dense import HeadOutput, dense_tile
 from adaattn_reference.farfield import (
-    BIAS_RANGE,
     FarField,
     GroupProbe,
     far_field,

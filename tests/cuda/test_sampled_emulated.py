@@ -19,7 +19,7 @@ from adaattn_core.problem import AttentionProblem
 from adaattn_core.structure import BlockSparse, Landmark
 from adaattn_core.testing.oracles import exact_attention
 from adaattn_cuda import sampled
-from adaattn_cuda.work.choosing import Fields
+from adaattn_cuda.work.choosing import fields_of
 from adaattn_cuda.work.geometry import Geometry
 from adaattn_reference import blocks as reference_blocks
 from adaattn_reference.backend import NumpyBackend
@@ -177,7 +177,7 @@ def test_blocks_are_those_that_numpy_chooses(
     views = ProblemViews(p)
     differ = total = 0
     for index in p.heads():
-        theirs = reference_blocks.choose_blocks(views[index], structure, 5)
+        theirs = reference_blocks.chosen_blocks(views[index], structure, 5)
         own = given[index].blocks
         assert own is not None
         assert len(own) == len(theirs)
@@ -202,7 +202,7 @@ def test_fields_are_those_of_numpy(name: str) -> None:
         for span in p.sequences:
             view = views[span.index, 0]
             theirs = ReferenceFields.of(view, structure)
-            own = Fields.of(structure, geometry, span)
+            own = fields_of(structure, geometry, span)
             if theirs is None:
                 assert not span.len_q
                 continue
@@ -221,5 +221,5 @@ def test_fields_are_those_of_numpy(name: str) -> None:
 def test_windows_have_no_far_field() -> None:
     p = problem("f32", (300, 300), mask=Mask.sliding_window(40, 0, "top_left"))
     geometry = Geometry(p.sequences, 1, 1, 64, 64, False, 40, 0)
-    assert Fields.of(Landmark(), geometry, p.sequences[0]) is None
+    assert fields_of(Landmark(), geometry, p.sequences[0]) is None
     assert "window" in str(sampled.landmarks_refusal(Landmark(), None))

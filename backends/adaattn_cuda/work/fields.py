@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from adaattn_core.choosing import Fields
 from adaattn_core.problem import SequenceSpan
-from adaattn_cuda.work.choosing import Far, Fields, row_intervals
+from adaattn_cuda.work.choosing import Far, row_intervals
 from adaattn_cuda.work.geometry import UNLIMITED, Geometry
 from adaattn_cuda.work.records import (
     GATHERED,
@@ -85,16 +86,13 @@ class FarHead:
             total += int(seen.sum())
             total += (end - row) * (before + len(far.landmarks) - behind + filled)
         start, stop = row_intervals(geometry, self.span)
-        tail = slice(self.fields.tail, self.span.len_q)
+        tail = self.fields.tail
         return total + int((stop[tail] - start[tail]).sum())
 
     def is_complete(self, geometry: Geometry) -> bool:
         """Whether every row before the tail finds all that it may see in its near field."""
         _, stop = row_intervals(geometry, self.span)
-        rows = np.arange(self.fields.tail)
-        near, near_stop = self.fields.near_of_rows(rows)
-        seen = stop[rows]
-        return bool(((seen == 0) | ((near == 0) & (near_stop >= seen))).all())
+        return self.fields.near_holds_all(stop)
 
     def rank(self) -> int:
         """Columns that stand for the far field, on average over the groups."""
@@ -124,7 +122,7 @@ def far_list(
         start_offset, stop_offset = geometry.offsets(span)
         start, stop = row_intervals(geometry, span)
 
-        for group, row, end in (*head.tiles(), (-1, head.fields.tail, span.len_q)):
+        for group, row, end in (*head.tiles(), (-1, head.fields.tail.start, span.len_q)):
             for first in range(row, end, tile_m):
                 rows = min(tile_m, end - first)
                 if group < 0:

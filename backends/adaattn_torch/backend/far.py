@@ -14,12 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
+from adaattn_core.choosing import BASE_WEIGHT, BIAS_RANGE
 from adaattn_torch.backend.probing import GroupProbe, Prober, row_edges
 
-BASE_WEIGHT = 0.1
-"""Share of the mean mass that every pooled key gets, so that unsampled keys still count."""
-BIAS_RANGE = (-3.0, 6.0)
-"""Fitted pool biases are clipped: a few sampled rows must not move a pool by more."""
 HIDDEN = -1e30
 """Bias of a column that a row does not see: finite, and nothing beside any score."""
 
@@ -144,7 +141,7 @@ def _fitted(
 
 def far_pools(prober: Prober, rows: torch.Tensor, pools: int) -> torch.Tensor:
     """Whether each pool lies wholly in the far field of each row: (*rows, pools)."""
-    start, stop = (row_edges(edge, rows)[..., None] for edge in prober.geometry.near)
+    start, stop = (row_edges(edge, rows)[..., None] for edge in prober.geometry.near_edges)
     size = prober.geometry.step
     numbers = torch.arange(pools, device=rows.device)
     far = numbers < start // size
@@ -166,7 +163,7 @@ def columns_bias(
     if spare is not None:
         of_landmarks.masked_fill_(spare, HIDDEN)
     bias = torch.cat([of_landmarks, far.pool_bias.to(dtype)], dim=2)
-    start, stop = (row_edges(edge, rows)[..., None] for edge in prober.geometry.near)
+    start, stop = (row_edges(edge, rows)[..., None] for edge in prober.geometry.near_edges)
     sees = last[:, :, None] < start
     if not prober.geometry.causal:
         first = torch.cat([far.landmarks, blocks * size], dim=2)

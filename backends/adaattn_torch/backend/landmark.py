@@ -120,7 +120,7 @@ def _near_fields(
     out = operands.query.new_zeros((heads, len_q, operands.value.shape[2]))
     lse = operands.query.new_full((heads, len_q), -torch.inf)
     tile, end = geometry.structure.tile, geometry.tail.start
-    start, stop = geometry.near
+    start, stop = geometry.near_edges
     first = np.arange(0, end, tile)
     where, width = _even_windows(geometry, first)
     if len(where):
@@ -152,7 +152,7 @@ def _even_windows(
     width : int
     """
     tile, end = geometry.structure.tile, geometry.tail.start
-    start, stop = (edge[first] for edge in geometry.near)
+    start, stop = (edge[first] for edge in geometry.near_edges)
     ahead = start - first
     cut_free = np.flatnonzero((start > 0) & (first + tile <= end))
     if not len(cut_free):
@@ -234,7 +234,7 @@ def _windows(x: torch.Tensor, low: int, width: int, step: int, tiles: int) -> to
 
 def _near_scores(geometry: Geometry, mask: SequenceMask) -> int:
     """Scores of the near fields that rows before the tail may see."""
-    start, stop = (edge[: geometry.tail.start] for edge in geometry.near)
+    start, stop = (edge[: geometry.tail.start] for edge in geometry.near_edges)
     seen = np.minimum(stop, mask.stop[: geometry.tail.start]) - start
     return int(np.clip(seen, 0, None).sum())
 

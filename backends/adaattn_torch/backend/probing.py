@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from adaattn_core.choosing import landmark_count, probe_draws
 from adaattn_core.structure import Landmark
 from adaattn_torch.backend.clusters import query_clusters
 from adaattn_torch.backend.geometry import Geometry
 from adaattn_torch.backend.operands import Operands
 
-LANDMARK_STEP = 64
-"""Landmarks come in multiples of this."""
 FEW_LANDMARKS = 512
 """Heaviest keys that are looked for at first; more only where these leave too much."""
 
@@ -88,7 +87,7 @@ class GroupProbe:
         keys, counts = self.mass.shape[2], []
         for head, tau in enumerate(taus):
             needed = self._needed(head, tau, keys if most is None else most) if keys else 0
-            counts.append(min(-(-needed // LANDMARK_STEP) * LANDMARK_STEP, keys))
+            counts.append(landmark_count(needed, keys))
         return counts
 
     def _needed(self, head: int, tau: float, most: int) -> int:
@@ -180,15 +179,13 @@ class Prober:
         group, parts = self.groups[number], self._clusters[number]
         structure = self.geometry.structure
         size = min(part.shape[1] for part in parts)  # a row or two may not be drawn
-        rng = np.random.default_rng((self.seed, 1, group.start))
-        drawn = np.argsort(rng.random((len(parts), size)), axis=1)
-        drawn = drawn[:, : max(structure.samples // len(parts), 1)]
+        drawn = probe_draws(structure, group, len(parts), size, self.seed)
         picks = torch.from_numpy(drawn).to(self.key.device)
         rows = torch.stack([part[:, pick] for part, pick in zip(parts, picks, strict=True)], 1)
         far, every = self.geometry.far_keys(group), rows.flatten(1)
         query = scaled_rows(self.operands, every)
         weights, lse = exact_weights(
-            query, self.key, every, self.geometry, self.geometry.reached(group)
+            query, self.key, every, self.geometry, self.geometry.keys_of(group)
         )
         hide_near(weights, every, self.geometry)
         mass = weights[:, :, :far].unflatten(1, rows.shape[1:]).mean(dim=2)
@@ -236,7 +233,7 @@ def exact_weights(
 
 def hide_near(weights: torch.Tensor, rows: torch.Tensor, geometry: Geometry) -> None:
     """Set weights of near keys to 0 in place."""
-    start, stop = (row_edges(edge, rows)[..., None] for edge in geometry.near)
+    start, stop = (row_edges(edge, rows)[..., None] for edge in geometry.near_edges)
     keys = weights.shape[2]
     if not rows.numel() or not keys:
         return

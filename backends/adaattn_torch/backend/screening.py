@@ -69,7 +69,7 @@ def heavy_keys(
     taken = torch.zeros(*far.landmarks.shape[:2], key.shape[1], dtype=torch.bool)
     taken = taken.to(key.device).scatter_(2, far.landmarks, True)
     usable &= ~taken.gather(2, numbers)
-    start, stop = (row_edges(edge, rows)[..., None] for edge in prober.geometry.near)
+    start, stop = (row_edges(edge, rows)[..., None] for edge in prober.geometry.near_edges)
     sees = numbers[:, :, None] < start
     if not prober.geometry.causal:
         sees = sees | (numbers[:, :, None] >= stop)

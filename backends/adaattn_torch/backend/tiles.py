@@ -18,8 +18,9 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from adaattn_core.choosing import BASE_WEIGHT, BIAS_RANGE
 from adaattn_torch.backend import kernels
-from adaattn_torch.backend.far import BASE_WEIGHT, BIAS_RANGE, HIDDEN
+from adaattn_torch.backend.far import HIDDEN
 from adaattn_torch.backend.halves import merge
 from adaattn_torch.backend.tiling import TiledHeads, runs
 

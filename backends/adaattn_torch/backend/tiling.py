@@ -52,7 +52,7 @@ class Tiling:
         if not count:
             return None
         first = np.arange(count) * tile
-        start, stop = (edge[first].tolist() for edge in geometry.near)
+        start, stop = (edge[first].tolist() for edge in geometry.near_edges)
         own = (first + geometry.offset).tolist() if geometry.causal else stop
         return cls(geometry, count, start, stop, own)
 
