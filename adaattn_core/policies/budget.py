@@ -103,7 +103,7 @@ class BudgetPolicy:
     worthwhile: float = 0.8
     table_worthwhile: float = 0.95
     diffuse: float = 0.97
-    narrow_worthwhile: float = 0.9
+    narrow_worthwhile: float = 0.82
     narrow_diffuse: float = 0.8
     low_rank_participation: float = 0.25
 

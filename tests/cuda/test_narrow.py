@@ -58,10 +58,10 @@ def compiled(
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_long_wide_heads_run_in_8_bits_first_where_the_budget_has_room(causal: bool) -> None:
-    table = compiled(16_384, 128, 0.1, causal=causal)
+    table = compiled(65_536, 128, 0.1, causal=causal)
     assert table.narrow is not None
     assert replace(table.narrow, cost_estimate=1.0, error_estimate=0.0) == BOTH
-    assert table.narrow.cost_estimate < 0.9 * table.fallback.cost_estimate
+    assert table.narrow.cost_estimate < 0.82 * table.fallback.cost_estimate
     assert table.narrow.error_estimate <= 0.065
     near = BudgetPolicy(narrow_worthwhile=0.95)
     found = compiled(65_536, 128, 0.05, causal=causal, policy=near).narrow
@@ -73,7 +73,7 @@ def test_long_wide_heads_run_in_8_bits_first_where_the_budget_has_room(causal: b
     ("length", "dim", "rel", "options"),
     [
         (16_384, 64, 0.1, {}),  # as fast as 16 bits
-        (8192, 128, 0.1, {}),  # quantising and certifying cost most of what is saved
+        (16_384, 128, 0.1, {}),  # what is saved does not pay for heads that would run again
         (65_536, 128, 0.02, {}),  # i8 alone takes a percent
         (65_536, 128, 0.1, {"narrow": ()}),
     ],
@@ -85,7 +85,7 @@ def test_elsewhere_dense_heads_stay_in_16_bits(
 
 
 def test_a_head_without_a_candidate_is_what_runs_first() -> None:
-    table = compiled(16_384, 128, 0.1)
+    table = compiled(32_768, 128, 0.1)
     choice = np.zeros((), CHOICE)
     choice["candidate"] = FALLBACK
     assert table.head_plan(choice).qk == "i8"
