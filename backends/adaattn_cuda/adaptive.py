@@ -35,7 +35,7 @@ from adaattn_cuda.planner.levels import table_refusal
 from adaattn_cuda.reading import Reading, Whole
 from adaattn_cuda.recent import Recent
 from adaattn_cuda.tuning.sm90_attn_fwd_8bit import MAX_DIM
-from adaattn_cuda.work.far import FarGeometry
+from adaattn_cuda.work.far_geometry import FarGeometry
 
 __all__ = ["NARROW", "SIZES", "AdaptiveCalls"]
 

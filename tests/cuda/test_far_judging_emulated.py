@@ -15,15 +15,8 @@ from adaattn_core.policies.table import TABLE
 from adaattn_cuda.planner import params as p
 from adaattn_cuda.planner.layout import DECISION
 from adaattn_cuda.planner.specs import GATHER_KEYS
-from adaattn_cuda.work.far import (
-    GROUP,
-    JUDGE_PARTS,
-    LEVELS_MAX,
-    SLOT,
-    TILE,
-    FarGeometry,
-    far_tables,
-)
+from adaattn_cuda.work.far import GROUP, JUDGE_PARTS, LEVELS_MAX, SLOT, far_tables
+from adaattn_cuda.work.far_geometry import TILE, FarGeometry
 from adaattn_cuda.work.records import ITEM, ORIGINAL, POOLED, SOURCE
 
 

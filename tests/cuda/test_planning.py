@@ -26,14 +26,12 @@ from adaattn_cuda.planner.layout import CERTIFICATE, DECISION, kept_layout, scra
 from adaattn_cuda.planner.specs import kernel_specs
 from adaattn_cuda.work.far import (
     GROUP,
-    POOL_KEYS,
     PROBE_SPLITS_MAX,
     SLOT,
-    TILE,
-    FarGeometry,
     far_tables,
     probe_splits,
 )
+from adaattn_cuda.work.far_geometry import POOL_KEYS, TILE, FarGeometry
 
 
 def geometry(**changes: Any) -> FarGeometry:

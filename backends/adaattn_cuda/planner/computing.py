@@ -14,7 +14,7 @@ from adaattn_cuda.planner.specs import (
     exact_tile,
 )
 from adaattn_cuda.tuning.sm90_attn_fwd_f16 import padded_dim
-from adaattn_cuda.work.far import TILE
+from adaattn_cuda.work.far_geometry import TILE
 
 __all__ = ["Computing"]
 

@@ -14,7 +14,8 @@ from adaattn_core.plan import HeadPlan
 from adaattn_core.policies.table import DecisionTable
 from adaattn_cuda.facts import REPAIR_STEP_KEYS, kernel_arithmetic
 from adaattn_cuda.planner.specs import ROWS_MAX
-from adaattn_cuda.work.far import TILE, FarGeometry, FarTables
+from adaattn_cuda.work.far import FarTables
+from adaattn_cuda.work.far_geometry import TILE, FarGeometry
 
 __all__ = [
     "certifying_orders",

@@ -25,7 +25,8 @@ from adaattn_cuda.planner.sequence import Packer
 from adaattn_cuda.planner.specs import dense_tile, kernel_specs
 from adaattn_cuda.recent import Recent
 from adaattn_cuda.tuning.sm90_attn_fwd_f16 import padded_dim
-from adaattn_cuda.work.far import TILE, FarGeometry, exact_work, far_tables
+from adaattn_cuda.work.far import exact_work, far_tables
+from adaattn_cuda.work.far_geometry import TILE, FarGeometry
 
 __all__ = ["FarArrays", "FarLaunch"]
 

@@ -5,15 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from adaattn_core.policies.table import CHOICE, HEAD_MEASURES
-from adaattn_cuda.work.far import (
-    JUDGE_PARTS,
-    LEVELS_MAX,
-    SLOT,
-    TILE,
-    FarGeometry,
-    FarTables,
-    probe_splits,
-)
+from adaattn_cuda.work.far import JUDGE_PARTS, LEVELS_MAX, SLOT, FarTables, probe_splits
+from adaattn_cuda.work.far_geometry import TILE, FarGeometry
 from adaattn_cuda.work.records import ITEM, SOURCE
 
 __all__ = [

@@ -12,7 +12,8 @@ from adaattn_cuda.planner.specs import (
     pool_shape,
 )
 from adaattn_cuda.tuning.sm90_attn_fwd_f16 import padded_dim
-from adaattn_cuda.work.far import LEVELS_MAX, TILE, probe_splits
+from adaattn_cuda.work.far import LEVELS_MAX, probe_splits
+from adaattn_cuda.work.far_geometry import TILE
 
 __all__ = ["Measuring"]
 

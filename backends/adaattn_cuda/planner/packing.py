@@ -15,7 +15,7 @@ from adaattn_cuda.planner.specs import (
 )
 from adaattn_cuda.tuning.sm90_attn_fwd_8bit import Tile as NarrowTile
 from adaattn_cuda.tuning.sm90_attn_fwd_f16 import Tile, padded_dim
-from adaattn_cuda.work.far import TILE
+from adaattn_cuda.work.far_geometry import TILE
 
 if TYPE_CHECKING:
     from adaattn_cuda.planner.launch import FarLaunch

@@ -8,7 +8,8 @@ from typing import Any
 
 from adaattn_core.policies.table import MAX_CANDIDATES, TABLE
 from adaattn_cuda.kernels import sm90_attn_fwd_f16 as sm90
-from adaattn_cuda.work.far import JUDGES_MAX, LEVELS_MAX, TILE, FarGeometry
+from adaattn_cuda.work.far import JUDGES_MAX, LEVELS_MAX
+from adaattn_cuda.work.far_geometry import TILE, FarGeometry
 
 __all__ = [
     "Certify",

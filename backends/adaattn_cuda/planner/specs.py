@@ -9,7 +9,7 @@ from adaattn_cuda.jit.spec import KernelSpec
 from adaattn_cuda.tuning.sm90_attn_fwd_8bit import Tile as NarrowTile
 from adaattn_cuda.tuning.sm90_attn_fwd_8bit import choose as choose_narrow
 from adaattn_cuda.tuning.sm90_attn_fwd_f16 import Tile, candidates, padded_dim
-from adaattn_cuda.work.far import TILE, FarGeometry
+from adaattn_cuda.work.far_geometry import TILE, FarGeometry
 
 __all__ = [
     "GATHER_KEYS",

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from units import library
 
 from adaattn_cuda.planner import params as p
-from adaattn_cuda.work.far import TILE
+from adaattn_cuda.work.far_geometry import TILE
 
 HEADS, HEADS_KV, DIM = 4, 2, 72
 SLOT_ROWS = 128
