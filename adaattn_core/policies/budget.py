@@ -238,9 +238,12 @@ class BudgetPolicy:
         budget = context.budget
         widest = context.exact_format
         dense = context.costs.dense_cost(stats)
-        fallback = HeadPlan(
-            qk=widest, pv=widest, reason="dense: nothing cheaper keeps the budget"
-        )
+        why = "dense: nothing cheaper keeps the budget"
+        kinds = context.capabilities.structures
+        lacking = [kind for kind in ("landmark", "score_skip") if kind not in kinds]
+        if lacking:
+            why += f"; not offered here: {', '.join(lacking)}"
+        fallback = HeadPlan(qk=widest, pv=widest, reason=why)
         fallback = replace(
             fallback, cost_estimate=_ratio(context.costs.head_cost(stats, fallback, 1.0), dense)
         )

@@ -209,6 +209,16 @@ def test_certificates_cover_two_hundred_heads() -> None:
     assert held >= 0.95 * total
 
 
+def test_explain_says_what_is_not_offered() -> None:
+    q, k, v = torch.randn(3, 1, 1, 64, 16)
+    plan = attention(q, k, v, mask=Mask.causal(), budget=0.1, backend="torch").plan
+    assert "dense: nothing cheaper keeps the budget; not offered here: score_skip" in str(
+        plan.explain()
+    )
+    here = attention(q.numpy(), k.numpy(), v.numpy(), budget=0.1, backend="numpy").plan
+    assert "not offered" not in str(here.explain())
+
+
 def test_a_budget_is_kept_whatever_it_costs_to_measure() -> None:
     """Whether landmarks pay at this size or not."""
     q, k, v = _clustered(7, 2048)
