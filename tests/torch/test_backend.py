@@ -219,6 +219,18 @@ def test_explain_says_what_is_not_offered() -> None:
     assert "not offered" not in str(here.explain())
 
 
+@pytest.mark.filterwarnings("error")
+def test_rows_that_are_not_finite_are_compared_without_a_warning() -> None:
+    q, k, v = torch.randn(3, 1, 1, 64, 16)
+    problem = AttentionProblem.from_arrays(q, k, v, mask=Mask.causal())
+    backend = get_backend("torch", "cpu")
+    raw = backend.run(problem, Plan.uniform(problem, HeadPlan()))
+    raw.out[0, 0, ::2] = torch.inf
+    found = backend.row_errors(problem, raw, {(0, 0): np.arange(64)}, enough=0.1)[0, 0]
+    assert np.isinf(found.error[::2]).all()
+    assert (found.error[1::2] < 1e-5).all()
+
+
 def test_a_budget_is_kept_whatever_it_costs_to_measure() -> None:
     """Whether landmarks pay at this size or not."""
     q, k, v = _clustered(7, 2048)

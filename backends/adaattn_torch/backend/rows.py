@@ -70,7 +70,8 @@ def row_errors(
     for head, (exact, shifted) in _prefix_rows(sequence, rows, facts, lse).items():
         returned = _returned(sequence, head, rows, out)
         errors = _compare(sequence, shifted, returned, exact, "f32")
-        typical = float(np.quantile(errors.error, 0.9)) if len(rows[head]) else 0.0
+        with np.errstate(invalid="ignore"):  # NaN where rows are not finite: float64 then
+            typical = float(np.quantile(errors.error, 0.9)) if len(rows[head]) else 0.0
         if errors.oracle_upper <= max(OWN_SHARE * typical, little[head]):
             found[head] = errors
     for head, chosen in rows.items():
