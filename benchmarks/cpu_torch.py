@@ -263,15 +263,16 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path)
     args = parser.parse_args()
     global clock, undisturbed
-    clock, undisturbed = CLOCKS[args.clock], args.undisturbed
+    clock = CLOCKS[args.clock]
     torch.set_num_threads(args.threads)
-    lengths = short(args.folders[0])
+    lengths = short(args.folders[0])  # looking at others would empty caches between them
+    undisturbed = args.undisturbed
     texts = {f.name: measure(f, args.step, args.repeats) for f in args.folders}
     model = generated(args.model_text, 3) if args.model_text else None
     new = section(texts, lengths, args.threads, args.clock, model)
     print(new)
     if args.markdown:
-        old = args.markdown.read_text()
+        old = args.markdown.read_text() if args.markdown.exists() else ""
         parts = [p for p in re.split(r"^(?=## )", old, flags=re.M) if not p.startswith(TITLE)]
         place = 1 + next((i for i, p in enumerate(parts) if p.startswith("## Needles")), 0)
         parts.insert(place, new + "\n")
