@@ -11,7 +11,6 @@ from adaattn_core.certificates.certifier import rows_asked
 from adaattn_core.certificates.theorem import theorem_certificate
 from adaattn_core.checks import real, shown
 from adaattn_core.errors import ArgumentError
-from adaattn_core.formats import get_format
 from adaattn_core.plan import HeadPlan
 from adaattn_core.policies import compiling, fitting
 from adaattn_core.policies.base import (
@@ -22,6 +21,7 @@ from adaattn_core.policies.base import (
     safer,
 )
 from adaattn_core.policies.narrow import narrow_plan
+from adaattn_core.policies.offers import format_pairs, landmark_of, score_skip_of
 from adaattn_core.policies.predicting import predicted_facts
 from adaattn_core.policies.table import DecisionTable
 from adaattn_core.problem import HeadIndex
@@ -35,21 +35,8 @@ from adaattn_core.structure import (
     Structure,
 )
 
-FORMAT_PAIRS = (
-    ("e4m3", "e4m3"),
-    ("i8", "e4m3"),
-    ("i8", "f16"),
-    ("i8", "bf16"),
-    ("bf16", "bf16"),
-    ("f16", "f16"),
-    ("tf32", "tf32"),
-    ("f32", "f32"),
-)
-"""Operand formats of Q·Kᵀ and P·V that are considered, cheapest first on most machines."""
 ESCALATED_LAM = 1e-3
 """Weight threshold of score-then-skip that a head climbs to when its landmarks fell short."""
-LONG_GROUPS = 40
-"""Groups that a sequence must have before larger ones are taken, where both are offered."""
 LANDMARK_SHARE = 0.2
 """Share that landmarks are taken to keep before any head was measured."""
 USUAL_SHARE = 0.15
@@ -137,7 +124,7 @@ class BudgetPolicy:
         longest = max(context.shapes.values(), key=lambda s: s.visible, default=None)
         pairs: tuple[tuple[str, str], ...] = ()
         if sampled and longest is not None:
-            pairs = tuple(p for p in self._pairs(longest, context) if p != ("f32", "f32"))
+            pairs = tuple(p for p in format_pairs(longest, context) if p != ("f32", "f32"))
         if not structures and not pairs and sampled:
             return None
         return MeasureRequest(
@@ -156,9 +143,9 @@ class BudgetPolicy:
         shape = max(context.shapes.values(), key=lambda s: s.visible, default=None)
         if shape is None:
             return 1.0
-        skip = HeadPlan(structure=_score_skip(ESCALATED_LAM, context))
+        skip = HeadPlan(structure=score_skip_of(ESCALATED_LAM, context))
         bar = context.costs.head_cost(shape, skip, fitting.least_share(skip.structure, shape))
-        landmark = HeadPlan(structure=_landmark(self.taus[0], context))
+        landmark = HeadPlan(structure=landmark_of(self.taus[0], context))
         none, whole = (context.costs.head_cost(shape, landmark, share) for share in (0, 1))
         return min(max((bar - none) / max(whole - none, 1e-30), 0.0), 1.0)
 
@@ -167,7 +154,7 @@ class BudgetPolicy:
         shape = max(context.shapes.values(), key=lambda s: s.visible, default=None)
         if shape is None:
             return 1.0
-        plan = HeadPlan(structure=_landmark(self.taus[0], context))
+        plan = HeadPlan(structure=landmark_of(self.taus[0], context))
         none, whole = (
             context.costs.head_cost(shape, plan, share, measured=True) for share in (0, 1)
         )
@@ -179,12 +166,12 @@ class BudgetPolicy:
         rel = context.budget.rel if context.budget else 0.0
         if "landmark" in kinds and context.has_far_field():
             for tau in self.taus:
-                yield _landmark(tau, context)
+                yield landmark_of(tau, context)
         if "score_skip" in kinds:
             longest = max((s.len_kv for s in context.shapes.values()), default=1)
             # The smallest keeps the budget by theorem; the others are judged on held-out rows.
             for lam in (*self.lams, min(rel / (8 * max(longest, 1)), 0.1)):
-                yield _score_skip(lam, context)
+                yield score_skip_of(lam, context)
         if "low_rank" in kinds:
             dim = min((s.dim_qk for s in context.shapes.values()), default=1)
             for rank in (dim // 4, dim // 2):
@@ -202,26 +189,6 @@ class BudgetPolicy:
             if context.costs.head_cost(shape, plan, share) < self.worthwhile * dense:
                 return True
         return False
-
-    def _pairs(self, shape: HeadStats, context: PolicyContext) -> Iterator[tuple[str, str]]:
-        """Format pairs that the backend runs and that save time on heads like this, there.
-
-        Pairs with 8 bits only where heads are measured: their errors differ from head to head,
-        and theorems say too little of them to try them first.
-        """
-        capabilities, costs = context.capabilities, context.costs
-        widest = context.exact_format
-        usual = math.inf
-        if costs.runs(widest, widest):
-            usual = costs.dense_cost(shape, widest, widest)
-        for qk, pv in FORMAT_PAIRS:
-            known = qk in capabilities.qk_formats and pv in capabilities.pv_formats
-            narrow = get_format(qk).is_quantised or get_format(pv).is_quantised
-            known = known and (context.measures or not narrow)
-            known = known and costs.runs(qk, pv) and (qk, pv) != (widest, widest)
-            if known and costs.dense_cost(shape, qk, pv) < usual:
-                yield qk, pv
-        yield widest, widest
 
     # -- what to choose ----------------------------------------------------------------------
     def decide(
@@ -279,7 +246,7 @@ class BudgetPolicy:
                 if len(known) > 1 and least < value < fitting.knob(known[-2].structure):
                     shares.append((*between, aim))
         for structure, share, error in shares:
-            for qk, pv in self._pairs(stats, context):
+            for qk, pv in format_pairs(stats, context):
                 if context.budget.guarantee == "sampled":
                     exact = (qk, pv) == (context.exact_format,) * 2
                     rounding = 0.0 if exact else stats.format_errors.get((qk, pv), float("inf"))
@@ -338,14 +305,14 @@ class BudgetPolicy:
         exact = context.exact_format
         candidates = [
             compiling.priced(HeadPlan(qk=qk, pv=pv), context)
-            for qk, pv in self._pairs(compiling.one_shape(context), context)
+            for qk, pv in format_pairs(compiling.one_shape(context), context)
             if (qk, pv) != (exact, exact)
         ]
         structures: list[Structure] = []
         if "landmark" in kinds and context.has_far_field(everywhere=True):
-            structures += [_landmark(tau, context) for tau in self.table_taus]
+            structures += [landmark_of(tau, context) for tau in self.table_taus]
         if "score_skip" in kinds:
-            structures += [_score_skip(lam, context) for lam in self.table_lams]
+            structures += [score_skip_of(lam, context) for lam in self.table_lams]
         for structure in structures:
             plan = HeadPlan(structure=structure, qk=exact, pv=exact)
             candidates.append(compiling.priced(plan, context))
@@ -407,36 +374,12 @@ class BudgetPolicy:
         if "score_skip" not in context.capabilities.structures:
             return None
         if not fitting.tried(stats, ScoreSkip):
-            return _score_skip(ESCALATED_LAM, context), USUAL_SHARE
+            return score_skip_of(ESCALATED_LAM, context), USUAL_SHARE
         for estimate in stats.structures:
             fits = estimate.row_error_estimate <= self._allowed(context)
             if fits and isinstance(estimate.structure, ScoreSkip):
                 return estimate.structure, estimate.share
         return fitting.fitted(stats, ScoreSkip, self._allowed(context))
-
-
-def _landmark(tau: float, context: PolicyContext) -> Landmark:
-    """Landmarks that suit the target: clusters where gathers are cheap, else a screen."""
-    offered = [s for s in context.capabilities.sizes if isinstance(s, Landmark)]
-    if offered:
-        # A group's probe is shared by its rows: the longer the keys, the larger the groups.
-        longest = max((s.len_kv for s in context.shapes.values()), default=1)
-        offered.sort(key=lambda s: s.group)
-        fitting_ones = [s for s in offered if LONG_GROUPS * s.group <= longest]
-        return replace((fitting_ones or offered[:1])[-1], tau=tau)
-    if context.costs.gathers_single_keys:
-        return Landmark(tau=tau, band=192, clusters=8, samples=64, tail=64, screen_rank=0)
-    return Landmark(tau=tau)
-
-
-def _score_skip(lam: float, context: PolicyContext) -> ScoreSkip:
-    """Score-then-skip with tiles that suit the target: single keys where gathers are cheap."""
-    for sizes in context.capabilities.sizes:
-        if isinstance(sizes, ScoreSkip):
-            return replace(sizes, lam=lam)
-    if context.costs.gathers_single_keys:
-        return ScoreSkip(lam=lam, tile_q=256, tile_kv=1)
-    return ScoreSkip(lam=lam, tile_kv=64)
 
 
 def _ratio(cost: float, dense: float) -> float:

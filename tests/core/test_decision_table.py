@@ -28,6 +28,7 @@ from adaattn_core.policies import (
     decide_table,
     escalate_table,
 )
+from adaattn_core.policies.offers import format_pairs
 from adaattn_core.policies.table import (
     CHOSEN,
     COSTLY,
@@ -337,6 +338,6 @@ def test_8_bits_are_not_tried_where_nothing_is_measured() -> None:
         flops = {**here.costs.flops, "i8": 1e16, "e4m3": 1e16}
         fast = replace(here.costs, flops=flops, softmax_rate=1e16)
         there = replace(here, capabilities=can, costs=fast, measures=measures)
-        pairs = set(BudgetPolicy()._pairs(next(iter(there.shapes.values())), there))
+        pairs = set(format_pairs(next(iter(there.shapes.values())), there))
         narrow = {pair for pair in pairs if {"i8", "e4m3"} & set(pair)}
         assert bool(narrow) == measures
