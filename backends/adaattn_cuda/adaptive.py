@@ -223,6 +223,8 @@ def refusal(
         return f"shorter than {LEAST_KEYS} queries and keys"
     if mask.right == 0 and _offset(problem) < 0:
         return "more queries than keys under a causal mask"
+    if mask.right == 0 and span.len_kv > span.len_q + _offset(problem):
+        return "keys that no row sees: the planning kernels' norms would hold them"
     unlike = table_refusal(table, problem.dtype, SIZES)
     if unlike:
         return unlike

@@ -198,6 +198,20 @@ def test_the_shortest_problems_are_certified_on_the_device(
     assert_covered(np.quantile(errors, 0.95, axis=1), found.certificate.upper[0])
 
 
+def test_keys_that_no_row_sees_enter_no_certificate() -> None:
+    q, k, v = smooth(length=1500)
+    q = q[:, :, :1000].contiguous()
+    seen = [x[:, :, :1000].contiguous() for x in (k, v)]
+    k[:, :, 1000:], v[:, :, 1000:] = math.nan, math.inf
+    mask = Mask.causal("top_left")
+    found = adaattn_core.attention(q, k, v, mask=mask, budget=0.05, backend="cuda", seed=1)
+    assert "no row sees" in found.provenance["planned_on_host"]
+    assert not found.certificate.nonfinite.any()
+    assert (found.certificate.upper <= 0.05).all()
+    exact = adaattn_core.attention(q, *seen, mask=mask, backend="cuda")
+    assert (found.out - exact.out).float().abs().max() <= 2**-7 * exact.out.float().abs().max()
+
+
 def test_heads_decide_for_themselves_alone_or_in_a_batch() -> None:
     """The same seed gives every head the same plan and the same bits, whoever is beside it."""
     first, second = smooth(seed=1), smooth(seed=2)

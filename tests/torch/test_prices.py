@@ -31,6 +31,20 @@ def test_nothing_is_known_before_it_is_measured() -> None:
     assert not TorchBackend().capabilities().costs
 
 
+def test_a_call_does_not_look_for_them_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call asks for its backend's capabilities: no file is opened, nothing is hashed."""
+    model = replace(get_cost_model("torch_cpu"), softmax_rate=2e9, source="today")
+    costing.keep("cpu", model)
+    assert TorchBackend().capabilities().costs == {"cpu": model}
+
+    def again(*_: object) -> None:
+        raise AssertionError("looked for again")
+
+    monkeypatch.setattr(costing, "_read", again)
+    monkeypatch.setattr(costing, "_made_for", again)
+    assert TorchBackend().capabilities().costs == {"cpu": model}
+
+
 def test_what_is_measured_is_a_whole_model() -> None:
     model = pricing.measure("cpu", rows=1024)
     base = get_cost_model("torch_cpu")

@@ -10,9 +10,7 @@ from adaattn_cuda.device.lanes import Step
 from adaattn_cuda.kernels import sm90_attn_fwd_f16 as sm90
 from adaattn_cuda.planner import params as p
 from adaattn_cuda.planner.layout import square_stride
-from adaattn_cuda.planner.specs import (
-    attend_tile,
-)
+from adaattn_cuda.planner.specs import attend_tile
 from adaattn_cuda.tuning.sm90_attn_fwd_8bit import Tile as NarrowTile
 from adaattn_cuda.tuning.sm90_attn_fwd_f16 import Tile, padded_dim
 from adaattn_cuda.work.far_geometry import TILE

@@ -37,7 +37,14 @@ def known(device: str = "cpu") -> CostModel | None:
 
 def prices() -> Mapping[str, CostModel]:
     """Measured prices by kind of device."""
-    found = {device: known(device) for device in ("cpu", "cuda", "mps", "xpu")}
+    return _prices(cache_folder("prices"), torch.get_num_threads())
+
+
+@lru_cache(maxsize=16)
+def _prices(folder: Path, threads: int) -> Mapping[str, CostModel]:
+    """Look once: every call asks for its backend's capabilities."""
+    paths = {d: _path_for(_made_for(d, threads), folder) for d in ("cpu", "cuda", "mps", "xpu")}
+    found = {device: _read(path) for device, path in paths.items()}
     return {device: model for device, model in found.items() if model is not None}
 
 
@@ -47,17 +54,20 @@ def keep(device: str, model: CostModel) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     body = {name: getattr(model, name) for name in MEASURED}
     body["flops"], body["efficiency"] = dict(model.flops), dict(model.efficiency)
-    atomic_write_text(path, json.dumps({"made_for": _made_for(device), **body}, indent=1))
+    atomic_write_text(
+        path,
+        json.dumps({"made_for": _made_for(device, torch.get_num_threads()), **body}, indent=1),
+    )
     _read.cache_clear()
+    _prices.cache_clear()
     return path
 
 
-def _made_for(device: str) -> str:
+def _made_for(device: str, threads: int) -> str:
     name = platform.processor() or platform.machine()
     if device == "cuda" and torch.cuda.is_available():
         name = torch.cuda.get_device_name()
     capability = torch.backends.cpu.get_cpu_capability()
-    threads = torch.get_num_threads()
     return (
         f"{device}, {platform.node()}, {name}, {capability}, {os.cpu_count()} cores,"
         f" {threads} threads, PyTorch {torch.__version__}, {SCHEMA}"
@@ -65,7 +75,8 @@ def _made_for(device: str) -> str:
 
 
 def _path(device: str) -> Path:
-    return _path_for(_made_for(device), cache_folder("prices"))
+    made_for = _made_for(device, torch.get_num_threads())
+    return _path_for(made_for, cache_folder("prices"))
 
 
 def _path_for(made_for: str, folder: Path) -> Path:
